@@ -1,0 +1,67 @@
+"""Residual convolutions in 3D: the blocks that the decoder and the convolutional options are made of.
+
+Axis letters, the same in every module of this package:
+
+    b batch   c channels   d h w the grid, in the order of the RAS-oriented NIfTI axes
+    i j tokens of one window   heads attention heads   e channels of one head
+
+All convolutions are without bias, because an instance norm follows and would subtract it.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class InstanceNorm(nn.Module):
+    """Each channel of each sample to mean 0 and variance 1 over the grid. (b, c, d, h, w) -> the same shape.
+
+    Written as a group norm with one channel a group: the same numbers, and it keeps `channels_last_3d`.
+    This is where a crop loses its intensity: nothing behind it can tell a bright crop from a dark one.
+    """
+
+    def __init__(self, channels: int, *, affine: bool = False) -> None:
+        super().__init__()
+        self.channels = channels
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.channels, self.weight, self.bias, eps=1e-5)
+
+
+def activation(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.01)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3x3 convolutions around a shortcut. (b, c_in, d, h, w) -> (b, c_out, d, h, w).
+
+    The shortcut is the identity where the channels agree, else a 1x1x1 convolution with its own norm.
+    """
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv3d(c_in, c_out, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1, bias=False)
+        self.shortcut = nn.Conv3d(c_in, c_out, 1, bias=False) if c_in != c_out else None
+        self.norm = InstanceNorm(c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = activation(self.norm(self.conv1(x)))
+        y = self.norm(self.conv2(y))
+        if self.shortcut is not None:
+            x = self.norm(self.shortcut(x))
+        return activation(x + y)
+
+
+class UpBlock(nn.Module):
+    """Twice the grid, then merge with the skip. (b, c_in, d, h, w), (b, c_out, 2d, 2h, 2w) -> (b, c_out, 2d, 2h, 2w)."""
+
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False)
+        self.block = ResidualBlock(2 * c_out, c_out)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat([self.up(x), skip], dim=1))

@@ -8,8 +8,11 @@
     divisor    what each side of the input must be a multiple of
     embed_dim  channels of a token, which local masking zeroes
     head       the last layer: zeroed for `--recon residual`, new for every task
+
+A reader who wants the method on another network writes these and changes nothing else.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,3 +36,9 @@ class Backbone(Protocol):
 
 
 BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR}
+
+
+def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:
+    """The keyword arguments of a backbone's constructor that the run's options have a value for."""
+    names = inspect.signature(backbone).parameters
+    return {name: getattr(options, name) for name in names if hasattr(options, name)}

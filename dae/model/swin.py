@@ -74,7 +74,7 @@ def bias_rows(window: Size3, table_window: Size3, clipped_bias: ClippedBias) -> 
 
 @cache
 def may_see(window: Size3, shift: Size3) -> Tensor | None:
-    """Which token sees which in a window that the shift has wrapped along the axes where `shift` is not 0: (i, j), bool.
+    """Which token sees which in a window that the shift has wrapped, on the axes where `shift` is not 0: (i, j), bool.
 
     Along one axis such a window holds two kinds of token: those at home and those that came round from the other end,
     the last `shift` of them. Two tokens meet only if they are of one kind on every axis. None: all meet all.
@@ -194,7 +194,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks with the window alternately at home and shifted by half, then a merging. (b, d, h, w, c) -> half, twice."""
+    """Blocks with the window in turn at home and shifted by half, then a merging. (b, d, h, w, c) -> half, twice."""
 
     def __init__(
         self, channels: int, depth: int, heads: int, *, window: Size3, merge_order: MergeOrder,

@@ -1,0 +1,1 @@
+"""What it sees: files, lists, prepared volumes, crops and batches."""

@@ -1,0 +1,97 @@
+"""Index-addressed batches: sample j of the global batch at step s is a function of (seed, s, j) and nothing else.
+
+So it is the same sample on any number of ranks and workers, another one at every step, and a resumed run needs to
+restore nothing to go on with the samples that an uninterrupted one would have seen.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dae.config import Size3
+from dae.data.augment import random_crop
+from dae.data.cache import Cached
+
+VALIDATION = 2**32 - 1  # in place of a step, for crops that never change
+
+
+class Batch(NamedTuple):
+    x: Tensor  # (b, c, d, h, w), clean
+    modality: Tensor  # (b,), int64
+    seeds: list[int]  # of each sample's disruption
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.x.to(device, non_blocking=True), self.modality.to(device, non_blocking=True), self.seeds)
+
+
+@lru_cache(maxsize=4)
+def order(volumes: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """In each epoch every volume comes once, in an order that mixes modalities."""
+    return np.random.default_rng([seed, epoch]).permutation(volumes)
+
+
+class Crops(Dataset[tuple[Tensor, int, int]]):
+    """Maps (step, j) to sample j of the global batch at that step."""
+
+    def __init__(
+        self, volumes: Sequence[Cached], kinds: Sequence[int], crop: Size3, *, seed: int, global_batch: int,
+        foreground: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.volumes, self.kinds, self.crop, self.foreground = volumes, kinds, crop, foreground
+        self.seed, self.global_batch = seed, global_batch
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
+        """(x, modality, seed of the disruption)."""
+        step, j = address
+        epoch, place = divmod(step * self.global_batch + j, len(self.volumes))
+        return self.draw(int(order(len(self.volumes), self.seed, epoch)[place]), [self.seed, step, j], self.foreground)
+
+    def fixed(self, n: int) -> tuple[Tensor, int, int]:
+        """The n-th validation crop: volumes in turn, always on foreground, whatever the run's seed."""
+        return self.draw(n % len(self.volumes), [0, VALIDATION, n], foreground=1.0)
+
+    def draw(self, index: int, key: Sequence[int], foreground: float) -> tuple[Tensor, int, int]:
+        rng = np.random.default_rng(key)
+        x = random_crop(self.volumes[index], self.crop, rng, foreground=foreground)
+        return torch.from_numpy(x), self.kinds[index], int(rng.integers(2**63))
+
+
+def by_turns(kinds: Sequence[int]) -> list[int]:
+    """Indices so ordered that the modalities take turns: the first of each, the second of each, ..."""
+    earlier = [kinds[:n].count(kind) for n, kind in enumerate(kinds)]
+    return sorted(range(len(kinds)), key=lambda n: (earlier[n], kinds[n]))
+
+
+def addresses(
+    start: int, stop: int, *, batch_size: int, accumulate: int, rank: int, world: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Micro-batch by micro-batch the (step, j) of one rank.
+
+    The ranks' parts of a micro-batch lie side by side, so that two ranks see what one sees with twice the batch.
+    """
+    for step in range(start, stop):
+        for micro in range(accumulate):
+            first = (micro * world + rank) * batch_size
+            yield [(step, j) for j in range(first, first + batch_size)]
+
+
+def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    x, modality, seeds = zip(*samples)
+    return Batch(torch.stack(x), torch.tensor(modality), list(seeds))
+
+
+def loader(crops: Crops, places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches in order, read ahead by `workers` processes."""
+    ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    return iter(
+        DataLoader(
+            crops, batch_sampler=places, collate_fn=collate, num_workers=workers, pin_memory=pin,
+            generator=torch.Generator(), **ahead,  # its own generator: starting workers must not move the global one
+        )
+    )  # fmt: skip

@@ -1,0 +1,177 @@
+"""Data lists: which volumes there are, what each is, and which are held out.
+
+A list is a JSON file, Decathlon style, with paths relative to its own folder:
+
+    {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz", "fold": 0}, ...],
+     "validation": [...], "test": [...], "labels": {"0": "background", "1": "spleen"}, "modalities": {"pet": "zscore"}}
+
+An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. Instead of a list
+an nnU-Net raw folder (dataset.json, imagesTr) may be given. Keys that are not known are left alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dae.config import InputError
+
+# Each modality and the way its intensities are normalised (preprocess.py); a list may declare others.
+# The first five stand in the order of the authors' class labels, which --cmcl ranks depends on.
+MODALITIES = {"ct": "window", "t1": "mr", "t1ce": "mr", "t2": "mr", "flair": "mr", "t2s": "mr", "pd": "mr", "mr": "mr"}
+ALIASES = {"t1c": "t1ce", "t1gd": "t1ce", "t1w": "t1", "t2w": "t2", "t2*": "t2s", "t2f": "flair", "mri": "mr"}
+INTENSITIES = ("window", "mr", "zscore", "percentile")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image of the list."""
+
+    image: tuple[Path, ...]  # one file, or one per channel
+    modality: tuple[str, ...]  # of the whole image, or of each channel
+    intensity: tuple[str, ...]  # as modality
+    subject: str
+    fold: int | None = None
+    label: Path | None = None
+
+    @property
+    def kind(self) -> str:
+        """The modality as one name, which CMCL compares."""
+        return "+".join(self.modality)
+
+
+@dataclass(frozen=True)
+class DataList:
+    training: tuple[Item, ...]
+    validation: tuple[Item, ...]
+    test: tuple[Item, ...]
+    labels: dict[int, str]
+
+    def fingerprint(self) -> str:
+        """Of what is trained on and in which order, wherever the files lie."""
+        content = [[path.name for path in item.image] + [item.kind, item.subject] for item in self.training]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+    def kinds(self) -> list[str]:
+        """Every modality of the list: the known ones in their fixed order, then others by name."""
+        known = {name: n for n, name in enumerate(MODALITIES)}
+        found = {item.kind for item in (*self.training, *self.validation)}
+        return sorted(found, key=lambda kind: (known.get(kind, len(known)), kind))
+
+
+def load(data: str, *, root: str = "", modality: str = "") -> DataList:
+    """Read a list or an nnU-Net raw folder. `modality` is for items that do not name one. Raises InputError."""
+    path = Path(data).expanduser()
+    if not data or not path.exists():
+        raise InputError(f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder")
+    content = _from_nnunet(path) if path.is_dir() else _json(path)
+    folder = Path(root).expanduser() if root else (path if path.is_dir() else path.parent)
+    declared = {**MODALITIES, **{str(k).lower(): str(v) for k, v in content.get("modalities", {}).items()}}
+    if wrong := sorted(set(declared.values()) - set(INTENSITIES)):
+        raise InputError(f"{path}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
+    splits = {
+        name: tuple(_item(entry, f"{path}: {name}[{n}]", folder, modality, declared) for n, entry in enumerate(entries))
+        for name, entries in ((name, _entries(content, name, path)) for name in ("training", "validation", "test"))
+    }
+    if not splits["training"]:
+        raise InputError(f"{path}: no training items")
+    return DataList(**splits, labels=_labels(content.get("labels", {})))
+
+
+def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
+    """Choose what validates: the list's `validation`; else the items of `fold`; else 5 % of the subjects (Table 1).
+
+    Raises InputError where nothing would be left on one side.
+    """
+    if items.validation:
+        return items
+    if any(item.fold is not None for item in items.training):
+        held = {n for n, item in enumerate(items.training) if item.fold == fold}
+        reason = f"--fold {fold}"
+    else:
+        subjects = sorted({item.subject for item in items.training})
+        chosen = np.random.default_rng(split_seed).permutation(len(subjects))[: max(1, round(0.05 * len(subjects)))]
+        names = {subjects[n] for n in chosen}
+        held = {n for n, item in enumerate(items.training) if item.subject in names}
+        reason = "one subject"
+    if not held or len(held) == len(items.training):
+        raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
+    training = tuple(item for n, item in enumerate(items.training) if n not in held)
+    return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path}: not a JSON data list ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f'{path}: a data list is an object with a "training" list in it')
+    return content
+
+
+def _entries(content: Mapping[str, Any], name: str, path: Path) -> Sequence[Any]:
+    entries = content.get(name, [])
+    if not isinstance(entries, list):
+        raise InputError(f'{path}: "{name}" must be a list')
+    return entries
+
+
+def _item(entry: Any, where: str, folder: Path, modality: str, declared: Mapping[str, str]) -> Item:
+    if isinstance(entry, str):
+        entry = {"image": entry}
+    if not isinstance(entry, dict) or not entry.get("image"):
+        raise InputError(f'{where}: has no "image"')
+    image = tuple(folder / file for file in _several(entry["image"]))
+    named = _several(entry.get("modality") or modality)
+    if not named:
+        raise InputError(f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality')
+    kinds = tuple(ALIASES.get(name.lower(), name.lower()) for name in named)
+    if unknown := [kind for kind in kinds if kind not in declared]:
+        raise InputError(
+            f"{where}: unknown modality {unknown[0]!r}; known: {', '.join(declared)}; the list may declare others: "
+            f'"modalities": {{"{unknown[0]}": "zscore"}}'
+        )
+    intensity = tuple(_several(entry.get("intensity") or [declared[kind] for kind in kinds]))
+    if wrong := [name for name in intensity if name not in INTENSITIES]:
+        raise InputError(f"{where}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
+    label, fold = entry.get("label"), entry.get("fold")
+    return Item(
+        image, kinds, intensity, subject=str(entry.get("subject", image[0].name)),
+        fold=None if fold is None else int(fold), label=folder / label if label else None,
+    )  # fmt: skip
+
+
+def _several(value: Any) -> list[str]:
+    return [str(v) for v in value] if isinstance(value, list) else [str(value)] if value else []
+
+
+def _labels(labels: Mapping[str, Any]) -> dict[int, str]:
+    """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's."""
+    pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in labels.items()]
+    return {int(number): str(name) for number, name in pairs if str(number).isdigit()}
+
+
+def _from_nnunet(folder: Path) -> Mapping[str, Any]:
+    """dataset.json and imagesTr of an nnU-Net raw folder as the content of a list; channel names are modalities."""
+    if not (folder / "dataset.json").is_file():
+        raise InputError(f"{folder}: a folder must be an nnU-Net raw one, with dataset.json and imagesTr in it")
+    dataset = _json(folder / "dataset.json")
+    ending = str(dataset.get("file_ending", ".nii.gz"))
+    channels = dataset.get("channel_names") or dataset.get("modality") or {}
+    modality = [str(channels[key]) for key in sorted(channels, key=int)]
+    cases: dict[str, list[str]] = {}
+    for file in sorted((folder / "imagesTr").glob(f"*{ending}")):
+        cases.setdefault(file.name.removesuffix(ending)[:-5], []).append(f"imagesTr/{file.name}")
+    training = [_nnunet_case(folder, case, files, modality, ending) for case, files in cases.items()]
+    return {"training": training, "labels": dataset.get("labels", {})}
+
+
+def _nnunet_case(folder: Path, case: str, files: list[str], modality: list[str], ending: str) -> dict[str, Any]:
+    entry: dict[str, Any] = {"image": files, "modality": modality, "subject": case}
+    label = f"labelsTr/{case}{ending}"
+    return {**entry, "label": label} if (folder / label).is_file() else entry

@@ -1,0 +1,100 @@
+"""From a file's values to what the network sees: spacing, then intensity. One recipe per run, as data.
+
+Arrays are (c, d, h, w) in RAS order; spacing in mm in that order.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from dae.config import DataConfig, InputError
+from dae.data.datalist import Item
+from dae.data.nifti import Array, Volume, read_channels
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a prepared volume, beside its file."""
+
+    spacing: tuple[float, ...] = ()  # mm along d h w; empty: as it is
+    ct_window: tuple[float, ...] = (-1000.0, 1000.0)  # HU
+    mr_intensity: str = "zscore"
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "Recipe":
+        """Raises InputError on a spacing or a window that is not one."""
+        if config.spacing and (len(config.spacing) != 3 or min(config.spacing) <= 0):
+            raise InputError("--spacing: give three sizes in mm, along d h w")
+        if len(config.ct_window) != 2 or config.ct_window[0] >= config.ct_window[1]:
+            raise InputError("--ct-window: give the lower and the upper HU")
+        return cls(config.spacing, config.ct_window, config.mr_intensity)
+
+
+class Prepared(NamedTuple):
+    data: Array  # (c, d, h, w), normalised
+    background: NDArray[np.float32]  # (c,), what surrounds the volume: the normalised value of its darkest voxel
+    foreground: NDArray[np.int32]  # (n, 3), some voxels brighter than the mean, for crops that are to hold anatomy
+    spacing: tuple[float, float, float]  # mm
+
+
+def prepare(item: Item, recipe: Recipe) -> Prepared:
+    """Read an item, resample it if asked, normalise every channel. Raises InputError naming the file."""
+    volume = read_channels(item.image)
+    raw = resample(volume, recipe.spacing) if recipe.spacing else volume.data
+    normalised = np.empty_like(raw)
+    background = np.empty(len(raw), dtype=np.float32)
+    for n, (channel, how) in enumerate(zip(raw, _per_channel(item, len(raw)))):
+        normalised[n] = _normaliser(how, recipe)(channel)
+        background[n] = normalised[n].flat[channel.argmin()]
+    spacing = volume.spacing if not recipe.spacing else recipe.spacing
+    return Prepared(normalised, background, some_foreground(raw[0]), (spacing[0], spacing[1], spacing[2]))
+
+
+def _per_channel(item: Item, channels: int) -> Sequence[str]:
+    if len(item.intensity) == 1:
+        return item.intensity * channels
+    if len(item.intensity) != channels:
+        raise InputError(f"{item.image[0]}: {channels} channels, but the list names {len(item.intensity)} modalities")
+    return item.intensity
+
+
+def _normaliser(how: str, recipe: Recipe) -> Callable[[Array], Array]:
+    if how == "window":
+        return lambda x: window(x, recipe.ct_window[0], recipe.ct_window[1])
+    return zscore if (recipe.mr_intensity if how == "mr" else how) == "zscore" else percentile
+
+
+def window(x: Array, low: float, high: float) -> Array:
+    """HU to [0, 1]: `low` and less become 0, `high` and more 1."""
+    return np.clip((x - low) / (high - low), 0.0, 1.0)
+
+
+def zscore(x: Array) -> Array:
+    """Nonzero voxels to mean 0 and std 1. Zeros, the background of a masked or padded image, stay 0."""
+    inside = x != 0
+    values = x[inside].astype(np.float64)
+    return np.where(inside, (x - values.mean()) / max(values.std(), 1e-8), 0.0).astype(np.float32)
+
+
+def percentile(x: Array) -> Array:
+    """The 0.05th percentile to 0, the 99.95th to 1, and nothing beyond."""
+    low, high = np.percentile(x, (0.05, 99.95))
+    return window(x, float(low), float(high) if high > low else float(low) + 1e-8)
+
+
+def resample(volume: Volume, spacing: Sequence[float]) -> Array:
+    """Trilinear, voxel centres aligned with the volume's outer faces. (c, d, h, w) -> (c, d', h', w')."""
+    factors = [old / new for old, new in zip(volume.spacing, spacing)]
+    return np.stack([ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in volume.data])
+
+
+def some_foreground(x: Array, count: int = 4096) -> NDArray[np.int32]:
+    """Up to `count` evenly drawn voxels of (d, h, w) that are brighter than the mean: (n, 3)."""
+    places = np.flatnonzero(x > x.mean())
+    if len(places) > count:
+        places = np.random.default_rng(0).choice(places, count, replace=False)
+    return np.stack(np.unravel_index(np.sort(places), x.shape), axis=-1).astype(np.int32)

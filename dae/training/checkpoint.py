@@ -1,0 +1,131 @@
+"""Checkpoints: all that a run is, in one file that is either whole or refused.
+
+A checkpoint is an ordinary torch file. It is written beside its place, flushed and renamed over it, so that a killed
+process or a full disk leaves the one before. A SHA-256 of all its bytes stands in the zip archive's own comment field:
+torch.load reads the file as ever and would take a flipped bit without a word; `load` does not.
+"""
+
+import hashlib
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dae.config import InputError, RunConfig, differences
+
+FORMAT = 1
+MARK = b"sha256:"
+COMMENT = len(MARK) + 64  # bytes at the end of the file
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists and dicts of them). Raises InputError on a full disk."""
+    aside = path.with_name(path.name + ".part")
+    try:
+        with aside.open("w+b") as file:
+            torch.save({"format": FORMAT, **state}, file)
+            _seal(file)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+        _flush_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        aside.unlink(missing_ok=True)
+        raise InputError(f"{path}: could not be written ({_line(error)}); the one before is untouched") from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state that `save` wrote, on the CPU. Runs no code from the file. Raises InputError on any damage."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such checkpoint")
+    try:
+        with path.open("rb") as file:
+            sealed = _is_sealed(file)
+            file.seek(0)
+            state = torch.load(file, map_location="cpu", weights_only=True) if sealed else None
+    except Exception as error:  # torch has a dozen kinds of error for a damaged file
+        raise InputError(f"{path}: not a checkpoint that can be read ({_line(error)})") from error
+    if state is None:
+        raise InputError(f"{path}: damaged or not one of ours: its checksum does not match its bytes")
+    if state.get("format") != FORMAT:
+        raise InputError(f"{path}: written in format {state.get('format')}, this version reads {FORMAT}")
+    return dict(state)
+
+
+def check_same_run(path: Path, saved: Mapping[str, Any], config: RunConfig, facts: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the flag, where resuming would make another run of it."""
+    for name in differences(config, saved["config"]):
+        flag, was, now = f"--{name.replace('_', '-')}", saved["config"].get(name), facts["config"][name]
+        raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
+    for fact, what in (("data", "the data list"), ("global_batch", "ranks x --batch-size x --accumulate")):
+        if saved[fact] != facts[fact]:
+            raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")
+
+
+def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) -> None:
+    try:
+        backbone.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{path}: weights of another network, made with other flags ({_line(error)})") from error
+
+
+def rng_state() -> dict[str, Any]:
+    """Every global random state, in types that a safe load accepts."""
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002 - the state of others' code that may use it
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *map(float, rest)],
+        "python": random.getstate(),
+    }
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), int(place), int(has_gauss), gauss))  # noqa: NPY002
+    random.setstate(state["python"])
+
+
+def _seal(file: Any) -> None:
+    """Turn the archive's empty comment into the digest of everything before it."""
+    file.seek(-2, os.SEEK_END)  # the comment's length, the last field of a zip archive
+    file.write(COMMENT.to_bytes(2, "little"))
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").hexdigest()
+    file.seek(0, os.SEEK_END)
+    file.write(MARK + digest.encode())
+
+
+def _is_sealed(file: Any) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    if size < COMMENT:
+        return False
+    file.seek(size - COMMENT)
+    comment = file.read(COMMENT)
+    file.seek(0)
+    digest, left = hashlib.sha256(), size - COMMENT
+    while left and (chunk := file.read(min(left, 1 << 20))):
+        digest.update(chunk)
+        left -= len(chunk)
+    return bool(comment == MARK + digest.hexdigest().encode())
+
+
+def _flush_folder(folder: Path) -> None:
+    """A rename is only on the disk once its folder is."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120] or type(error).__name__

@@ -1,0 +1,37 @@
+"""Autocast: which numbers the network computes in. Losses and CMCL stay in float32 whatever is chosen here."""
+
+import torch
+
+from dae.config import InputError
+
+
+def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
+    """The type for autocast, or None for plain float32. Raises InputError on what the device cannot do.
+
+    auto is bf16 where the device is faster in it. Of CPUs those are the ones with AMX: with AVX512-BF16 alone a
+    training step took 1.2 times as long as in float32, and with neither 40 times.
+    """
+    if amp == "off":
+        return None
+    if amp == "fp16":
+        if device.type == "cpu":
+            raise InputError("--amp fp16: needs a GPU; take bf16 or off")
+        return torch.float16
+    if amp == "auto" and not has_fast_bf16(device):
+        return None if device.type == "cpu" else torch.float16
+    return torch.bfloat16
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def grad_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
+    """fp16 gradients underflow without one; bf16 and float32 need none."""
+    return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)

@@ -1,0 +1,359 @@
+"""Pre-train a backbone on CT and MR volumes as a disruptive autoencoder.
+
+phantoms, on a CPU, in minutes:  python train_pretrain.py --preset demo
+your volumes, one process:       python train_pretrain.py --data list.json --out runs/a
+eight GPUs, or going on:         torchrun --nproc_per_node=8 train_pretrain.py --data list.json --out runs/a --resume
+"""
+
+from dae.config import PretrainConfig, from_command_line, run_or_explain
+
+if __name__ == "__main__":
+    CONFIG = from_command_line(PretrainConfig, prog="train_pretrain.py", description=__doc__)  # before torch's seconds
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from dae.config import InputError, to_json
+from dae.data import datalist
+from dae.data.batches import Batch, Crops, addresses, by_turns, loader
+from dae.data.cache import default_folder, prepare_all
+from dae.data.datalist import DataList
+from dae.data.phantom import write_phantoms
+from dae.data.preprocess import Recipe
+from dae.model import BACKBONES, arguments_of
+from dae.model.unetr import check_size
+from dae.pretext.methods import Pretext
+from dae.training import checkpoint
+from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
+from dae.training.figures import loss_curve, reconstruction_sheet
+from dae.training.log import Log, greeting, in_words, not_beating_its_input, read, time_left, versions
+from dae.training.precision import autocast, autocast_type, grad_scaler
+from dae.training.schedule import Schedule, adamw, warmup_steps
+from dae.training.validation import by_modality, errors, reconstruct
+
+
+@dataclass
+class Run:
+    """What the loop works with. `state` is all of it that changes beside weights and optimiser."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    out: Path
+    kinds: list[str]  # modalities of the list; a sample's is its place here
+    crops: Crops
+    fixed: Crops  # to validate on
+    pretext: Pretext
+    net: nn.Module  # the same, compiled and behind DDP where asked
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype | None  # of autocast
+    facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
+    state: dict[
+        str, Any
+    ]  # step: how many are done; best: lowest validation L1; behind: validations in a row above L1(x_hat, x)
+
+
+def main(config: PretrainConfig) -> dict[str, Any]:
+    """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
+    ranks = start(config.device)
+    try:
+        with StopSignal() as signal:
+            return loop(setup(config, ranks), signal)
+    finally:
+        finish()
+
+
+def loop(run: Run, signal: StopSignal) -> dict[str, Any]:
+    """Train, validate, save; one turn more than steps, so that the last validation and save are as any other."""
+    config, ranks, state = run.config, run.ranks, run.state
+    first, validation, seen = state["step"], dict[str, Any](), list[Tensor]()
+    schedule, stop = Schedule(config), False
+    record = begin(run)
+    batches = read_ahead(run)
+    since, waited = time.perf_counter(), 0.0
+    for step in range(first, config.steps + 1):
+        state["step"] = step
+        done = step == config.steps
+        stop = stop or step == config.stop_after > first
+
+        if (step > first or step == 0 or done) and due(step, config.validate_every, config.steps):
+            validation = validate(run)
+            since += validation["seconds"]
+            record.event("validation", step=step, **validation)
+            record.say(f"step {step}: {in_words(validation)}")
+            keep_best(run, validation)
+            advise(run, record, validation, done=done)
+        if step > first and (due(step, config.save_every, config.steps) or stop):
+            save(run, "last.pt")
+        if step > first and config.keep_every and step % config.keep_every == 0:
+            save(run, f"step-{step}.pt")
+        if done or stop:
+            break
+
+        for group in run.optimizer.param_groups:
+            group["lr"] = schedule.lr_at(step)
+        sums = torch.zeros(3, device=ranks.device)
+        for micro in range(config.accumulate):
+            waiting = time.perf_counter()
+            batch = next(batches).to(ranks.device)
+            waited += time.perf_counter() - waiting
+            alone = ranks.world == 1 or micro == config.accumulate - 1
+            with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
+                with autocast(run.dtype, ranks.device):
+                    result = run.net(*batch)  # disrupt, tokenize, local_mask, encode, decode, losses: methods.py
+                run.scaler.scale(result.loss / config.accumulate).backward()
+            sums += torch.stack([result.loss.detach(), result.l1, result.cmcl]) / config.accumulate
+            seen.append(errors(batch, result))
+
+        run.scaler.unscale_(run.optimizer)
+        norm = nn.utils.clip_grad_norm_(run.pretext.parameters(), config.clip or math.inf)
+        asked = torch.tensor([float(signal.asked)], device=ranks.device)
+        numbers = mean_over_ranks(torch.cat([sums, norm.reshape(1).float(), asked]))  # the one wait of a step
+        loss, l1, cmcl, grad_norm, stop = *numbers[:4], numbers[4] > 0
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
+            stop_before_the_step(run, record, loss, grad_norm)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        if due(step + 1, config.log_every, config.steps):
+            seconds = time.perf_counter() - since
+            turns = (step + 1 - first) % config.log_every or config.log_every
+            rate = turns * run.crops.global_batch / seconds
+            rows = [row for part in gather_objects(torch.cat(seen).tolist()) for row in part]
+            raw = by_modality(rows, run.kinds)
+            record.event(
+                "train", step=step + 1, loss=loss, l1=l1, cmcl=cmcl, lr=schedule.lr_at(step), grad_norm=grad_norm,
+                samples_per_s=rate, data_wait=waited / seconds, l1_raw=raw.pop("l1"), **raw,
+            )  # fmt: skip
+            left = time_left((config.steps - step - 1) * seconds / turns)
+            record.progress(
+                step + 1, f"loss {loss:.4f}, lr {schedule.lr_at(step):.1e}, {rate:.1f} samples/s, {left} left"
+            )
+            seen, since, waited = [], time.perf_counter(), 0.0
+
+    record.event("end", step=state["step"], reason="finished" if done else "stopped", best=state["best"])
+    record.close()
+    record.say(finishing_words(run, validation, done=done))
+    return validation
+
+
+# --- setup: data, network, optimiser, start state
+
+
+def setup(config: PretrainConfig, ranks: Ranks) -> Run:
+    """Everything before the first step. What needs no data is tried before any data is touched."""
+    out = Path(config.out)
+    check_out_folder(config, out)
+    dtype = autocast_type(config.amp, ranks.device)
+    build(config, channels=1, device=torch.device("meta"))
+    config = with_phantoms(config, ranks)
+    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    items = datalist.hold_out(items, fold=config.fold, split_seed=config.split_seed)
+    crops, fixed = crops_of(config, items, ranks)
+
+    torch.manual_seed(config.seed)
+    channels = crops.volumes[0].shape[0]
+    pretext = build(config, channels).to(ranks.device)
+    net: nn.Module = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]
+    if ranks.world > 1:
+        net = DistributedDataParallel(net, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
+
+    optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
+    facts = {
+        "config": to_json(config), "plan": plan_of(config, items, channels), "data": items.fingerprint(),
+        "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, net, optimizer, scaler, dtype, facts,
+              {"step": 0, "best": math.inf, "behind": 0})  # fmt: skip
+    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
+    if config.resume and (out / "last.pt").is_file():
+        resume(run)
+    elif config.init:
+        checkpoint.load_weights(pretext.backbone, checkpoint.load(Path(config.init))["model"], Path(config.init))
+    return run
+
+
+def check_out_folder(config: PretrainConfig, out: Path) -> None:
+    """A run is never written over, but for the demo's own."""
+    if config.preset == "demo" and config.out == "runs/demo" and not config.resume:
+        return
+    if not config.resume and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
+        raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+
+
+def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
+    """The demo's data, made where it is not there yet, and its old results out of the way."""
+    if config.preset != "demo" or config.data:
+        return config
+    out = Path(config.out)
+
+    def clear_and_make() -> None:
+        for name in () if config.resume else ("log.jsonl", "last.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+        write_phantoms(out / "phantoms")
+
+    on_main_first(ranks, clear_and_make)
+    return replace(
+        config, data=str(out / "phantoms" / "pretrain.json"), cache_dir=config.cache_dir or str(out / "cache")
+    )
+
+
+def crops_of(config: PretrainConfig, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
+    """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
+    everything = (*items.training, *items.validation)
+    volumes = prepare_all(
+        everything, Recipe.of(config), Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
+        world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
+    )  # fmt: skip
+    for item, volume in zip(everything, volumes):
+        if volume.shape[0] != volumes[0].shape[0]:
+            raise InputError(
+                f"{item.image[0]}: {volume.shape[0]} channels, the first volume has {volumes[0].shape[0]}; "
+                "one run takes one number of channels"
+            )
+    kinds = [items.kinds().index(item.kind) for item in everything]
+    n, turns = len(items.training), by_turns(kinds[len(items.training) :])
+    global_batch = config.batch_size * config.accumulate * ranks.world
+    train = Crops(volumes[:n], kinds[:n], config.crop, seed=config.seed, global_batch=global_batch,
+                  foreground=config.foreground)  # fmt: skip
+    fixed = Crops([volumes[n + k] for k in turns], [kinds[n + k] for k in turns], config.crop, seed=0, global_batch=1)
+    return train, fixed
+
+
+def build(config: PretrainConfig, channels: int, device: torch.device | None = None) -> Pretext:
+    """Backbone and method as the flags say. Raises InputError where they contradict each other or the crop."""
+    backbone = BACKBONES[config.backbone]
+    try:
+        with device or nullcontext():
+            network: Any = backbone(channels, channels, **arguments_of(backbone, config))
+            check_size(config.crop, network.divisor)
+            return Pretext(network, config.method, config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:
+    """What a user of the weights needs to know to feed them."""
+    arguments = arguments_of(BACKBONES[config.backbone], config)
+    intensity = {item.kind: list(item.intensity) for item in items.training}
+    return {
+        "backbone": config.backbone, "arguments": json.loads(json.dumps(arguments)),
+        "in_channels": channels, "out_channels": channels, "classes": {}, "crop": list(config.crop),
+        "spacing": list(config.spacing), "modalities": items.kinds(), "intensity": intensity,
+        "ct_window": list(config.ct_window), "mr_intensity": config.mr_intensity, "method": config.method,
+        "recon": config.recon,
+    }  # fmt: skip
+
+
+def resume(run: Run) -> None:
+    """Put everything where the run in --out was left. Raises InputError if that is another run."""
+    path = run.out / "last.pt"
+    saved = checkpoint.load(path)
+    checkpoint.check_same_run(path, saved, run.config, run.facts)
+    checkpoint.load_weights(run.pretext.backbone, saved["model"], path)
+    run.pretext.load_own_state(saved["pretext"])
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scaler.load_state_dict(saved["scaler"])
+    checkpoint.restore_rng(saved["rng"])
+    run.state = {key: saved[key] for key in run.state}
+
+
+# --- what the loop calls by name
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """At every `every`-th step (0: at every tenth of the run), and at the last."""
+    return step % (every or max(1, steps // 10)) == 0 or step == steps
+
+
+def begin(run: Run) -> Log:
+    """Run folder, configuration, and the first event of the log."""
+    config, ranks = run.config, run.ranks
+    if ranks.is_main:
+        (run.out / "figures").mkdir(parents=True, exist_ok=True)
+        (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+    record = Log(run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main)
+    facts = {
+        "step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
+        "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
+        "validation_volumes": len(run.fixed.volumes), "modalities": run.kinds, "warmup": warmup_steps(config),
+        "parameters": sum(p.numel() for p in run.pretext.parameters()),
+    }  # fmt: skip
+    fresh = run.state["step"] == 0
+    record.event("start" if fresh else "resume", **facts, **versions(), config=to_json(config))
+    record.say(greeting(config, facts))
+    return record
+
+
+def read_ahead(run: Run) -> Iterator[Batch]:
+    config, ranks = run.config, run.ranks
+    places = addresses(
+        run.state["step"], config.steps, batch_size=config.batch_size, accumulate=config.accumulate,
+        rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
+    return loader(run.crops, places, workers=config.workers, pin=ranks.device.type == "cuda")
+
+
+def validate(run: Run) -> dict[str, Any]:
+    """Mean L1 over the fixed crops, that of doing nothing beside it, and figures/reconstruction.png."""
+    facts, pictures = reconstruct(
+        run.pretext, run.fixed, run.kinds, count=run.config.validate_crops, dtype=run.dtype, ranks=run.ranks
+    )
+    if run.ranks.is_main:
+        reconstruction_sheet(run.out / "figures" / "reconstruction.png", pictures)
+        loss_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
+    return facts
+
+
+def save(run: Run, name: str) -> None:
+    if run.ranks.is_main:
+        checkpoint.save(run.out / name, {
+            **run.state, **run.facts, "model": run.pretext.backbone.state_dict(), "pretext": run.pretext.own_state(),
+            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": checkpoint.rng_state(),
+        })  # fmt: skip
+
+
+def keep_best(run: Run, validation: dict[str, Any]) -> None:
+    if validation["l1"] < run.state["best"]:
+        run.state["best"] = validation["l1"]
+        save(run, "best.pt")
+
+
+def advise(run: Run, record: Log, validation: dict[str, Any], *, done: bool) -> None:
+    """Say once, at the third validation in a row or at the end, that the network does not beat its own input."""
+    behind = validation["l1"] > validation["l1_input"] > 0 and run.state["step"] > 0
+    run.state["behind"] = run.state["behind"] + 1 if behind else 0
+    if behind and (run.state["behind"] == 3 or (done and run.state["behind"] < 3)):
+        text = not_beating_its_input(validation, run.config)
+        record.event("warning", step=run.state["step"], text=text)
+        record.say(text)
+
+
+def stop_before_the_step(run: Run, record: Log, loss: float, grad_norm: float) -> NoReturn:
+    """All ranks come here together: they compare the same reduced numbers."""
+    record.event("end", step=run.state["step"], reason="not finite", loss=loss, grad_norm=grad_norm)
+    raise InputError(
+        f"step {run.state['step'] + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, the last "
+        f"checkpoint in {run.out} is from before it; try --amp off or a lower --lr"
+    )
+
+
+def finishing_words(run: Run, validation: dict[str, Any], *, done: bool) -> str:
+    if not done:
+        return f"stopped after step {run.state['step']} of {run.config.steps}; the same command with --resume goes on"
+    return f"{in_words(validation)}; see {run.out / 'figures' / 'reconstruction.png'}"
+
+
+if __name__ == "__main__":
+    run_or_explain(lambda: main(CONFIG), "train_pretrain.py")

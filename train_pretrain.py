@@ -36,9 +36,9 @@ from dae.pretext.methods import Pretext
 from dae.training import checkpoint
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
 from dae.training.figures import loss_curve, reconstruction_sheet
-from dae.training.log import Log, greeting, in_words, not_beating_its_input, read, time_left, versions
+from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler
-from dae.training.schedule import Schedule, adamw, warmup_steps
+from dae.training.schedule import Schedule, adamw, due, warmup_steps
 from dae.training.validation import by_modality, errors, reconstruct
 
 
@@ -144,7 +144,7 @@ def loop(run: Run, signal: StopSignal) -> dict[str, Any]:
 
     record.event("end", step=state["step"], reason="finished" if done else "stopped", best=state["best"])
     record.close()
-    record.say(finishing_words(run, validation, done=done))
+    record.say(last_words(validation, config, step=state["step"]))
     return validation
 
 
@@ -272,11 +272,6 @@ def resume(run: Run) -> None:
 # --- what the loop calls by name
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """At every `every`-th step (0: at every tenth of the run), and at the last."""
-    return step % (every or max(1, steps // 10)) == 0 or step == steps
-
-
 def begin(run: Run) -> Log:
     """Run folder, configuration, and the first event of the log."""
     config, ranks = run.config, run.ranks
@@ -347,12 +342,6 @@ def stop_before_the_step(run: Run, record: Log, loss: float, grad_norm: float) -
         f"step {run.state['step'] + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, the last "
         f"checkpoint in {run.out} is from before it; try --amp off or a lower --lr"
     )
-
-
-def finishing_words(run: Run, validation: dict[str, Any], *, done: bool) -> str:
-    if not done:
-        return f"stopped after step {run.state['step']} of {run.config.steps}; the same command with --resume goes on"
-    return f"{in_words(validation)}; see {run.out / 'figures' / 'reconstruction.png'}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""Disruptive Autoencoders (Valanarasu et al., MIDL 2024) in plain PyTorch. Read the files in this order; each imports
+only what stands above it.
+
+    config.py                 a frozen dataclass in, a command line out; presets; JSON
+
+  what is learned (torch, einops, timm only)
+    model/conv.py             residual convolutions and instance norm
+    model/swin.py             windows, shift mask, position bias, attention, patch merging, the encoder
+    model/unetr.py            Swin UNETR in three visible stages: tokenize, encode, decode
+    model/__init__.py         BACKBONES: name -> class, and what a backbone must offer
+
+  what it is learned from
+    pretext/disrupt.py        eq. 1 noise, eq. 2 downsampling, local masking, token masking
+    pretext/contrast.py       eq. 3-4: cross-modal contrastive learning
+    pretext/methods.py        METHODS: one function per row of Table 5; start here if you know the paper
+
+  what it sees
+    data/nifti.py             read and write volumes; what is wrong with a file
+    data/datalist.py          data lists, nnU-Net folders, what is held out
+    data/preprocess.py        spacing, intensity, foreground; one recipe per run
+    data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
+    data/augment.py           crops
+    data/batches.py           index-addressed batches: (seed, step, j) -> sample
+    data/anatomy.py           a torso and a head as tables of ellipsoids
+    data/phantom.py           synthetic CT and MR bodies made from them
+
+  how it is run
+    training/distributed.py   ranks, the stop signal; works unlaunched
+    training/schedule.py      optimiser groups, warm-up cosine
+    training/precision.py     bf16, fp16 or neither
+    training/checkpoint.py    all of a run in one file that is whole or refused
+    training/log.py           log.jsonl, the progress line, sentences
+    training/figures.py       the reconstruction sheet, the loss curve
+    training/validation.py    reconstruction of fixed crops
+
+    weights.py                other people's weights in, MONAI's layout out
+
+The loop itself is train_pretrain.py, above this folder.
+"""

@@ -64,7 +64,7 @@ class Pretext(nn.Module):
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
 
-    def view(self, x_hat: Tensor) -> Tensor:
+    def shown(self, x_hat: Tensor) -> Tensor:
         """What the network is shown of x_hat: all of it, or (--recon scaled) each crop at mean 0 and std 1."""
         return (x_hat - mean(x_hat)) / std(x_hat) if self.options.recon == "scaled" else x_hat
 
@@ -75,7 +75,7 @@ class Pretext(nn.Module):
         and the scale of a crop; the other forms take them from x_hat.
         """
         blind = self.options.skip == "zeros" or (self.options.skip == "auto" and self.input_is_target)
-        image = self.view(x_hat)
+        image = self.shown(x_hat)
         y = self.backbone.decode(states, torch.zeros_like(image) if blind else image).float()
         if self.options.recon == "plain":
             return y
@@ -123,7 +123,7 @@ def dae(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
     """Disruptive autoencoder: reconstruct the volume from noisy, coarse, locally masked tokens (section 2, Fig. 1)."""
     o, backbone = net.options, net.backbone
     x_hat = disrupt(x, draw, o)  # eq. 1, eq. 2: noise, then down and up again
-    tokens = backbone.tokenize(net.view(x_hat))  # (b, c, d, h, w)
+    tokens = backbone.tokenize(net.shown(x_hat))  # (b, c, d, h, w)
     tokens = local_mask(tokens, draw, ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along)
     states = backbone.encode(tokens)
     x_rec = net.decode(states, x_hat)
@@ -133,21 +133,21 @@ def dae(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
 def noise(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
     """Table 5, "Noise": eq. 1 alone."""
     x_hat = add_noise(x, draw, std=net.options.noise_std, mean=net.options.noise_mean)
-    states = net.backbone.encode(net.backbone.tokenize(net.view(x_hat)))
+    states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
 def downsampling(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
     """Table 5, "Downsampling": eq. 2 alone."""
     x_hat = downsample(x, net.options.downsample_factor, net.options.downsample_mode)
-    states = net.backbone.encode(net.backbone.tokenize(net.view(x_hat)))
+    states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
 def local_masking(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
     """Table 5, "Local Masking" alone. x_hat is the target here, so the full-resolution skip is fed zeros."""
     o = net.options
-    tokens = net.backbone.tokenize(net.view(x))
+    tokens = net.backbone.tokenize(net.shown(x))
     tokens = local_mask(tokens, draw, ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)
@@ -157,7 +157,7 @@ def mae(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
     """Tables 4 and 5, "MAE": whole tokens give way to a learned one (section 3.3); the skip is fed zeros here too."""
     assert net.mask_token is not None
     block = max(1, net.options.mask_block // net.backbone.stride)
-    tokens = net.backbone.tokenize(net.view(x))
+    tokens = net.backbone.tokenize(net.shown(x))
     tokens = token_mask(tokens, draw, ratio=net.options.mask_ratio, block=block, mask_token=net.mask_token)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)

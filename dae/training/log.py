@@ -119,6 +119,12 @@ def in_words(validation: Mapping[str, Any]) -> str:
     return text + "; " + ", ".join(f"{kind} {l1:.4f}/{each[1][kind]:.4f}" for kind, l1 in each[0].items())
 
 
+def last_words(validation: Mapping[str, Any], config: PretrainConfig, *, step: int) -> str:
+    if step < config.steps:
+        return f"stopped after step {step} of {config.steps}; the same command with --resume goes on"
+    return f"{in_words(validation)}; see {Path(config.out) / 'figures' / 'reconstruction.png'}"
+
+
 def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig) -> str:
     reason = (
         "with --recon plain the decoder's instance norms erase a crop's intensity: try --recon residual or scaled"

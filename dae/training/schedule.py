@@ -17,6 +17,11 @@ def warmup_steps(config: OptimConfig) -> int:
     return min(config.warmup, config.steps // 10)
 
 
+def due(step: int, every: int, steps: int) -> bool:
+    """At every `every`-th step (0: at every tenth of the run), and at the last."""
+    return step % (every or max(1, steps // 10)) == 0 or step == steps
+
+
 class Schedule:
     """Learning rate of step 0, 1, ..., steps - 1. timm's cosine behind its linear warm-up."""
 

@@ -1,0 +1,93 @@
+"""Tiny volumes and a tiny network: a run of some steps in about a second."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from dae.config import PretrainConfig
+
+ROOT = Path(__file__).parents[1]
+NETWORK: dict[str, Any] = {"feature_size": 8, "depths": (1, 1), "heads": (2, 2), "window": (2, 2, 2)}
+torch.set_num_threads(1)  # tiny tensors: threads only cost
+
+
+def smooth_volume(rng: np.random.Generator, modality: str, size: tuple[int, int, int]) -> np.ndarray:
+    """Blocks of 6 voxels in HU or in arbitrary MR units."""
+    coarse = rng.normal(0, 300, [-(-n // 6) for n in size]) if modality == "ct" else rng.uniform(100, 900, [5, 5, 5])
+    fine = coarse.repeat(6, 0).repeat(6, 1).repeat(6, 2)
+    return fine[: size[0], : size[1], : size[2]].astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data list of 5 + 3 volumes of three modalities; one is smaller than the crop."""
+    folder = tmp_path_factory.mktemp("volumes")
+    rng = np.random.default_rng(0)
+
+    def entry(name: str, modality: str, size: tuple[int, int, int]) -> dict[str, str]:
+        image = nib.Nifti1Image(smooth_volume(rng, modality, size), np.diag([2.0, 1.5, 3.0, 1.0]))
+        nib.save(image, folder / f"{name}.nii")
+        return {"image": f"{name}.nii", "modality": modality, "subject": name}
+
+    kinds = ("ct", "t1", "t2", "ct", "t1")
+    training = [entry(f"train{n}", kind, (20, 24, 12 if n == 2 else 18)) for n, kind in enumerate(kinds)]
+    validation = [entry(f"held{n}", kind, (18, 18, 18)) for n, kind in enumerate(("t1", "ct", "t2"))]
+    path = folder / "list.json"
+    path.write_text(json.dumps({"training": training, "validation": validation}))
+    return path
+
+
+@pytest.fixture
+def tiny(volumes: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
+    """Configurations of tiny runs; keyword arguments override."""
+
+    def config(**given: Any) -> PretrainConfig:
+        defaults: dict[str, Any] = {
+            "data": str(volumes), "out": str(tmp_path / "run"), "cache_dir": str(volumes.parent / "cache"),
+            "crop": (16, 16, 16), **NETWORK, "steps": 4, "lr": 1e-2, "workers": 0, "device": "cpu", "amp": "off",
+            "log_every": 1, "validate_crops": 3, "validate_every": 1000,
+        }  # fmt: skip
+        return PretrainConfig(**{**defaults, **given})
+
+    return config
+
+
+def flags(config: PretrainConfig) -> list[str]:
+    """The command line that gives this configuration."""
+    arguments: list[str] = []
+    for name, value in vars(config).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            arguments += [f"--{flag}", *map(str, value)] if value else []
+        elif value != "":
+            arguments += [f"--{flag}", str(value)]
+    return arguments
+
+
+def train(config: PretrainConfig, *, ranks: int = 0, **keys: Any) -> subprocess.CompletedProcess[str]:
+    """train_pretrain.py in a process of its own, or under torchrun."""
+    return subprocess.run(command(config, ranks=ranks), capture_output=True, text=True, env=environment(), **keys)
+
+
+def command(config: PretrainConfig, *, ranks: int = 0) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*(launch if ranks else [sys.executable]), str(ROOT / "train_pretrain.py"), *flags(config)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

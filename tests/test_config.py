@@ -1,0 +1,172 @@
+"""dae/config.py: the paper's numbers are the defaults, a flag has the last word, a mistake is one line."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dae import config as module
+from dae.config import FREE_ON_RESUME, PRESETS, InputError, PretrainConfig, differences, from_json, parse, to_json
+from dae.model import BACKBONES
+from dae.pretext.methods import METHODS
+
+SCRIPT = Path(__file__).parents[1] / "train_pretrain.py"
+PAPER: dict[str, tuple[Any, str]] = {  # what the paper says, and where
+    "lr": (4e-4, "sec. 3.2"), "weight_decay": (1e-5, "sec. 3.2"), "steps": (20_000, "sec. 3.2"),
+    "warmup": (500, "sec. 3.2"), "batch_size": (2, "sec. 3.2"), "crop": ((96, 96, 96), "sec. 3.2"),
+    "mask_ratio": ((0.6,), "sec. 3.2"), "noise_std": (0.1, "sec. 3.2"), "downsample_factor": (4, "sec. 3.2"),
+    "alpha": (0.05, "sec. 2"), "temperature": (0.07, "sec. 2"),
+}  # fmt: skip
+PROMISED = {
+    "preset", "data", "data-root", "out", "method", "backbone", "steps", "crop", "window", "depths", "heads",
+    "feature-size", "batch-size", "accumulate", "lr", "weight-decay", "warmup", "clip", "alpha", "mask-ratio",
+    "noise-std", "downsample-factor", "recon", "amp", "seed", "workers", "cache-dir", "validate-every", "save-every",
+    "resume", "checkpointing", "compile", "dry-run",
+}  # fmt: skip
+
+
+def parsed(*argv: str) -> PretrainConfig:
+    return parse(PretrainConfig, argv, prog="train_pretrain.py", description="")
+
+
+def run(*argv: str, python: tuple[str, ...] = ()) -> tuple[subprocess.CompletedProcess[str], float]:
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *python, str(SCRIPT), *argv], capture_output=True, text=True)
+    return done, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def help_of() -> dict[str, str]:
+    """What --help says of each flag, on one line."""
+    paragraphs = re.split(r"\n  (?=-)", run("--help")[0].stdout)
+    flags = [(re.match(r"--([a-z0-9-]+)", text), text) for text in paragraphs]
+    return {match[1]: " ".join(text.split()) for match, text in flags if match}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_defaults_are_the_papers_numbers_and_help_names_their_section(name: str, help_of: dict[str, str]) -> None:
+    value, section = PAPER[name]
+    assert getattr(PretrainConfig(), name) == getattr(parsed("--preset", "paper"), name) == value
+    assert section in help_of[name.replace("_", "-")]
+
+
+def test_every_promised_flag_and_every_field_is_on_the_command_line(help_of: dict[str, str]) -> None:
+    assert set(help_of) >= PROMISED
+    assert {f.name.replace("_", "-") for f in fields(PretrainConfig)} == set(help_of)
+
+
+def test_a_flag_overrides_the_preset_and_the_preset_the_default() -> None:
+    found = parsed("--steps", "7", "--preset", "demo", "--depths", "1", "1")
+    assert (found.steps, found.depths) == (7, (1, 1))
+    assert (found.feature_size, found.crop) == (16, (48, 48, 48))  # the demo's
+    assert (found.batch_size, found.noise_std) == (2, 0.1)  # the defaults
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_hold_known_names_and_usable_values(preset: str) -> None:
+    assert set(PRESETS[preset]) <= {f.name for f in fields(PretrainConfig)}
+    found = parsed("--preset", preset)
+    assert found == PretrainConfig(preset=preset, **PRESETS[preset])
+    for f in fields(found):
+        assert not f.metadata["choices"] or getattr(found, f.name) in f.metadata["choices"]
+
+
+def test_flags_become_values_of_the_declared_type() -> None:
+    found = parsed("--crop", "32", "48", "64", "--mask-ratio", ".2", ".6", "--no-normalize-hidden", "--resume")
+    assert (found.crop, found.mask_ratio) == ((32, 48, 64), (0.2, 0.6))
+    assert (found.normalize_hidden, found.resume) == (False, True)
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ("--mask 0.4", "--mask"), ("--learning-rate 1", "--learning-rate"), ("stray", "stray"),
+        ("--crop 96 96", "--crop"), ("--crop 9 9 9 7", "7"), ("--depths", "--depths"), ("--lr", "--lr"),
+        ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--steps 0", "--steps"), ("--lr -1", "--lr"),
+        ("--lr nan", "--lr"), ("--alpha inf", "--alpha"), ("--mask-ratio .2 1", "--mask-ratio"),
+        ("--crop 96 0 96", "--crop"), ("--method mea", "--method"), ("--amp fp8", "--amp"), ("--preset x", "--preset"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_the_flag(line: str, named: str) -> None:
+    """`--mask 0.4` must not be read as --mask-ratio: an abbreviation would change its meaning with the next flag."""
+    with pytest.raises(InputError) as caught:
+        parsed(*line.split())
+    assert re.search(rf"(^|\s){named}(\W|$)", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configuration_survives_json() -> None:
+    for preset in PRESETS:
+        there = json.dumps(to_json(parsed("--preset", preset, "--spacing", "1", "1", "2.5")))
+        assert from_json(PretrainConfig, json.loads(there)) == parsed("--preset", preset, "--spacing", "1", "1", "2.5")
+    with pytest.raises(InputError, match="learning_rate"):
+        from_json(PretrainConfig, {"learning_rate": 1})
+
+
+def test_a_resumed_run_may_differ_only_in_what_no_weight_depends_on() -> None:
+    assert {f.name for f in fields(PretrainConfig)} >= FREE_ON_RESUME
+    saved = to_json(PretrainConfig())
+    assert differences(PretrainConfig(out="elsewhere", workers=9, resume=True, stop_after=3), saved) == []
+    assert differences(PretrainConfig(lr=1e-3, crop=(64, 64, 64)), saved) == ["crop", "lr"]
+    assert differences(PretrainConfig(), {k: v for k, v in saved.items() if k != "seed"}) == ["seed"]
+
+
+def test_the_literal_names_are_those_of_the_methods_and_backbones() -> None:
+    assert tuple(METHODS) == module.METHOD_NAMES
+    assert tuple(BACKBONES) == module.BACKBONE_NAMES
+
+
+# --- as a user meets it
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--stpes", "5"], 2)])
+def test_help_and_a_wrong_flag_answer_within_half_a_second(argv: list[str], code: int) -> None:
+    answers = [run(*argv) for _ in range(3)]
+    assert min(seconds for _, seconds in answers) < 0.5
+    assert {done.returncode for done, _ in answers} == {code}
+
+
+def test_a_wrong_flag_is_one_line_on_stderr_and_nothing_else() -> None:
+    done, _ = run("--stpes", "5")
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and "--stpes" in done.stderr
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--dry-run"]])
+def test_torch_is_not_imported_to_answer(argv: list[str]) -> None:
+    done, _ = run(*argv, python=("-X", "importtime"))
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported and not imported & {"torch", "numpy", "timm", "nibabel"}
+
+
+def test_a_dry_run_prints_the_configuration_and_stops(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--preset", "demo", "--steps", "7", "--dry-run"])
+    with pytest.raises(SystemExit) as stopped:
+        module.from_command_line(PretrainConfig, prog="train_pretrain.py", description="")
+    assert stopped.value.code == 0
+    printed = from_json(PretrainConfig, json.loads(capsys.readouterr().out))
+    assert printed == replace(parsed("--preset", "demo"), steps=7, dry_run=True)
+
+
+def test_a_refusal_becomes_one_line_and_exit_code_2_or_under_dae_debug_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise InputError("a.nii: cut\nshort")
+
+    monkeypatch.delenv("DAE_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        module.run_or_explain(refuse, "train_pretrain.py")
+    assert stopped.value.code == 2
+    assert capsys.readouterr() == ("", "train_pretrain.py: a.nii: cut short\n")
+    monkeypatch.setenv("DAE_DEBUG", "1")
+    with pytest.raises(InputError):
+        module.run_or_explain(refuse, "train_pretrain.py")

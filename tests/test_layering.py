@@ -1,0 +1,78 @@
+"""The reading order is the import order: a file imports only what stands above it in the guide of dae/__init__.py."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = (ROOT / "dae").rglob("__init__.py")
+EMPTY = [p for p in PACKAGES if len(ast.parse(p.read_text()).body) == 1]  # nothing but a docstring
+FILES = sorted(set((ROOT / "dae").rglob("*.py")) - set(EMPTY))
+GUIDE = ast.get_docstring(ast.parse((ROOT / "dae" / "__init__.py").read_text())) or ""
+ORDER = re.findall(r"^    +(\S+\.py) ", GUIDE, flags=re.M)
+
+
+def module(path: Path) -> str:
+    return str(path.relative_to(ROOT / "dae"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of the project that a file imports, as paths below dae/."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    found = set()
+    for name in names:
+        base = ROOT.joinpath(*name.split("."))
+        candidates = (base.with_suffix(".py"), base / "__init__.py")
+        found |= {module(p) for p in candidates if p.is_file() and p.is_relative_to(ROOT / "dae")}
+    return found
+
+
+def test_the_guide_names_every_file_once() -> None:
+    assert sorted(ORDER) == [module(p) for p in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module)
+def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
+    above = ORDER[: ORDER.index(module(path))]
+    assert imports(path) - {"__init__.py"} <= set(above)
+
+
+@pytest.mark.parametrize("folder, allowed", [
+    ("model", {"torch", "einops", "timm"}), ("pretext", {"torch", "einops", "timm"}),
+    ("data", {"numpy", "scipy", "nibabel", "torch", "tqdm"}),
+])  # fmt: skip
+def test_the_method_needs_no_more_than_torch_einops_and_timm(folder: str, allowed: set[str]) -> None:
+    standard = {"collections", "functools", "itertools", "math", "typing", "inspect", "dataclasses", "pathlib", "json",
+                "hashlib", "os", "shutil", "sys", "tempfile", "time", "concurrent", "gzip", "zlib"}  # fmt: skip
+    for path in (ROOT / "dae" / folder).glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            tops = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            tops += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for top in tops:
+                assert top.split(".")[0] in allowed | standard | {"dae"}, f"{path.name} imports {top}"
+
+
+def test_nothing_imports_the_scripts() -> None:
+    for path in FILES:
+        assert not re.search(r"import (train_pretrain|train_seg|eval)\b", path.read_text())
+
+
+@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: p.name)
+def test_no_file_is_longer_than_350_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 350
+
+
+@pytest.mark.parametrize("folder", ["model", "pretext"])
+def test_shapes_change_by_einops_alone(folder: str) -> None:
+    """`view` and `permute` hide what a pattern shows, and one of them scrambled the authors' axes."""
+    for path in (ROOT / "dae" / folder).glob("*.py"):
+        calls = {n.func.attr for n in ast.walk(ast.parse(path.read_text()))
+                 if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)}  # fmt: skip
+        assert not calls & {"view", "permute", "transpose", "flatten", "reshape", "T"}, path.name

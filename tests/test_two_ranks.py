@@ -1,0 +1,103 @@
+"""Two processes (gloo, CPU) against one with twice the batch: samples, losses, gradients, contrast, stop."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import NETWORK, ROOT, environment, same_weights, train
+from test_pretrain import Config, events, interrupt, weights
+from torch.nn.parallel import DistributedDataParallel
+
+from dae.config import PretextConfig
+from dae.model import SwinUNETR
+from dae.pretext.contrast import cmcl, gather
+from dae.pretext.methods import Pretext
+from dae.training import checkpoint
+from train_pretrain import main
+
+MODALITY, SEEDS = torch.tensor([0, 1, 0, 2]), [5, 6, 7, 8]
+
+
+def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[str, torch.Tensor]:
+    """One backward pass on a part of one batch of four, alpha 1 so that the contrast counts."""
+    torch.manual_seed(0)
+    pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig(alpha=1.0))
+    x = torch.randn(4, 1, 16, 16, 16)
+    wrap(pretext)(x[part], MODALITY[part], SEEDS[part]).loss.backward()
+    return {name: p.grad for name, p in pretext.named_parameters() if p.grad is not None}
+
+
+def as_a_rank(out: Path) -> None:
+    """What each of two processes does when this file is run under torchrun."""
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    z = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    mine = z[2 * rank : 2 * rank + 2].clone().requires_grad_()
+    everyone, modality = gather(mine, MODALITY[2 * rank : 2 * rank + 2])
+    cmcl(everyone, modality).backward()
+    facts = {"gradients": gradients(DistributedDataParallel, slice(2 * rank, 2 * rank + 2)), "z": everyone.detach(),
+             "modality": modality, "z_gradient": mine.grad}  # fmt: skip
+    torch.save(facts, out / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    out = tmp_path_factory.mktemp("ranks")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(out)]
+    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run(launch, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_gradients_of_two_ranks_are_identical_and_equal_those_of_one_process(ranks: list[dict]) -> None:  # type: ignore[type-arg]
+    alone = gradients(lambda pretext: pretext, slice(None))
+    first, second = (rank["gradients"] for rank in ranks)
+    assert same_weights(first, second)
+    for name, gradient in alone.items():
+        assert torch.allclose(first[name], gradient, atol=1e-6, rtol=1e-5), name
+
+
+def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict]) -> None:  # type: ignore[type-arg]
+    """A gather without gradient has the right loss and half the gradient; the mean over ranks undoes the factor W."""
+    z = ranks[0]["z"].clone().requires_grad_()
+    cmcl(z, MODALITY).backward()
+    assert z.grad is not None
+    for rank, facts in enumerate(ranks):
+        assert torch.equal(facts["modality"], MODALITY)
+        assert torch.allclose(facts["z_gradient"] / 2, z.grad[2 * rank : 2 * rank + 2], atol=1e-7)
+
+
+def test_two_ranks_train_as_one_process_with_twice_the_batch(tiny: Config, tmp_path: Path) -> None:
+    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=4, alpha=1.0, lr=1e-3)
+    two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=2, alpha=1.0, lr=1e-3)
+    main(one)
+    done = train(two, ranks=2)
+    assert done.returncode == 0, done.stderr
+    for kind in ("train", "validation"):
+        for a, b in zip(events(one, kind), events(two, kind), strict=True):
+            for key in ("loss", "l1", "cmcl", "l1_raw", "l1_input"):
+                assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (kind, a["step"], key)
+
+
+def test_sigterm_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(tiny: Config, tmp_path: Path) -> None:
+    """torchrun itself exits with its own code; what counts is that the ranks agreed on a step and saved it."""
+    straight = tiny(out=str(tmp_path / "straight"), steps=60, stop_after=40)
+    broken = tiny(out=str(tmp_path / "broken"), steps=60, stop_after=40, resume=True)
+    assert train(straight, ranks=2).returncode == 0
+    assert interrupt(broken, signal.SIGTERM, after_step=5, ranks=2) in (0, 1, -signal.SIGTERM)
+    assert 5 <= checkpoint.load(Path(broken.out) / "last.pt")["step"] < 40
+    assert events(broken, "end")[-1]["reason"] == "stopped"
+    assert train(broken, ranks=2).returncode == 0
+    assert same_weights(weights(broken.out), weights(straight.out))
+
+
+if __name__ == "__main__":
+    as_a_rank(Path(sys.argv[1]))

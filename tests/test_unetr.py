@@ -1,0 +1,93 @@
+"""dae/model/unetr.py: the three stages, the sizes they take, and what they refuse."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import NETWORK
+
+from dae.config import PretrainConfig
+from dae.model import BACKBONES, Backbone, SwinUNETR, arguments_of
+from dae.model.conv import InstanceNorm
+from dae.model.unetr import check_size
+
+
+def test_instance_norm_is_torchs() -> None:
+    x = torch.randn(2, 5, 4, 3, 6)
+    assert torch.allclose(InstanceNorm(5)(x), torch.nn.functional.instance_norm(x), atol=1e-6)
+
+
+@pytest.mark.parametrize("depths, heads", [((1, 1), (1, 2)), ((1, 1, 2), (1, 2, 2)), ((1, 1, 1, 1), (1, 2, 2, 4))])
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_every_number_of_stages_gives_its_states_and_an_output_on_the_grid_of_the_input(
+    depths: tuple[int, ...], heads: tuple[int, ...], stem: Any
+) -> None:
+    model = SwinUNETR(2, 3, feature_size=4, depths=depths, heads=heads, window=(3, 3, 3), stem=stem)
+    size = (model.divisor, 2 * model.divisor, model.divisor)
+    x = torch.randn(1, 2, *size)
+    tokens = model.tokenize(x)
+    assert tokens.shape == (1, 4, *(n // model.stride for n in size))
+    states = model.encode(tokens)
+    halved = [(1, 4 * 2**n, *(side // 2 ** (n + 1) for side in size)) for n in range(len(depths) + 1)]
+    assert [s.shape for s in states] == halved
+    assert model.decode(states, x).shape == (1, 3, *size)
+    assert torch.equal(model(x), model.decode(states, x))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_a_backbone_offers_the_three_methods_and_four_facts(name: str) -> None:
+    backbone = BACKBONES[name](1, 1, **arguments_of(BACKBONES[name], PretrainConfig(**NETWORK)))
+    assert isinstance(backbone, Backbone)
+
+
+def test_tokens_stay_channels_last_from_the_stem_to_the_decoder() -> None:
+    model = SwinUNETR(1, 1, **NETWORK)
+    states = model.encode(model.tokenize(torch.randn(2, 1, 16, 16, 16)))
+    assert all(s.is_contiguous(memory_format=torch.channels_last_3d) for s in states)
+
+
+def test_gradients_reach_every_parameter() -> None:
+    model = SwinUNETR(1, 2, **NETWORK, stage_conv=True)
+    model(torch.randn(1, 1, 16, 16, 16)).square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = SwinUNETR(1, 1, **NETWORK, checkpointing=checkpointing)
+        model(torch.ones(1, 1, 16, 16, 16).cumsum(2)).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("size, words", [
+    ((90, 96, 96), "96 96 96 would fit"), ((32, 32, 32), "64 64 64 would fit"), ((96, 96, 0), "96 96 32 would fit"),
+])  # fmt: skip
+def test_a_size_that_does_not_fit_is_refused_with_one_that_does(size: tuple[int, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=f"multiple of 32.*{words}"):
+        check_size(size, 32)
+
+
+def test_the_network_itself_refuses_such_a_size() -> None:
+    with pytest.raises(ValueError, match="size 16 12 16 does not fit"):
+        SwinUNETR(1, 1, **NETWORK)(torch.zeros(1, 1, 16, 12, 16))
+
+
+@pytest.mark.parametrize("wrong", [{"depths": (2,)}, {"heads": (3, 6)}, {"feature_size": 10}, {"window": (7, 7, 0)}])
+def test_arguments_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"stage|heads|window"):
+        SwinUNETR(1, 1, **{"feature_size": 12, **wrong})
+
+
+def test_bf16_gradients_of_a_bottleneck_two_voxels_deep_are_those_of_float32() -> None:
+    """A CPU kernel reads memory nobody wrote where the first axis has two voxels; the block steps round it."""
+    from dae.model.conv import ResidualBlock
+
+    torch.manual_seed(0)
+    block, x = ResidualBlock(16, 16), torch.randn(2, 16, 2, 4, 4)
+    exact = torch.autograd.grad(block(x).square().mean(), block.conv1.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = torch.autograd.grad(block(x).float().square().mean(), block.conv1.weight)[0]
+    assert torch.allclose(rough, exact, atol=0.05 * float(exact.abs().max()))

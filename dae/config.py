@@ -6,6 +6,7 @@ as literals for the same reason; a test compares them with the dictionaries that
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -91,8 +92,9 @@ class DataConfig:
     crop: Size3 = opt((96, 96, 96), "voxels of a crop along d h w; sec. 3.2", low=1)
     spacing: tuple[float, ...] = opt((), "resample to these mm along d h w; none: as the files are")
     ct_window: tuple[float, ...] = opt((-1000.0, 1000.0), "HU that become 0 and 1")
-    mr_intensity: str = opt("zscore", "MR: z-score of the nonzero voxels, or 0.05-99.95 percentiles to [0, 1]",
-                            choices=("zscore", "percentile"))  # fmt: skip
+    mr_intensity: str = opt("zscore", "MR: z-score by the nonzero voxels; nonzero: zeros stay 0, as in the authors' "
+                            "code; percentile: 0.05 and 99.95 to [0, 1]",
+                            choices=("zscore", "nonzero", "percentile"))  # fmt: skip
     foreground: float = opt(0.0, "share of the crops that are centred on foreground; else anywhere", low=0, high=1)
     cache_dir: str = opt("", "where prepared volumes are kept, shared by all ranks and runs; else ~/.cache/dae")
     workers: int = opt(2, "processes that read ahead, per rank", low=0)
@@ -149,14 +151,14 @@ PAPER: dict[str, Any] = {}  # the defaults are the text's
 
 OFFICIAL: dict[str, Any] = {
     "noise_std": 0.1**0.5, "downsample_mode": "nearest", "mask_scope": "batch", "mask_along": "planes",
-    "skip": "input", "alpha": 0.03, "temperature": 0.5, "cmcl": "ranks", "z": "flat",
+    "mr_intensity": "nonzero", "skip": "input", "alpha": 0.03, "temperature": 0.5, "cmcl": "ranks", "z": "flat",
     "stem": "conv", "merge_order": "legacy", "clipped_bias": "sliced", "normalize_hidden": False,
     "steps": 595_000, "lr": 1e-4, "lr_min": 1e-5, "weight_decay": 0.05, "warmup": 2_380, "amp": "off",
 }  # fmt: skip
 
 DEMO: dict[str, Any] = {
     "out": "runs/demo", "crop": (48, 48, 48), "feature_size": 16, "depths": (2, 2, 2), "heads": (2, 4, 8),
-    "window": (4, 4, 4), "recon": "residual", "steps": 200, "warmup": 20, "lr": 3e-3, "amp": "off",
+    "window": (4, 4, 4), "recon": "residual", "foreground": 0.5, "steps": 250, "warmup": 20, "lr": 3e-3, "amp": "off",
     "validate_every": 50, "workers": 1, "device": "cpu",
 }  # fmt: skip
 
@@ -220,10 +222,12 @@ def _help(f: Field[Any]) -> str:
 
 
 def check_ranges(config: RunConfig) -> None:
-    """Every number within the range its field declares; raises InputError with the flag's name."""
+    """Every number finite and within the range its field declares; raises InputError with the flag's name."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise InputError(f"--{f.name.replace('_', '-')} {number}: must be a number")
             if (low is not None and number < low) or (high is not None and number > high):
                 bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
                 raise InputError(f"--{f.name.replace('_', '-')} {number:g}: must be {bounds}")

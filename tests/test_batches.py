@@ -1,8 +1,7 @@
 """dae/data/batches.py: sample j of step s is a function of (seed, s, j), on any number of ranks and workers."""
 
 from collections.abc import Iterator
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -40,7 +39,7 @@ def samples(batches: Iterator[Batch]) -> Iterator[Sample]:
 
 def run(volumes: list[Cached], *, steps: range = range(5), workers: int = 0, **layout: Any) -> dict[Any, Sample]:
     """Every sample of a run, by its (step, j), over all ranks."""
-    found = {}
+    found: dict[Any, Sample] = {}
     for rank in range(layout["world"]):
         places = list(addresses(steps.start, steps.stop, rank=rank, **layout))
         batches = loader(make(volumes), iter(places), workers=workers, pin=False)
@@ -68,10 +67,10 @@ def test_ranks_take_parts_side_by_side_that_cover_the_global_batch(
     """So one micro-batch of all ranks is that of one rank with a larger batch: CMCL sees the same samples."""
     layout = {"batch_size": batch_size, "accumulate": accumulate, "world": world}
     parts = [list(addresses(7, 9, rank=rank, **layout)) for rank in range(world)]
-    micro_batches = [sum(side_by_side, []) for side_by_side in zip(*parts)]
+    micro_batches = [[*chain(*side_by_side)] for side_by_side in zip(*parts)]
     assert micro_batches == list(addresses(7, 9, batch_size=batch_size * world, accumulate=accumulate, rank=0, world=1))
     size = world * batch_size * accumulate
-    assert sum(micro_batches, []) == [(step, j) for step in (7, 8) for j in range(size)]
+    assert [*chain(*micro_batches)] == [(step, j) for step in (7, 8) for j in range(size)]
 
 
 def test_every_step_every_place_and_every_seed_has_another_crop_and_disruption(volumes: list[Cached]) -> None:

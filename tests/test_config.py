@@ -86,7 +86,7 @@ def test_flags_become_values_of_the_declared_type() -> None:
 @pytest.mark.parametrize(
     "line, named",
     [
-        ("--mask 0.4", "--mask"), ("--learning-rate 1", "--learning-rate"), ("stray", "stray"),
+        ("--mask 0.4", "--mask"), ("--mask-r 0.4", "--mask-r"), ("--foo 1", "--foo"), ("stray", "stray"),
         ("--crop 96 96", "--crop"), ("--crop 9 9 9 7", "7"), ("--depths", "--depths"), ("--lr", "--lr"),
         ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--steps 0", "--steps"), ("--lr -1", "--lr"),
         ("--lr nan", "--lr"), ("--alpha inf", "--alpha"), ("--mask-ratio .2 1", "--mask-ratio"),
@@ -94,7 +94,7 @@ def test_flags_become_values_of_the_declared_type() -> None:
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_the_flag(line: str, named: str) -> None:
-    """`--mask 0.4` must not be read as --mask-ratio: an abbreviation would change its meaning with the next flag."""
+    """`--mask 0.4` must not be read as --mask-ratio: the next flag could change what an abbreviation means."""
     with pytest.raises(InputError) as caught:
         parsed(*line.split())
     assert re.search(rf"(^|\s){named}(\W|$)", str(caught.value))

@@ -76,18 +76,19 @@ def test_an_item_keeps_its_own_modality_when_others_are_named_for(loaded: Load) 
 
 def test_a_decathlon_list_may_say_the_modality_once_for_all(loaded: Load) -> None:
     """The Decathlon's own dataset.json names each channel at the top, and not in its items."""
-    one = loaded({"modality": {"0": "MRI"}, "training": [{"image": "a.nii.gz"}]})
+    training = [{"image": "a.nii.gz"}]
+    one = loaded({"training": training, "modality": {"0": "MRI"}})
     assert one.training[0].modality == ("mr",)
-    four = loaded(
-        {"modality": {"1": "T1w", "0": "FLAIR", "2": "t1gd", "3": "T2w"}, "training": [{"image": "a.nii.gz"}]}
-    )
+    four = loaded({"training": training, "modality": {"1": "T1w", "0": "FLAIR", "2": "t1gd", "3": "T2w"}})
     assert four.training[0].modality == ("flair", "t1", "t1ce", "t2")
 
 
 @pytest.mark.parametrize(
     "written, known",
-    [("CT", "ct"), ("T1w", "t1"), ("T1Gd", "t1ce"), ("t1c", "t1ce"), ("T2W", "t2"), ("FLAIR", "flair"), ("T2F", "flair"),
-     ("T2*", "t2s"), ("PD", "pd"), ("MRI", "mr")],
+    [
+        ("CT", "ct"), ("T1w", "t1"), ("T1Gd", "t1ce"), ("t1c", "t1ce"), ("T2W", "t2"), ("FLAIR", "flair"),
+        ("T2F", "flair"), ("T2*", "t2s"), ("PD", "pd"), ("MRI", "mr"),
+    ],
 )  # fmt: skip
 def test_usual_spellings_are_known(written: str, known: str, loaded: Load) -> None:
     assert loaded({"training": [{"image": "a", "modality": written}]}).training[0].modality == (known,)
@@ -112,7 +113,8 @@ def test_an_nnunet_raw_folder_loads_by_its_path(tmp_path: Path) -> None:
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     (tmp_path / "dataset.json").write_text(json.dumps({
-        "channel_names": {"1": "T2w", "0": "CT"}, "labels": {"background": 0, "liver": 2, "spleen": 1}, "file_ending": ".nii.gz"
+        "channel_names": {"1": "T2w", "0": "CT"}, "file_ending": ".nii.gz",
+        "labels": {"background": 0, "liver": 2, "spleen": 1},
     }))  # fmt: skip
     items = load(str(tmp_path))
     a, b = items.training
@@ -125,11 +127,9 @@ def test_an_nnunet_raw_folder_loads_by_its_path(tmp_path: Path) -> None:
 def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> None:
     """--cmcl ranks counts classes as the authors' code does: CT, T1, T1ce, T2, FLAIR."""
     written = ["xa", "flair", "pet", "t2", "t1ce", "t1", "ct"]
-    content = {
-        "modalities": {"pet": "zscore", "xa": "window"},
-        "training": [{"image": m, "modality": m} for m in written],
-    }
-    assert loaded(content).kinds() == ["ct", "t1", "t1ce", "t2", "flair", "pet", "xa"]
+    training = [{"image": name, "modality": name} for name in written]
+    items = loaded({"training": training, "modalities": {"pet": "zscore", "xa": "window"}})
+    assert items.kinds() == ["ct", "t1", "t1ce", "t2", "flair", "pet", "xa"]
 
 
 # --- what is refused

@@ -29,7 +29,8 @@ def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[s
     torch.manual_seed(0)
     pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig(alpha=1.0))
     x = torch.randn(4, 1, 16, 16, 16)
-    wrap(pretext)(x[part], MODALITY[part], SEEDS[part]).loss.backward()
+    net = wrap(pretext)
+    net(x[part], MODALITY[part], SEEDS[part]).loss.backward()
     return {name: p.grad for name, p in pretext.named_parameters() if p.grad is not None}
 
 

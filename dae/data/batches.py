@@ -18,7 +18,9 @@ from dae.config import Size3
 from dae.data.augment import random_crop
 from dae.data.cache import Cached
 
-VALIDATION = 2**32 - 1  # in place of a step, for crops that never change
+# Streams of their own beside those of (seed, step, j); trailing zeros in a key would change nothing.
+VALIDATION = 2**32 - 1  # in place of a step: crops that never change
+ORDER = 2**32 - 2  # in place of j: the order of an epoch
 
 
 class Batch(NamedTuple):
@@ -33,7 +35,7 @@ class Batch(NamedTuple):
 @lru_cache(maxsize=4)
 def order(volumes: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """In each epoch every volume comes once, in an order that mixes modalities."""
-    return np.random.default_rng([seed, epoch]).permutation(volumes)
+    return np.random.default_rng([seed, epoch, ORDER]).permutation(volumes)
 
 
 class Crops(Dataset[tuple[Tensor, int, int]]):

@@ -12,8 +12,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
-import time
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -28,7 +27,7 @@ from dae.config import InputError
 from dae.data.datalist import Item
 from dae.data.preprocess import Recipe, prepare
 
-FORMAT = 1  # of the folders below; counts up when what they hold changes
+FORMAT = 2  # of the folders below; counts up when what they hold changes
 DTYPE = np.float16  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
 
 
@@ -75,9 +74,9 @@ def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
 
 def _make(item: Item, recipe: Recipe, folder: Path) -> None:
     volume = prepare(item, recipe)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    aside = folder.with_name(f".making-{folder.name}-{os.getpid()}-{threading.get_ident()}")
     try:
+        aside.mkdir(parents=True)
         np.save(aside / "image.npy", volume.data.astype(DTYPE))
         np.save(aside / "foreground.npy", volume.foreground)
         facts = {
@@ -85,6 +84,8 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
             "image": [str(path) for path in item.image],
         }  # fmt: skip
         (aside / "facts.json").write_text(json.dumps(facts))
+        if folder.exists() and not (folder / "facts.json").is_file():
+            shutil.rmtree(folder)  # what an interrupted deletion left
         aside.rename(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -96,28 +97,28 @@ def prepare_all(
     items: Sequence[Item], recipe: Recipe, root: Path, *, rank: int = 0, world: int = 1, threads: int = 1,
     quiet: bool = True,
 ) -> list[Cached]:  # fmt: skip
-    """Every item's prepared volume, in order. Each rank makes its share, then waits for the others' by looking.
+    """Every item's prepared volume, in order. Each rank makes its share, then what others have not made, from the end.
 
-    A barrier would do, but it times out after minutes, and ten thousand volumes take hours. Raises InputError that
-    names the first volume that cannot be used and says how many there are.
+    No rank waits for another: a barrier would time out after minutes, and ten thousand volumes take hours. Raises
+    InputError that names the first volume that cannot be used and says how many there are.
     """
     for item in items:
         folder_of(item, recipe, root)  # a missing file is said before any work is done
-    mine = list(items[rank::world])
-    errors: list[InputError] = []
+    mine = list(range(rank, len(items), world))
+    others = sorted(set(range(len(items))) - set(mine), reverse=True)
 
-    def make(item: Item) -> None:
+    def make(n: int) -> tuple[int, str] | None:
         try:
-            cached(item, recipe, root)
+            cached(items[n], recipe, root)
         except InputError as error:
-            errors.append(error)
+            return n, str(error)
+        return None
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        list(tqdm(pool.map(make, mine), "preparing volumes", len(mine), disable=quiet or not sys.stderr.isatty()))
+        made = pool.map(make, mine + others)
+        bar = tqdm(made, "preparing volumes", len(items), disable=quiet or not sys.stderr.isatty(), leave=False)
+        errors = sorted(error for error in bar if error is not None)
     if errors:
         more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise InputError(f"{errors[0]}{more}")
-    for item in items:
-        while not (folder_of(item, recipe, root) / "facts.json").is_file():
-            time.sleep(0.2)
+        raise InputError(f"{errors[0][1]}{more}")
     return [cached(item, recipe, root) for item in items]

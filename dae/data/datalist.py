@@ -11,6 +11,7 @@ an nnU-Net raw folder (dataset.json, imagesTr) may be given. Keys that are not k
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from dae.config import InputError
 # The first five stand in the order of the authors' class labels, which --cmcl ranks depends on.
 MODALITIES = {"ct": "window", "t1": "mr", "t1ce": "mr", "t2": "mr", "flair": "mr", "t2s": "mr", "pd": "mr", "mr": "mr"}
 ALIASES = {"t1c": "t1ce", "t1gd": "t1ce", "t1w": "t1", "t2w": "t2", "t2*": "t2s", "t2f": "flair", "mri": "mr"}
-INTENSITIES = ("window", "mr", "zscore", "percentile")
+INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile")
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,17 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
         raise InputError(f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder")
     content = _from_nnunet(path) if path.is_dir() else _json(path)
     folder = Path(root).expanduser() if root else (path if path.is_dir() else path.parent)
-    declared = {**MODALITIES, **{str(k).lower(): str(v) for k, v in content.get("modalities", {}).items()}}
+    declared = {**MODALITIES, **{str(k).lower(): str(v) for k, v in _object(content, "modalities", path).items()}}
+    usual = [modality] if modality else _in_order(content.get("modality"))
     if wrong := sorted(set(declared.values()) - set(INTENSITIES)):
         raise InputError(f"{path}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
     splits = {
-        name: tuple(_item(entry, f"{path}: {name}[{n}]", folder, modality, declared) for n, entry in enumerate(entries))
+        name: tuple(_item(entry, f"{path}: {name}[{n}]", folder, usual, declared) for n, entry in enumerate(entries))
         for name, entries in ((name, _entries(content, name, path)) for name in ("training", "validation", "test"))
     }
     if not splits["training"]:
         raise InputError(f"{path}: no training items")
-    return DataList(**splits, labels=_labels(content.get("labels", {})))
+    return DataList(**splits, labels=_labels(_object(content, "labels", path)))
 
 
 def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
@@ -121,16 +123,32 @@ def _entries(content: Mapping[str, Any], name: str, path: Path) -> Sequence[Any]
     return entries
 
 
-def _item(entry: Any, where: str, folder: Path, modality: str, declared: Mapping[str, str]) -> Item:
+def _object(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+    value = content.get(name, {})
+    if not isinstance(value, dict):
+        raise InputError(f'{path}: "{name}" must be an object')
+    return value
+
+
+def _in_order(channels: Any) -> list[str]:
+    """{"1": "T2", "0": "FLAIR"}, as Decathlon and nnU-Net name the channels of all their images -> ["FLAIR", "T2"]."""
+    if not isinstance(channels, dict):
+        return _several(channels)
+    return [str(channels[key]) for key in sorted(channels, key=lambda key: int(key) if str(key).isdigit() else 0)]
+
+
+def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapping[str, str]) -> Item:
     if isinstance(entry, str):
         entry = {"image": entry}
     if not isinstance(entry, dict) or not entry.get("image"):
         raise InputError(f'{where}: has no "image"')
-    image = tuple(folder / file for file in _several(entry["image"]))
-    named = _several(entry.get("modality") or modality)
+    files = _several(entry["image"])
+    image = tuple(folder / file for file in files)
+    named = _several(entry.get("modality")) or usual
     if not named:
         raise InputError(f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality')
-    kinds = tuple(ALIASES.get(name.lower(), name.lower()) for name in named)
+    names = [name.lower() for name in named]
+    kinds = tuple(name if name in declared else ALIASES.get(name, name) for name in names)
     if unknown := [kind for kind in kinds if kind not in declared]:
         raise InputError(
             f"{where}: unknown modality {unknown[0]!r}; known: {', '.join(declared)}; the list may declare others: "
@@ -140,10 +158,10 @@ def _item(entry: Any, where: str, folder: Path, modality: str, declared: Mapping
     if wrong := [name for name in intensity if name not in INTENSITIES]:
         raise InputError(f"{where}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
     label, fold = entry.get("label"), entry.get("fold")
-    return Item(
-        image, kinds, intensity, subject=str(entry.get("subject", image[0].name)),
-        fold=None if fold is None else int(fold), label=folder / label if label else None,
-    )  # fmt: skip
+    if not (fold is None or isinstance(fold, int)):
+        raise InputError(f"{where}: fold {fold!r} is not a whole number")
+    subject = str(entry.get("subject", files[0]))  # without a name, each image is a subject of its own
+    return Item(image, kinds, intensity, subject, fold, folder / label if label else None)
 
 
 def _several(value: Any) -> list[str]:
@@ -162,11 +180,13 @@ def _from_nnunet(folder: Path) -> Mapping[str, Any]:
         raise InputError(f"{folder}: a folder must be an nnU-Net raw one, with dataset.json and imagesTr in it")
     dataset = _json(folder / "dataset.json")
     ending = str(dataset.get("file_ending", ".nii.gz"))
-    channels = dataset.get("channel_names") or dataset.get("modality") or {}
-    modality = [str(channels[key]) for key in sorted(channels, key=int)]
+    modality = _in_order(dataset.get("channel_names") or dataset.get("modality"))
     cases: dict[str, list[str]] = {}
     for file in sorted((folder / "imagesTr").glob(f"*{ending}")):
-        cases.setdefault(file.name.removesuffix(ending)[:-5], []).append(f"imagesTr/{file.name}")
+        named = re.fullmatch(r"(.+)_\d{4}", file.name.removesuffix(ending))
+        if not named:
+            raise InputError(f"{file}: nnU-Net's images end in _0000{ending}; for other folders write a data list")
+        cases.setdefault(named[1], []).append(f"imagesTr/{file.name}")
     training = [_nnunet_case(folder, case, files, modality, ending) for case, files in cases.items()]
     return {"training": training, "labels": dataset.get("labels", {})}
 

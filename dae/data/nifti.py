@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from dae.config import InputError
@@ -41,8 +42,8 @@ def read(path: Path) -> Volume:
         raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read")
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
-    image = nib.as_closest_canonical(image)
     try:
+        image = nib.as_closest_canonical(image)
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: cut short or damaged ({_short(error)}); copy it again") from error
@@ -70,9 +71,12 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        return nib.load(path)
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
+        image = nib.load(path)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_short(error)})") from error
+    if not isinstance(image, nib.Nifti1Image):
+        raise InputError(f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read")
+    return image
 
 
 def _check_values(path: Path, data: Array) -> None:

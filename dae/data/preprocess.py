@@ -44,7 +44,10 @@ class Prepared(NamedTuple):
 def prepare(item: Item, recipe: Recipe) -> Prepared:
     """Read an item, resample it if asked, normalise every channel. Raises InputError naming the file."""
     volume = read_channels(item.image)
-    raw = resample(volume, recipe.spacing) if recipe.spacing else volume.data
+    try:
+        raw = resample(volume, recipe.spacing) if recipe.spacing else volume.data
+    except InputError as error:
+        raise InputError(f"{item.image[0]}: {error}") from error
     normalised = np.empty_like(raw)
     background = np.empty(len(raw), dtype=np.float32)
     for n, (channel, how) in enumerate(zip(raw, _per_channel(item, len(raw)))):
@@ -65,7 +68,9 @@ def _per_channel(item: Item, channels: int) -> Sequence[str]:
 def _normaliser(how: str, recipe: Recipe) -> Callable[[Array], Array]:
     if how == "window":
         return lambda x: window(x, recipe.ct_window[0], recipe.ct_window[1])
-    return zscore if (recipe.mr_intensity if how == "mr" else how) == "zscore" else percentile
+    return {"zscore": zscore, "nonzero": zscore_of_nonzero, "percentile": percentile}[
+        recipe.mr_intensity if how == "mr" else how
+    ]
 
 
 def window(x: Array, low: float, high: float) -> Array:
@@ -74,10 +79,16 @@ def window(x: Array, low: float, high: float) -> Array:
 
 
 def zscore(x: Array) -> Array:
-    """Nonzero voxels to mean 0 and std 1. Zeros, the background of a masked or padded image, stay 0."""
-    inside = x != 0
-    values = x[inside].astype(np.float64)
-    return np.where(inside, (x - values.mean()) / max(values.std(), 1e-8), 0.0).astype(np.float32)
+    """(x - mean) / std by the nonzero voxels: background counts for nothing in either, and stays the darkest."""
+    values = x[x != 0].astype(np.float64)
+    return ((x - values.mean()) / max(values.std(), 1e-8)).astype(np.float32)
+
+
+def zscore_of_nonzero(x: Array) -> Array:
+    """As `zscore`, but zeros stay 0, as in the authors' code: the background turns into the mean, a middle grey, and
+    the zeros among the dark voxels of an unmasked image into speckles of it.
+    """
+    return np.where(x != 0, zscore(x), np.float32(0))
 
 
 def percentile(x: Array) -> Array:
@@ -89,6 +100,8 @@ def percentile(x: Array) -> Array:
 def resample(volume: Volume, spacing: Sequence[float]) -> Array:
     """Trilinear, voxel centres aligned with the volume's outer faces. (c, d, h, w) -> (c, d', h', w')."""
     factors = [old / new for old, new in zip(volume.spacing, spacing)]
+    if min(round(n * f) for n, f in zip(volume.data.shape[1:], factors)) < 1:
+        raise InputError(f"--spacing: a volume of {volume.spacing} mm would have no voxel left along an axis")
     return np.stack([ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in volume.data])
 
 

@@ -71,7 +71,9 @@ class SwinUNETR(nn.Module):
         self.up_blocks = nn.ModuleList(UpBlock(2 * c, c) for c in reversed(widths[:-1]))
         self.image_up = UpBlock(feature_size, feature_size)
         self.head = nn.Conv3d(feature_size, out_channels, 1)
-        self.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        for weight in self.parameters():
+            if weight.ndim == 5 and weight[0, 0].numel() > 1:  # those of 1x1x1 have one layout
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last_3d)
 
     def tokenize(self, x: Tensor) -> Tensor:
         """(b, in_channels, D, H, W) -> (b, feature_size, D/2, H/2, W/2). Refuses a size that the stages can't halve."""

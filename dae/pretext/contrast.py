@@ -4,11 +4,12 @@ Axis letters: b batch, c channels, d h w grid, n samples of the batch over all r
 All of it in float32, whatever autocast says: similarities of bf16 features lose the digits that separate modalities.
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from einops import rearrange, reduce
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
 from torch.nn import functional as F
 
 
@@ -22,13 +23,30 @@ def embed(state: Tensor, z: str = "pooled") -> Tensor:
     return F.normalize(reduce(state.float(), "b c d h w -> b c", "mean"), dim=-1)
 
 
+class GatherWithGradient(torch.autograd.Function):
+    """The tensors of all ranks, one below the other. A gather without gradient gives the right loss and, over W ranks,
+    1/W of its gradient: every rank's loss depends on every rank's features, so backward sums over the ranks.
+    """
+
+    @staticmethod
+    def forward(context: Any, z: Tensor) -> Tensor:
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        everyone = gradients[0].contiguous()
+        dist.all_reduce(everyone)
+        return everyone.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(z: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
     """The features (with gradient) and modalities of all ranks, in the order of the ranks: (n, c), (n,)."""
     if not (dist.is_available() and dist.is_initialized()):
         return z, modality
-    others = [torch.empty_like(modality) for _ in range(dist.get_world_size())]
-    dist.all_gather(others, modality)
-    return torch.cat(all_gather(z)), torch.cat(others)
+    features: Tensor = GatherWithGradient.apply(z)
+    return features, GatherWithGradient.apply(modality)
 
 
 def similarity(z: Tensor, temperature: float) -> Tensor:

@@ -46,6 +46,8 @@ class Pretext(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim)) if method == "mae" else None
         if self.mask_token is not None:
             trunc_normal_(self.mask_token, std=0.02)
+        if len(self.options.mask_ratio) > 2:
+            raise ValueError("--mask-ratio: give one number, or the two ends of a range")
         self.input_is_target = method in ("local_mask", "mae")
         if self.options.recon == "residual":
             if self.input_is_target:
@@ -85,8 +87,10 @@ class Pretext(nn.Module):
         """L_pretrain = L_1 + alpha * CE(z_sim, z_label), eq. 4 and 5."""
         o = self.options
         l1 = l1_of(x_rec, x, unit=std(x_hat) if in_crop_units(o) else None).mean()
-        z, everyone = gather(embed(states[-1], o.z), modality)
-        contrast = cmcl(z, everyone, temperature=o.temperature, form=o.cmcl)
+        z = embed(states[-1], o.z)
+        if self.training:  # validation shares out crops one by one, and ranks may have different numbers of them
+            z, modality = gather(z, modality)
+        contrast = cmcl(z, modality, temperature=o.temperature, form=o.cmcl)
         return Step(l1 + o.alpha * contrast, l1.detach(), contrast.detach(), x_hat, x_rec)
 
 

@@ -33,6 +33,9 @@ only what stands above it.
     training/figures.py       the reconstruction sheet, the loss curve
     training/validation.py    reconstruction of fixed crops
 
+  how good it is
+    evaluation/metrics.py     Dice, HD, HD95, MSD, NSD of all classes at once, in mm
+
     weights.py                other people's weights in, MONAI's layout out
 
 The loop itself is train_pretrain.py, above this folder.

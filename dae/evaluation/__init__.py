@@ -1,0 +1,1 @@
+"""How good it is: predict in the patient's own space, score, compare."""

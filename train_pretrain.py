@@ -13,11 +13,11 @@ if __name__ == "__main__":
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ from dae.training import checkpoint
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
 from dae.training.figures import loss_curve, reconstruction_sheet
 from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
-from dae.training.precision import autocast, autocast_type, grad_scaler
+from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import Schedule, adamw, due, warmup_steps
 from dae.training.validation import by_modality, errors, reconstruct
 
@@ -58,47 +58,49 @@ class Run:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
     facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
-    state: dict[
-        str, Any
-    ]  # step: how many are done; best: lowest validation L1; behind: validations in a row above L1(x_hat, x)
+    # Done steps, lowest validation L1, validations in a row above L1(x_hat, x), and whether that was said.
+    state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": math.inf, "behind": 0, "warned": False})
+    note: str = ""  # what a resumed run has to say
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
     """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
     ranks = start(config.device)
     try:
-        with StopSignal() as signal:
-            return loop(setup(config, ranks), signal)
+        run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
+        with StopSignal() as signal, closing(read_ahead(run)) as batches:
+            return loop(run, batches, signal)
     finally:
         finish()
 
 
-def loop(run: Run, signal: StopSignal) -> dict[str, Any]:
+def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
     """Train, validate, save; one turn more than steps, so that the last validation and save are as any other."""
     config, ranks, state = run.config, run.ranks, run.state
     first, validation, seen = state["step"], dict[str, Any](), list[Tensor]()
     schedule, stop = Schedule(config), False
     record = begin(run)
-    batches = read_ahead(run)
-    since, waited = time.perf_counter(), 0.0
+    since, waited, logged = time.perf_counter(), 0.0, first
     for step in range(first, config.steps + 1):
         state["step"] = step
         done = step == config.steps
         stop = stop or step == config.stop_after > first
 
+        paused = time.perf_counter()
         if (step > first or step == 0 or done) and due(step, config.validate_every, config.steps):
             validation = validate(run)
-            since += validation["seconds"]
             record.event("validation", step=step, **validation)
             record.say(f"step {step}: {in_words(validation)}")
+            draw_losses(run)
             keep_best(run, validation)
             advise(run, record, validation, done=done)
-        if step > first and (due(step, config.save_every, config.steps) or stop):
+        if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
             save(run, "last.pt")
         if step > first and config.keep_every and step % config.keep_every == 0:
             save(run, f"step-{step}.pt")
         if done or stop:
             break
+        since += time.perf_counter() - paused
 
         for group in run.optimizer.param_groups:
             group["lr"] = schedule.lr_at(step)
@@ -120,15 +122,14 @@ def loop(run: Run, signal: StopSignal) -> dict[str, Any]:
         asked = torch.tensor([float(signal.asked)], device=ranks.device)
         numbers = mean_over_ranks(torch.cat([sums, norm.reshape(1).float(), asked]))  # the one wait of a step
         loss, l1, cmcl, grad_norm, stop = *numbers[:4], numbers[4] > 0
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or run.scaler.is_enabled()):
-            stop_before_the_step(run, record, loss, grad_norm)
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip(run.scaler)):
+            record.stop_before_the_step(step, loss, grad_norm)
         run.scaler.step(run.optimizer)
         run.scaler.update()
         run.optimizer.zero_grad(set_to_none=True)
 
         if due(step + 1, config.log_every, config.steps):
-            seconds = time.perf_counter() - since
-            turns = (step + 1 - first) % config.log_every or config.log_every
+            seconds, turns, logged = time.perf_counter() - since, step + 1 - logged, step + 1
             rate = turns * run.crops.global_batch / seconds
             rows = [row for part in gather_objects(torch.cat(seen).tolist()) for row in part]
             raw = by_modality(rows, run.kinds)
@@ -154,48 +155,39 @@ def loop(run: Run, signal: StopSignal) -> dict[str, Any]:
 def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
     out = Path(config.out)
-    check_out_folder(config, out)
-    dtype = autocast_type(config.amp, ranks.device)
+    demo = config.preset == "demo" and not config.data
+    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo")
+    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
+    left = checkpoint.left_in(out, config)
+    given = checkpoint.load(Path(config.init)) if config.init and not left else None
+    dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
     build(config, channels=1, device=torch.device("meta"))
-    config = with_phantoms(config, ranks)
+    config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
     items = datalist.hold_out(items, fold=config.fold, split_seed=config.split_seed)
-    crops, fixed = crops_of(config, items, ranks)
+    crops, fixed = crops_of(config, recipe, items, ranks)
 
     torch.manual_seed(config.seed)
     channels = crops.volumes[0].shape[0]
     pretext = build(config, channels).to(ranks.device)
-    net: nn.Module = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]
-    if ranks.world > 1:
-        net = DistributedDataParallel(net, device_ids=[ranks.device] if ranks.device.type == "cuda" else None)
-
+    if given:
+        checkpoint.load_weights(pretext.backbone, given["model"], Path(config.init))
     optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
         "config": to_json(config), "plan": plan_of(config, items, channels), "data": items.fingerprint(),
         "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, net, optimizer, scaler, dtype, facts,
-              {"step": 0, "best": math.inf, "behind": 0})  # fmt: skip
-    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    if config.resume and (out / "last.pt").is_file():
-        resume(run)
-    elif config.init:
-        checkpoint.load_weights(pretext.backbone, checkpoint.load(Path(config.init))["model"], Path(config.init))
+    run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
+    resume(run, left)
+    run.net = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]
+    if ranks.world > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        run.net = DistributedDataParallel(run.net, device_ids=devices)
     return run
-
-
-def check_out_folder(config: PretrainConfig, out: Path) -> None:
-    """A run is never written over, but for the demo's own."""
-    if config.preset == "demo" and config.out == "runs/demo" and not config.resume:
-        return
-    if not config.resume and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
-        raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
 
 def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     """The demo's data, made where it is not there yet, and its old results out of the way."""
-    if config.preset != "demo" or config.data:
-        return config
     out = Path(config.out)
 
     def clear_and_make() -> None:
@@ -209,11 +201,11 @@ def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     )
 
 
-def crops_of(config: PretrainConfig, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
+def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
     """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
-    everything = (*items.training, *items.validation)
+    everything = [replace(item, label=None) for item in (*items.training, *items.validation)]  # labels are not for here
     volumes = prepare_all(
-        everything, Recipe.of(config), Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
+        everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
         world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
     )  # fmt: skip
     for item, volume in zip(everything, volumes):
@@ -256,17 +248,22 @@ def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str,
     }  # fmt: skip
 
 
-def resume(run: Run) -> None:
-    """Put everything where the run in --out was left. Raises InputError if that is another run."""
-    path = run.out / "last.pt"
-    saved = checkpoint.load(path)
-    checkpoint.check_same_run(path, saved, run.config, run.facts)
-    checkpoint.load_weights(run.pretext.backbone, saved["model"], path)
-    run.pretext.load_own_state(saved["pretext"])
-    run.optimizer.load_state_dict(saved["optimizer"])
-    run.scaler.load_state_dict(saved["scaler"])
-    checkpoint.restore_rng(saved["rng"])
-    run.state = {key: saved[key] for key in run.state}
+def resume(run: Run, left: dict[str, Any] | None) -> None:
+    """Put everything where the run in --out was left. Raises InputError if the samples would be others."""
+    steps = gather_objects(left["step"] if left else 0)
+    if len(set(steps)) > 1:
+        raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
+    if left is None:
+        return
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
+    checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
+    run.pretext.load_own_state(left["pretext"])
+    run.optimizer.load_state_dict(left["optimizer"])
+    run.scaler.load_state_dict(left["scaler"])
+    checkpoint.restore_rng(left["rng"])
+    run.state = {key: left[key] for key in run.state}
+    if left["threads"] != run.facts["threads"]:
+        run.note = f"; {left['threads']} threads before, {run.facts['threads']} now: the last bits will differ"
 
 
 # --- what the loop calls by name
@@ -286,12 +283,13 @@ def begin(run: Run) -> Log:
         "parameters": sum(p.numel() for p in run.pretext.parameters()),
     }  # fmt: skip
     fresh = run.state["step"] == 0
-    record.event("start" if fresh else "resume", **facts, **versions(), config=to_json(config))
-    record.say(greeting(config, facts))
+    ran_on = versions() if ranks.is_main else {}
+    record.event("start" if fresh else "resume", **facts, **ran_on, config=to_json(config), note=run.note)
+    record.say(greeting(config, facts) + run.note)
     return record
 
 
-def read_ahead(run: Run) -> Iterator[Batch]:
+def read_ahead(run: Run) -> Generator[Batch, None, None]:
     config, ranks = run.config, run.ranks
     places = addresses(
         run.state["step"], config.steps, batch_size=config.batch_size, accumulate=config.accumulate,
@@ -307,8 +305,12 @@ def validate(run: Run) -> dict[str, Any]:
     )
     if run.ranks.is_main:
         reconstruction_sheet(run.out / "figures" / "reconstruction.png", pictures)
-        loss_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
     return facts
+
+
+def draw_losses(run: Run) -> None:
+    if run.ranks.is_main:
+        loss_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
 
 
 def save(run: Run, name: str) -> None:
@@ -327,21 +329,14 @@ def keep_best(run: Run, validation: dict[str, Any]) -> None:
 
 def advise(run: Run, record: Log, validation: dict[str, Any], *, done: bool) -> None:
     """Say once, at the third validation in a row or at the end, that the network does not beat its own input."""
-    behind = validation["l1"] > validation["l1_input"] > 0 and run.state["step"] > 0
-    run.state["behind"] = run.state["behind"] + 1 if behind else 0
-    if behind and (run.state["behind"] == 3 or (done and run.state["behind"] < 3)):
+    state = run.state
+    behind = validation["l1"] > validation["l1_input"] > 0 and state["step"] > 0
+    state["behind"] = state["behind"] + 1 if behind else 0
+    if behind and not state["warned"] and (state["behind"] == 3 or done):
+        state["warned"] = True
         text = not_beating_its_input(validation, run.config)
-        record.event("warning", step=run.state["step"], text=text)
+        record.event("warning", step=state["step"], text=text)
         record.say(text)
-
-
-def stop_before_the_step(run: Run, record: Log, loss: float, grad_norm: float) -> NoReturn:
-    """All ranks come here together: they compare the same reduced numbers."""
-    record.event("end", step=run.state["step"], reason="not finite", loss=loss, grad_norm=grad_norm)
-    raise InputError(
-        f"step {run.state['step'] + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, the last "
-        f"checkpoint in {run.out} is from before it; try --amp off or a lower --lr"
-    )
 
 
 if __name__ == "__main__":

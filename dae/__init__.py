@@ -2,6 +2,7 @@
 only what stands above it.
 
     config.py                 a frozen dataclass in, a command line out; presets; JSON
+    config_seg.py             the command lines of segmentation, and their recipes
 
   what is learned (torch, einops, timm only)
     model/conv.py             residual convolutions and instance norm
@@ -19,7 +20,7 @@ only what stands above it.
     data/datalist.py          data lists, nnU-Net folders, what is held out
     data/preprocess.py        spacing, intensity, foreground; one recipe per run
     data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
-    data/augment.py           crops
+    data/augment.py           crops and augmentations
     data/batches.py           index-addressed batches: (seed, step, j) -> sample
     data/anatomy.py           a torso and a head as tables of ellipsoids
     data/phantom.py           synthetic CT and MR bodies made from them
@@ -27,6 +28,8 @@ only what stands above it.
   how it is run
     training/distributed.py   ranks, the stop signal; works unlaunched
     training/schedule.py      optimiser groups, warm-up cosine
+    training/dice.py          the losses of fine-tuning
+    training/transfer.py      pre-trained weights into a network with a new head
     training/precision.py     bf16, fp16 or neither
     training/checkpoint.py    all of a run in one file that is whole or refused
     training/log.py           log.jsonl, the progress line, sentences
@@ -35,6 +38,12 @@ only what stands above it.
 
   how good it is
     evaluation/metrics.py     Dice, HD, HD95, MSD, NSD of all classes at once, in mm
+    evaluation/scoring.py     predictions against labels, file by file
+    evaluation/inference.py   sliding window, flips, ensembles, back to the original grid
+    evaluation/validation.py  Dice over whole volumes, while training
+    evaluation/postprocess.py components, holes, smoothing; chosen on validation cases
+    evaluation/statistics.py  paired tests, bootstrap intervals, fold tables
+    evaluation/report.py      CSV, JSON, figures, one HTML page
 
     weights.py                other people's weights in, MONAI's layout out
 

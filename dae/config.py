@@ -11,9 +11,13 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Size3 = tuple[int, int, int]
+Presets = dict[str, dict[str, Any]]
 METHOD_NAMES = ("dae", "noise", "downsample", "local_mask", "mae")
 BACKBONE_NAMES = ("swin_unetr",)
 
@@ -129,42 +133,44 @@ class RunConfig:
     log_every: int = opt(10, "steps between train events in log.jsonl", low=1)
     validate_every: int = opt(0, "steps between validations; 0: a tenth of --steps", low=0)
     validate_crops: int = opt(16, "fixed crops to validate on, spread over the held-out volumes", low=1)
-    save_every: int = opt(0, "steps between checkpoints; 0: a tenth of --steps", low=0)
+    save_every: int = opt(0, "steps between checkpoints; 0: a tenth of --steps, at most 500", low=0)
     keep_every: int = opt(0, "also keep step-N.pt every so many steps; 0: none", low=0)
     device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
     compile: bool = opt(False, "torch.compile the network: minutes at the start, faster steps")
     dry_run: bool = opt(False, "print the resolved configuration and stop")
 
 
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataConfig):
-    """One pre-training run."""
-
-
 # What may differ between a run and its resumption: nothing that a weight depends on.
 FREE_ON_RESUME = frozenset({
     "out", "resume", "stop_after", "log_every", "validate_every", "save_every", "keep_every", "workers", "cache_dir",
-    "dry_run", "data_root", "preset",
+    "dry_run", "data", "data_root", "preset",
 })  # fmt: skip
 
 PAPER: dict[str, Any] = {}  # the defaults are the text's
 
 OFFICIAL: dict[str, Any] = {
-    "noise_std": 0.1**0.5, "downsample_mode": "nearest", "mask_scope": "batch", "mask_along": "planes",
-    "mr_intensity": "nonzero", "skip": "input", "alpha": 0.03, "temperature": 0.5, "cmcl": "ranks", "z": "flat",
+    "noise_std": 0.1**0.5, "mask_ratio": (28 / 48,), "downsample_mode": "nearest", "mask_scope": "batch",
+    "mask_along": "planes", "mr_intensity": "nonzero",
+    "skip": "input", "alpha": 0.03, "temperature": 0.5, "cmcl": "ranks", "z": "flat",
     "stem": "conv", "merge_order": "legacy", "clipped_bias": "sliced", "normalize_hidden": False,
     "steps": 595_000, "lr": 1e-4, "lr_min": 1e-5, "weight_decay": 0.05, "warmup": 2_380, "amp": "off",
 }  # fmt: skip
 
 DEMO: dict[str, Any] = {
     "out": "runs/demo", "crop": (48, 48, 48), "feature_size": 16, "depths": (2, 2, 2), "heads": (2, 4, 8),
-    "window": (4, 4, 4), "recon": "residual", "foreground": 0.5, "steps": 250, "warmup": 20, "lr": 3e-3, "amp": "off",
-    "validate_every": 50, "workers": 1, "device": "cpu",
+    "window": (4, 4, 4), "recon": "residual", "foreground": 0.5, "ct_window": (-300.0, 500.0), "steps": 250,
+    "warmup": 20, "lr": 3e-3, "amp": "off", "validate_every": 50, "workers": 1, "device": "cpu",
 }  # fmt: skip
 
-PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER, "official": OFFICIAL, "demo": DEMO}
 
-C = TypeVar("C", bound=RunConfig)
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataConfig):
+    """One pre-training run."""
+
+    presets: ClassVar[Presets] = {"paper": PAPER, "official": OFFICIAL, "demo": DEMO}
+
+
+C = TypeVar("C", bound="DataclassInstance")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -179,23 +185,30 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
     """Command line -> configuration: the defaults, then the preset's values, then the flags. Raises InputError."""
+    presets: Presets = getattr(cls, "presets", {})
     parser = _Parser(
-        prog=prog, usage=f"{prog} [--preset {{{','.join(PRESETS)}}}] [--data LIST] [flag ...]", description=description,
+        prog=prog, usage=f"{prog} [flag ...]", description=description,
         formatter_class=_Help, allow_abbrev=False,
     )  # fmt: skip
     hints = get_type_hints(cls)
-    for base in reversed(cls.__mro__[1:-1]):
-        group = parser.add_argument_group(base.__doc__)
-        for f in fields(base):
-            _add_flag(group, f, hints[f.name])
+    own_fields, known = {f.name: f for f in fields(cls)}, set[str]()
+    for base in reversed(cls.__mro__[:-1]):
+        # A class may give a field of an earlier one another default; the field stays in the group it came from.
+        names = [name for name in vars(base).get("__annotations__", ()) if name in own_fields]
+        group = parser.add_argument_group(base.__doc__) if set(names) - known else None
+        for own in (own_fields[name] for name in names if name not in known):
+            choices = tuple(presets) if own.name == "preset" else own.metadata["choices"]
+            _add_flag(group, own, hints[own.name], choices)
+        known |= set(names)
     given = vars(parser.parse_args(argv))
-    config = cls(**{**PRESETS.get(given.get("preset", ""), {}), **given})
+    config = cls(**{**presets.get(given.get("preset", ""), {}), **given})
     check_ranges(config)
     return config
 
 
-def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
+def _add_flag(group: Any, f: Field[Any], hint: Any, choices: Sequence[str]) -> None:
     keys: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f)}
+    hint = str if get_origin(hint) is Literal else hint  # its values stand in choices as well
     if hint is bool:
         keys["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is tuple:
@@ -204,8 +217,7 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
         keys |= {"type": parts[0], "nargs": len(parts) if fixed else "+", "action": _Tuple}
         keys["metavar"] = ("D", "H", "W") if fixed else "N"
     else:
-        keys |= {"type": hint, "metavar": f.name.upper() if hint is str else "N"}
-    choices = tuple(PRESETS) if f.name == "preset" else f.metadata["choices"]
+        keys |= {"type": os.path.expanduser if hint is str else hint, "metavar": f.name.upper() if hint is str else "N"}
     if choices:
         keys |= {"choices": choices, "metavar": "{" + ",".join(choices) + "}"}
     group.add_argument("--" + f.name.replace("_", "-"), **keys)
@@ -221,7 +233,7 @@ def _help(f: Field[Any]) -> str:
     return f"{f.metadata['help']} (default: {default if default != '' else 'none'})"
 
 
-def check_ranges(config: RunConfig) -> None:
+def check_ranges(config: "DataclassInstance") -> None:
     """Every number finite and within the range its field declares; raises InputError with the flag's name."""
     for f in fields(config):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
@@ -233,7 +245,7 @@ def check_ranges(config: RunConfig) -> None:
                 raise InputError(f"--{f.name.replace('_', '-')} {number:g}: must be {bounds}")
 
 
-def to_json(config: RunConfig) -> dict[str, Any]:
+def to_json(config: "DataclassInstance") -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
 
 
@@ -252,21 +264,25 @@ def differences(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
     return [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name, MISSING)]
 
 
-def from_command_line(cls: type[C], *, prog: str, description: str) -> C:
+def from_command_line(cls: type[C], *, prog: str, description: str, arguments: Sequence[str] | None = None) -> C:
     """`parse` of this process's arguments; answers --dry-run, and a mistake with one line and exit code 2."""
     configs: list[C] = []
-    run_or_explain(lambda: configs.append(parse(cls, sys.argv[1:], prog=prog, description=description)), prog)
-    if configs[0].dry_run:
+    given = sys.argv[1:] if arguments is None else arguments
+    run_or_explain(lambda: configs.append(parse(cls, given, prog=prog, description=description)), prog)
+    if getattr(configs[0], "dry_run", False):
         print(json.dumps(to_json(configs[0]), indent=1))
         sys.exit(0)
     return configs[0]
 
 
 def run_or_explain(main: Callable[[], object], prog: str) -> None:
-    """Call `main`; an InputError becomes one line on stderr and exit code 2, with a traceback under DAE_DEBUG=1."""
+    """Call `main`; an InputError, or a file that can't be read or written, becomes one line on stderr and exit code 2.
+
+    DAE_DEBUG=1 shows the traceback.
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, OSError) as error:
         if os.environ.get("DAE_DEBUG") == "1":
             raise
         print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)

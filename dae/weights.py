@@ -47,15 +47,29 @@ def from_monai(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {_rename(key, places, parts): value for key, value in state_dict.items() if not key.endswith(INDEX)}
 
 
-def to_monai(state_dict: Mapping[str, Tensor], window: Size3 = (7, 7, 7)) -> dict[str, Tensor]:
-    """Our state dict of a `SwinUNETR` with patch stem and four stages -> MONAI's: the inverse of `from_monai`."""
+def to_monai(state_dict: Mapping[str, Tensor], window: Size3 | None = None) -> dict[str, Tensor]:
+    """Our state dict of a `SwinUNETR` with patch stem and four stages -> MONAI's: the inverse of `from_monai`.
+
+    window: of the network, where it is not a cube. Raises ValueError on another network's tensors.
+    """
+    if "up_blocks.3.up.weight" not in state_dict:
+        raise ValueError("not a Swin UNETR of four stages; MONAI's has no other number")
     theirs: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         name = _rename(key, PLACES, PARTS)
         theirs[name] = value
         if name.endswith("relative_position_bias_table"):
-            theirs[name.replace("_bias_table", "_index")] = offsets(window, window).clone()
+            size = window or _cube(len(value))
+            theirs[name.replace("_bias_table", "_index")] = offsets(size, size).clone()
     return theirs
+
+
+def _cube(rows: int) -> Size3:
+    """The cubic window whose (2 w - 1)^3 offsets have so many rows."""
+    w = (round(rows ** (1 / 3)) + 1) // 2
+    if (2 * w - 1) ** 3 != rows:
+        raise ValueError(f"a bias table of {rows} rows is not of a cubic window; name the window")
+    return w, w, w
 
 
 def _turned(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:

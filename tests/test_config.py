@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dae import config as module
-from dae.config import FREE_ON_RESUME, PRESETS, InputError, PretrainConfig, differences, from_json, parse, to_json
+from dae.config import FREE_ON_RESUME, InputError, PretrainConfig, differences, from_json, parse, to_json
 from dae.model import BACKBONES
 from dae.pretext.methods import METHODS
 
@@ -68,11 +68,11 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default() -> None:
     assert (found.batch_size, found.noise_std) == (2, 0.1)  # the defaults
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", PretrainConfig.presets)
 def test_presets_hold_known_names_and_usable_values(preset: str) -> None:
-    assert set(PRESETS[preset]) <= {f.name for f in fields(PretrainConfig)}
+    assert set(PretrainConfig.presets[preset]) <= {f.name for f in fields(PretrainConfig)}
     found = parsed("--preset", preset)
-    assert found == PretrainConfig(preset=preset, **PRESETS[preset])
+    assert found == PretrainConfig(preset=preset, **PretrainConfig.presets[preset])
     for f in fields(found):
         assert not f.metadata["choices"] or getattr(found, f.name) in f.metadata["choices"]
 
@@ -102,7 +102,7 @@ def test_a_mistake_is_one_line_that_names_the_flag(line: str, named: str) -> Non
 
 
 def test_a_configuration_survives_json() -> None:
-    for preset in PRESETS:
+    for preset in PretrainConfig.presets:
         there = json.dumps(to_json(parsed("--preset", preset, "--spacing", "1", "1", "2.5")))
         assert from_json(PretrainConfig, json.loads(there)) == parsed("--preset", preset, "--spacing", "1", "1", "2.5")
     with pytest.raises(InputError, match="learning_rate"):

@@ -228,7 +228,7 @@ def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: L
 
 
 def test_the_fingerprint_is_that_of_the_list_and_not_of_its_place(loaded: Load) -> None:
-    folders = [f"s{n}/t1.nii.gz" for n in range(3)]
+    folders = [f"s{n}/t1_{n}.nii.gz" for n in range(3)]
     content = [{"image": image, "modality": "t1"} for image in folders]
     here, there = loaded({"training": content}), loaded({"training": content}, root="/elsewhere")
     assert here.fingerprint() == there.fingerprint()

@@ -88,6 +88,14 @@ def test_to_monai_undoes_from_monai_key_by_key() -> None:
     assert all(torch.equal(back[k], w[k]) for k in w)
 
 
+def test_to_monai_finds_a_cubic_window_by_itself_and_refuses_three_stages() -> None:
+    small = SwinUNETR(1, 2, **{**SMALL, "window": (4, 4, 4)})
+    assert to_monai(small.state_dict())["swinViT.layers1.0.blocks.0.attn.relative_position_index"].shape == (64, 64)
+    three = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1), heads=(3, 3, 3))
+    with pytest.raises(ValueError, match="four stages"):
+        to_monai(three.state_dict())
+
+
 def test_a_foreign_name_is_refused() -> None:
     with pytest.raises(ValueError, match=r"swinViT\.layers7"):
         from_monai({"swinViT.layers7.0.blocks.0.norm1.weight": torch.zeros(1)})

@@ -115,6 +115,16 @@ def test_the_full_resolution_skip_does_not_leak_the_target(skip: str, blind: boo
     assert (not seen[0].any()) == blind
 
 
+@pytest.mark.parametrize("wrong, word", [
+    ({"mask_ratio": (0.1, 0.2, 0.3)}, "--mask-ratio"),
+    ({"mask_along": "planes", "mask_scope": "token"}, "--mask-scope"),
+    ({"cmcl": "softmax", "temperature": 0.0}, "--temperature"),
+])  # fmt: skip
+def test_options_that_mean_nothing_together_are_refused_by_flag(wrong: dict[str, Any], word: str) -> None:
+    with pytest.raises(ValueError, match=word):
+        pretext(**wrong)
+
+
 def test_eq_5_is_l1_plus_alpha_times_cmcl() -> None:
     result = pretext(alpha=0.3)(X, MODALITY, SEEDS)
     assert result.loss.item() == pytest.approx(result.l1.item() + 0.3 * result.cmcl.item())

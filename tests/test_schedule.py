@@ -8,7 +8,7 @@ from conftest import NETWORK
 from dae.config import OptimConfig, PretextConfig
 from dae.model import SwinUNETR
 from dae.pretext.methods import Pretext
-from dae.training.schedule import Schedule, adamw, warmup_steps
+from dae.training.schedule import Schedule, adamw, adamw_in_parts, fine_tuning_factors, warmup_steps
 
 
 def test_the_rate_is_a_linear_warm_up_then_a_cosine_that_ends_at_its_minimum() -> None:
@@ -46,3 +46,36 @@ def test_norms_biases_bias_tables_and_mask_tokens_do_not_decay() -> None:
         spared = any(part in name.split(".")[-1] for part in ("bias", "mask_token")) or ".norm" in name
         assert decay == (0.0 if spared else 0.1), name
     assert all(any(word in name for name in decays) for word in free)
+
+
+@pytest.mark.parametrize("kind", ["plain", "warmup", "frozen-encoder", "decoder-first"])
+def test_fine_tuning_factors_stay_between_0_and_1_reach_1_and_end_near_0(kind: str) -> None:
+    encoder, decoder = zip(*(fine_tuning_factors(kind, step, 100, 10) for step in range(100)))
+    assert all(0 <= f <= 1 for f in (*encoder, *decoder))
+    assert max(decoder) == 1 and decoder[-1] < 1e-2
+    assert (max(encoder) == 0) == (kind == "frozen-encoder")
+
+
+def test_warmup_and_plain_by_hand() -> None:
+    assert fine_tuning_factors("plain", 0, 100, 10) == (1.0, 1.0)
+    assert fine_tuning_factors("warmup", 4, 100, 10) == (5 / 11, 5 / 11)
+    assert fine_tuning_factors("warmup", 55, 100, 10) == pytest.approx((0.5, 0.5))
+
+
+def test_decoder_first_moves_the_encoder_only_after_a_tenth_and_warms_up_again() -> None:
+    factors = [fine_tuning_factors("decoder-first", step, 100, 5) for step in range(100)]
+    assert all(encoder == 0 for encoder, _ in factors[:10])
+    assert max(decoder for _, decoder in factors[:10]) == 1
+    assert factors[10] == (1 / 6, 1 / 6) and factors[15] == (1.0, 1.0)
+
+
+def test_the_encoder_has_groups_of_its_own_with_the_same_rules_of_decay() -> None:
+    network = SwinUNETR(1, 2, **NETWORK)
+    optimizer = adamw_in_parts(network.named_parameters(), OptimConfig(weight_decay=0.1))
+    names = {id(p): name for name, p in network.named_parameters()}
+    for group in optimizer.param_groups:
+        members = [names[id(p)] for p in group["params"]]
+        assert all(name.startswith("encoder.") == (group["part"] == "encoder") for name in members)
+    both = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    alone = adamw(network.named_parameters(), OptimConfig(weight_decay=0.1))
+    assert both == {names[id(p)]: g["weight_decay"] for g in alone.param_groups for p in g["params"]}

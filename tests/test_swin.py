@@ -66,11 +66,19 @@ def test_every_window_belongs_to_exactly_one_region() -> None:
 
 def test_fused_attention_equals_the_formula() -> None:
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 3, 4, 2, 12, 8)
+    q, k, v = torch.randn(3, 24, 2, 12, 8)
     bias = torch.randn(2, 12, 12)
     for mask in (None, may_see((3, 2, 2), (1, 0, 1))):
         found = attention(q, k, v, bias, mask)
         assert torch.allclose(found, attention_by_the_formula(q, k, v, bias, mask), atol=1e-5)
+
+
+def test_cached_indices_serve_training_whatever_mode_first_asked_for_them() -> None:
+    block = SwinBlock(8, 2, window=(3, 5, 3), shift=(1, 0, 1))  # a window of this test alone
+    x = torch.randn(1, 6, 5, 6, 8)
+    with torch.inference_mode():
+        block(x)
+    block(x).sum().backward()
 
 
 @pytest.mark.parametrize("shift", [0, 2])

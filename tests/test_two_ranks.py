@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NETWORK, ROOT, environment, same_weights, train
+from conftest import NETWORK, ROOT, command, environment, same_weights, train
 from test_pretrain import Config, events, interrupt, weights
 from torch.nn.parallel import DistributedDataParallel
 
@@ -34,6 +35,19 @@ def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[s
     return {name: p.grad for name, p in pretext.named_parameters() if p.grad is not None}
 
 
+def trained(part: slice) -> dict[str, torch.Tensor]:
+    """The weights after three steps of AdamW under DDP."""
+    torch.manual_seed(0)
+    pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig())
+    net, optimizer = DistributedDataParallel(pretext), torch.optim.AdamW(pretext.parameters(), lr=1e-2)
+    for step in range(3):
+        x = torch.randn(4, 1, 16, 16, 16, generator=torch.Generator().manual_seed(step))
+        net(x[part], MODALITY[part], SEEDS[part]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(pretext.state_dict())
+
+
 def as_a_rank(out: Path) -> None:
     """What each of two processes does when this file is run under torchrun."""
     dist.init_process_group("gloo")
@@ -44,6 +58,7 @@ def as_a_rank(out: Path) -> None:
     cmcl(everyone, modality).backward()
     facts = {"gradients": gradients(DistributedDataParallel, slice(2 * rank, 2 * rank + 2)), "z": everyone.detach(),
              "modality": modality, "z_gradient": mine.grad}  # fmt: skip
+    facts["weights"] = trained(slice(2 * rank, 2 * rank + 2))
     torch.save(facts, out / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -66,6 +81,10 @@ def test_gradients_of_two_ranks_are_identical_and_equal_those_of_one_process(ran
         assert torch.allclose(first[name], gradient, atol=1e-6, rtol=1e-5), name
 
 
+def test_weights_of_two_ranks_stay_identical(ranks: list[dict]) -> None:  # type: ignore[type-arg]
+    assert same_weights(ranks[0]["weights"], ranks[1]["weights"])
+
+
 def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict]) -> None:  # type: ignore[type-arg]
     """A gather without gradient has the right loss and half the gradient; the mean over ranks undoes the factor W."""
     z = ranks[0]["z"].clone().requires_grad_()
@@ -76,22 +95,42 @@ def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict]
         assert torch.allclose(facts["z_gradient"] / 2, z.grad[2 * rank : 2 * rank + 2], atol=1e-7)
 
 
-def test_two_ranks_train_as_one_process_with_twice_the_batch(tiny: Config, tmp_path: Path) -> None:
-    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=4, alpha=1.0, lr=1e-3)
-    two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=2, alpha=1.0, lr=1e-3)
+@pytest.mark.parametrize("amp, alpha, lr, tolerance", [("off", 1.0, 1e-3, 1e-5), ("bf16", 0.05, 4e-4, 1e-3)])
+def test_two_ranks_train_as_one_process_with_twice_the_batch(
+    tiny: Config, tmp_path: Path, amp: str, alpha: float, lr: float, tolerance: float
+) -> None:
+    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=4, alpha=alpha, lr=lr, amp=amp)
+    two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=2, alpha=alpha, lr=lr, amp=amp)
     main(one)
     done = train(two, ranks=2)
     assert done.returncode == 0, done.stderr
     for kind in ("train", "validation"):
         for a, b in zip(events(one, kind), events(two, kind), strict=True):
-            for key in ("loss", "l1", "cmcl", "l1_raw", "l1_input"):
-                assert a.get(key) == pytest.approx(b.get(key), abs=1e-5), (kind, a["step"], key)
+            # In bf16 the contrast alone drifts by .002; the loss has a twentieth of it.
+            for key in ("loss", "l1", "l1_raw", "l1_input", *(["cmcl"] if amp == "off" else [])):
+                assert a.get(key) == pytest.approx(b.get(key), abs=tolerance), (kind, a["step"], key)
+
+
+def test_ranks_that_find_different_checkpoints_refuse_to_go_on(tiny: Config, tmp_path: Path) -> None:
+    """As on two nodes without a shared file system."""
+    config = tiny(out=str(tmp_path / "rank0"), steps=8, stop_after=3)
+    assert train(config, ranks=2).returncode == 0
+    script = f"import os, sys, runpy; sys.argv[-1] = '{tmp_path}/rank' + os.environ['RANK']; runpy.run_path"
+    line = command(replace(config, stop_after=0, resume=True), ranks=2)
+    script += f"('{line[line.index('--nproc_per_node=2') + 1]}', run_name='__main__')"
+    (tmp_path / "each.py").write_text(script)
+    flags = line[line.index("--nproc_per_node=2") + 2 :]
+    at = flags.index("--out")
+    flags = [*flags[:at], *flags[at + 2 :], "--out", "x"]
+    launch = [*line[: line.index("--nproc_per_node=2") + 1], str(tmp_path / "each.py"), *flags]
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment())
+    assert done.returncode != 0 and "the ranks find it at steps [3, 0]" in done.stderr
 
 
 def test_sigterm_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(tiny: Config, tmp_path: Path) -> None:
     """torchrun itself exits with its own code; what counts is that the ranks agreed on a step and saved it."""
-    straight = tiny(out=str(tmp_path / "straight"), steps=60, stop_after=40)
-    broken = tiny(out=str(tmp_path / "broken"), steps=60, stop_after=40, resume=True)
+    straight = tiny(out=str(tmp_path / "straight"), steps=60, stop_after=40, workers=1)
+    broken = tiny(out=str(tmp_path / "broken"), steps=60, stop_after=40, workers=1, resume=True)
     assert train(straight, ranks=2).returncode == 0
     assert interrupt(broken, signal.SIGTERM, after_step=5, ranks=2) in (0, 1, -signal.SIGTERM)
     assert 5 <= checkpoint.load(Path(broken.out) / "last.pt")["step"] < 40

@@ -4,7 +4,8 @@ So it is the same sample on any number of ranks and workers, another one at ever
 restore nothing to go on with the samples that an uninterrupted one would have seen.
 """
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,12 +16,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dae.config import Size3
-from dae.data.augment import random_crop
+from dae.config_seg import SegConfig
+from dae.data.augment import augment, labelled_crop, random_crop
 from dae.data.cache import Cached
 
 # Streams of their own beside those of (seed, step, j); trailing zeros in a key would change nothing.
 VALIDATION = 2**32 - 1  # in place of a step: crops that never change
 ORDER = 2**32 - 2  # in place of j: the order of an epoch
+
+
+Gather = Callable[[Any], Any]  # samples -> batch
 
 
 class Batch(NamedTuple):
@@ -38,6 +43,12 @@ def order(volumes: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, epoch, ORDER]).permutation(volumes)
 
 
+def volume_of(step: int, j: int, *, volumes: int, global_batch: int, seed: int) -> int:
+    """Which volume sample j of the global batch is drawn from at a step."""
+    epoch, place = divmod(step * global_batch + j, volumes)
+    return int(order(volumes, seed, epoch)[place])
+
+
 class Crops(Dataset[tuple[Tensor, int, int]]):
     """Maps (step, j) to sample j of the global batch at that step."""
 
@@ -51,8 +62,8 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
         """(x, modality, seed of the disruption)."""
         step, j = address
-        epoch, place = divmod(step * self.global_batch + j, len(self.volumes))
-        return self.draw(int(order(len(self.volumes), self.seed, epoch)[place]), [self.seed, step, j], self.foreground)
+        index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed)
+        return self.draw(index, [self.seed, step, j], self.foreground)
 
     def fixed(self, n: int) -> tuple[Tensor, int, int]:
         """The n-th validation crop: volumes in turn, always on foreground, whatever the run's seed."""
@@ -62,6 +73,31 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
         rng = np.random.default_rng(key)
         x = random_crop(self.volumes[index], self.crop, rng, foreground=foreground)
         return torch.from_numpy(x), self.kinds[index], int(rng.integers(2**63))
+
+
+def places_of(label: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.int64]:
+    """Label values -> their places in the ordered `classes`, which is what a network is trained on."""
+    return np.searchsorted(np.asarray(classes), label)
+
+
+class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
+    """Maps (step, j) to an augmented crop and its labels, as places in `classes`: by (seed, step, j) alone, too."""
+
+    def __init__(
+        self, volumes: Sequence[Cached], classes: Sequence[int], config: SegConfig, *, global_batch: int,
+        flip_axes: Sequence[int], swap: Sequence[tuple[int, int]],
+    ) -> None:  # fmt: skip
+        self.volumes, self.classes, self.config, self.global_batch = volumes, classes, config, global_batch
+        self.flip_axes, self.swap = flip_axes, swap
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """x (c, d, h, w) float32, label (d, h, w) int64."""
+        (step, j), config = address, self.config
+        index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed)
+        rng = np.random.default_rng([config.seed, step, j])
+        x, label = labelled_crop(self.volumes[index], config.crop, rng, positive=config.positive)
+        x, label = augment(x, label, rng, config, flip_axes=self.flip_axes, swap=self.swap)
+        return torch.from_numpy(x), torch.from_numpy(places_of(label, self.classes))
 
 
 def by_turns(kinds: Sequence[int]) -> list[int]:
@@ -88,12 +124,19 @@ def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
     return Batch(torch.stack(x), torch.tensor(modality), list(seeds))
 
 
-def loader(crops: Crops, places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches in order, read ahead by `workers` processes."""
+def leave_signals_to_the_run(worker: int) -> None:
+    """A stop signal reaches the whole process group; the run still needs its workers for the step it is in."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def loader(
+    crops: Dataset[Any], places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool, gather: Gather = collate
+) -> Generator[Any, None, None]:
+    """Batches in order, read ahead by `workers` processes, until it is closed."""
     ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    return iter(
-        DataLoader(
-            crops, batch_sampler=places, collate_fn=collate, num_workers=workers, pin_memory=pin,
-            generator=torch.Generator(), **ahead,  # its own generator: starting workers must not move the global one
-        )
+    yield from DataLoader(
+        crops, batch_sampler=places, collate_fn=gather, num_workers=workers, pin_memory=pin,
+        worker_init_fn=leave_signals_to_the_run,
+        generator=torch.Generator(), **ahead,  # its own generator: starting workers must not move the global one
     )  # fmt: skip

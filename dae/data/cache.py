@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -38,10 +39,15 @@ class Cached(NamedTuple):
     shape: tuple[int, ...]  # (c, d, h, w)
     background: tuple[float, ...]  # per channel
     spacing: tuple[float, ...]  # mm
+    labels: tuple[int, ...] = ()  # values of the label map, if there is one
 
     def array(self) -> NDArray[np.float16]:
         """Memory-mapped, read-only; closed when the array goes."""
         return np.load(self.path / "image.npy", mmap_mode="r")
+
+    def label(self) -> NDArray[np.uint8]:
+        """(d, h, w), memory-mapped; of an item without a label an error."""
+        return np.load(self.path / "label.npy", mmap_mode="r")
 
     def foreground(self) -> NDArray[np.int32]:
         return np.load(self.path / "foreground.npy", mmap_mode="r")
@@ -54,7 +60,7 @@ def default_folder() -> Path:
 def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
     """Where an item's prepared volume belongs. Raises InputError if a file is missing."""
     facts: list[object] = [FORMAT, asdict(recipe), item.intensity]
-    for path in item.image:
+    for path in (*item.image, *([item.label] if item.label else [])):
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         stat = path.stat()
@@ -69,7 +75,8 @@ def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
     if not (folder / "facts.json").is_file():
         _make(item, recipe, folder)
     facts = json.loads((folder / "facts.json").read_text())
-    return Cached(folder, tuple(facts["shape"]), tuple(facts["background"]), tuple(facts["spacing"]))
+    return Cached(folder, tuple(facts["shape"]), tuple(facts["background"]), tuple(facts["spacing"]),
+                  tuple(facts["labels"]))  # fmt: skip
 
 
 def _make(item: Item, recipe: Recipe, folder: Path) -> None:
@@ -79,7 +86,10 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
         aside.mkdir(parents=True)
         np.save(aside / "image.npy", volume.data.astype(DTYPE))
         np.save(aside / "foreground.npy", volume.foreground)
+        if volume.label is not None:
+            np.save(aside / "label.npy", volume.label)
         facts = {
+            "labels": [] if volume.label is None else np.unique(volume.label).tolist(),
             "shape": volume.data.shape, "background": volume.background.tolist(), "spacing": volume.spacing,
             "image": [str(path) for path in item.image],
         }  # fmt: skip
@@ -104,6 +114,9 @@ def prepare_all(
     """
     for item in items:
         folder_of(item, recipe, root)  # a missing file is said before any work is done
+    for left in root.glob(".making-*"):  # by processes that were killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
     mine = list(range(rank, len(items), world))
     others = sorted(set(range(len(items))) - set(mine), reverse=True)
 

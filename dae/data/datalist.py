@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +51,14 @@ class DataList:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     labels: dict[int, str]
+    swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
 
     def fingerprint(self) -> str:
-        """Of what is trained on and in which order, wherever the files lie."""
-        content = [[path.name for path in item.image] + [item.kind, item.subject] for item in self.training]
+        """Of what is trained and validated on and in which order, wherever the list's folder lies."""
+        content = [
+            [[[p.name, p.stat().st_size if p.is_file() else 0] for p in item.image], item.modality, item.intensity]
+            for item in (*self.training, *self.validation)
+        ]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
     def kinds(self) -> list[str]:
@@ -81,7 +85,8 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     }
     if not splits["training"]:
         raise InputError(f"{path}: no training items")
-    return DataList(**splits, labels=_labels(_object(content, "labels", path)))
+    return DataList(**splits, labels=_labels(_object(content, "labels", path)),
+                    swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])))  # fmt: skip
 
 
 def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
@@ -103,7 +108,24 @@ def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList
     if not held or len(held) == len(items.training):
         raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
     training = tuple(item for n, item in enumerate(items.training) if n not in held)
-    return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels)
+    return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels, items.swap)
+
+
+def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
+    """A share of the training subjects, at least one; smaller shares lie within larger ones of the same seed."""
+    subjects = sorted({item.subject for item in items.training})
+    order = np.random.default_rng([split_seed, 1]).permutation(len(subjects))
+    kept = {subjects[n] for n in order[: max(1, round(share * len(subjects)))]}
+    return replace(items, training=tuple(item for item in items.training if item.subject in kept))
+
+
+def five_folds(items: DataList, *, fold: int, split_seed: int = 0) -> DataList:
+    """Fold `fold` of five by subject: what a list without folds and validation is split into. Raises InputError."""
+    subjects = sorted({item.subject for item in items.training})
+    order = np.random.default_rng(split_seed).permutation(len(subjects))
+    number = {subjects[n]: place % 5 for place, n in enumerate(order)}
+    folded = tuple(replace(item, fold=number[item.subject]) for item in items.training)
+    return hold_out(replace(items, training=folded), fold=fold)
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -143,7 +165,7 @@ def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapp
     if not isinstance(entry, dict) or not entry.get("image"):
         raise InputError(f'{where}: has no "image"')
     files = _several(entry["image"])
-    image = tuple(folder / file for file in files)
+    image = tuple(folder / Path(file).expanduser() for file in files)
     named = _several(entry.get("modality")) or usual
     if not named:
         raise InputError(f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality')
@@ -188,7 +210,7 @@ def _from_nnunet(folder: Path) -> Mapping[str, Any]:
             raise InputError(f"{file}: nnU-Net's images end in _0000{ending}; for other folders write a data list")
         cases.setdefault(named[1], []).append(f"imagesTr/{file.name}")
     training = [_nnunet_case(folder, case, files, modality, ending) for case, files in cases.items()]
-    return {"training": training, "labels": dataset.get("labels", {})}
+    return {"training": training, "labels": dataset.get("labels", {}), "modalities": dataset.get("modalities", {})}
 
 
 def _nnunet_case(folder: Path, case: str, files: list[str], modality: list[str], ending: str) -> dict[str, Any]:

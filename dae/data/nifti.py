@@ -4,7 +4,8 @@ Arrays are (c, d, h, w); d h w run to the patient's right, anterior and superior
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,14 +43,26 @@ def read(path: Path) -> Volume:
         raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read")
     if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
-    try:
-        image = nib.as_closest_canonical(image)
-        values = image.get_fdata(dtype=np.float32, caching="unchanged")
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cut short or damaged ({_short(error)}); copy it again") from error
+    image = _canonical(path, image)
+    values = _values(path, image)
     data = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
     _check_values(path, data)
     return Volume(data, np.asarray(image.affine, dtype=np.float64))
+
+
+def read_labels(path: Path, image: Volume | None = None) -> NDArray[np.uint8]:
+    """An integer label map (d, h, w) in RAS order, on the grid of `image`. Raises InputError on anything else."""
+    opened = _open(path)
+    if len(opened.shape) != 3:
+        raise InputError(f"{path}: labels of size {_by(opened.shape)}; a label map has three axes")
+    opened = _canonical(path, opened)
+    values, affine = _values(path, opened), opened.affine
+    labels = np.clip(values, 0, 255).astype(np.uint8)
+    if not np.array_equal(labels, values):
+        raise InputError(f"{path}: holds other values than the whole numbers 0 to 255")
+    if image is not None and (labels.shape != image.data.shape[1:] or not np.allclose(affine, image.affine, atol=1e-2)):
+        raise InputError(f"{path}: not on the grid of its image: {_by(labels.shape)}, {_by(image.data.shape[1:])}")
+    return labels
 
 
 def read_channels(paths: Sequence[Path]) -> Volume:
@@ -77,6 +90,25 @@ def _open(path: Path) -> Any:
     if not isinstance(image, nib.Nifti1Image):
         raise InputError(f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read")
     return image
+
+
+def _canonical(path: Path, image: Any) -> Any:
+    """The image with its axes turned to RAS."""
+    with _readable(path):
+        return nib.as_closest_canonical(image)
+
+
+def _values(path: Path, image: Any) -> Array:
+    with _readable(path):
+        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: cut short or damaged ({_short(error)}); copy it again") from error
 
 
 def _check_values(path: Path, data: Array) -> None:

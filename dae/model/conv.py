@@ -16,18 +16,18 @@ from torch.nn import functional as F
 class InstanceNorm(nn.Module):
     """Each channel of each sample to mean 0 and variance 1 over the grid. (b, c, d, h, w) -> the same shape.
 
-    Written as a group norm with one channel a group: the same numbers, and it keeps `channels_last_3d`.
-    This is where a crop loses its intensity: nothing behind it can tell a bright crop from a dark one.
+    This is where a crop loses its intensity: nothing behind it can tell a bright crop from a dark one. (A group norm of
+    one channel a group is the same on paper and faster, but its CPU kernel for `channels_last_3d` sums in float32
+    without care: off by 1e-3 on 96^3 voxels, against 5e-7.)
     """
 
     def __init__(self, channels: int, *, affine: bool = False) -> None:
         super().__init__()
-        self.channels = channels
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm(x, self.channels, self.weight, self.bias, eps=1e-5)
+        return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=1e-5)
 
 
 def activation(x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ Inside the encoder tokens are (b, d, h, w, c), so that the convolutions on eithe
 without a copy; at its borders they are (b, c, d, h, w). Functions on integers and tensors come first, modules after.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import product
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 from einops import rearrange
@@ -25,6 +25,8 @@ Size3 = tuple[int, int, int]
 MergeOrder = Literal["all", "monai", "legacy"]
 ClippedBias = Literal["rebuilt", "sliced"]
 Stem = Literal["patch", "conv"]
+
+Constant = TypeVar("Constant", Tensor, Tensor | None)
 
 WINDOWS = "b (nd wd) (nh wh) (nw ww) c"
 TOKENS = "b nd nh nw (wd wh ww) c"
@@ -44,7 +46,18 @@ def clip_window(grid: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]
     return cast(Size3, inside), cast(Size3, moved)
 
 
-@cache
+def constant(function: Callable[..., Constant]) -> Callable[..., Constant]:
+    """Cache a tensor made of integers alone; it outlives the mode and the device in which it was first asked for."""
+
+    @cache
+    def made(*integers: object) -> Constant:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return function(*integers)
+
+    return made
+
+
+@constant
 def offsets(window: Size3, table_window: Size3) -> Tensor:
     """Row of the bias table for every pair of tokens of `window`: (i, j), int64.
 
@@ -59,7 +72,7 @@ def offsets(window: Size3, table_window: Size3) -> Tensor:
     return row
 
 
-@cache
+@constant
 def bias_rows(window: Size3, table_window: Size3, clipped_bias: ClippedBias) -> Tensor:
     """As `offsets`, with the choice for windows that the grid has clipped.
 
@@ -72,7 +85,7 @@ def bias_rows(window: Size3, table_window: Size3, clipped_bias: ClippedBias) -> 
     return offsets(table_window, table_window)[:n, :n].contiguous()
 
 
-@cache
+@constant
 def may_see(window: Size3, shift: Size3) -> Tensor | None:
     """Which token sees which in a window that the shift has wrapped, on the axes where `shift` is not 0: (i, j), bool.
 
@@ -100,10 +113,10 @@ def wrapped_regions(shift: Size3) -> Iterator[tuple[tuple[slice, slice, slice], 
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, visible: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(e) + bias) v, unseen pairs left out. Every tensor (..., heads, i, e), bias (heads, i, j)."""
+    """softmax(q k^T / sqrt(e) + bias) v, unseen pairs left out. q, k, v (windows, heads, i, e), bias (heads, i, j)."""
     if visible is not None:
         bias = bias.masked_fill(~visible, float("-inf"))
-    # The bias is expanded over windows with stride 0: it never takes the room of (windows, heads, i, j).
+    # Expanded over windows with stride 0. Four axes, no more: with five torch takes the explicit formula instead.
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).expand(*q.shape[:-2], -1, -1))
 
 
@@ -142,7 +155,10 @@ class WindowAttention(nn.Module):
         for (d, h, w), wraps in wrapped_regions(shift):
             mask = may_see(window, wraps)
             visible = None if mask is None else mask.to(q.device)
-            out[:, d, h, w] = attention(q[:, d, h, w], k[:, d, h, w], v[:, d, h, w], bias, visible)
+            part = [rearrange(t[:, d, h, w], "b nd nh nw heads i e -> (b nd nh nw) heads i e") for t in (q, k, v)]
+            sizes = dict(zip(("b", "nd", "nh", "nw"), q[:, d, h, w].shape))
+            seen = attention(part[0], part[1], part[2], bias, visible)
+            out[:, d, h, w] = rearrange(seen, "(b nd nh nw) heads i e -> b nd nh nw heads i e", **sizes)
         return self.proj(rearrange(out, "b nd nh nw heads i e -> b nd nh nw i (heads e)"))
 
 

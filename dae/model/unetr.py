@@ -57,6 +57,7 @@ class SwinUNETR(nn.Module):
     ) -> None:
         super().__init__()
         check_arguments(feature_size, depths, heads, window)
+        window = (window[0], window[1], window[2])  # JSON gives a list
         self.embed_dim = feature_size
         self.divisor = self.stride * 2 ** len(depths)
         self.encoder = SwinEncoder(

@@ -4,6 +4,7 @@ Axis letters: b batch, c channels, d h w grid, n samples of the batch over all r
 All of it in float32, whatever autocast says: similarities of bf16 features lose the digits that separate modalities.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        everyone = gradients[0].contiguous()
+        everyone = gradients[0].clone()
         dist.all_reduce(everyone)
         return everyone.chunk(dist.get_world_size())[dist.get_rank()]
 
@@ -52,7 +53,7 @@ def gather(z: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
 def similarity(z: Tensor, temperature: float) -> Tensor:
     """z_sim = z z^T exp(t), eq. 3: (n, n). With t = 0.07 the factor is 1.07, not 1 / 0.07."""
     with torch.autocast(z.device.type, enabled=False):
-        return z @ rearrange(z, "n c -> c n") * torch.tensor(temperature).exp().item()
+        return z @ rearrange(z, "n c -> c n") * math.exp(temperature)
 
 
 def same_modality(modality: Tensor) -> Tensor:

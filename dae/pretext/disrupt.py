@@ -40,6 +40,11 @@ def drawn_ratio(ratio: Sequence[float], g: Generator) -> float:
     return ratio[0] + share * (ratio[-1] - ratio[0])
 
 
+def masked_count(ratio: float, n: int) -> int:
+    """The number of n nearest to a share of them; never all, for there would be nothing to reconstruct from."""
+    return min(round(ratio * n), n - 1)
+
+
 def random_ranks(shape: Sequence[int], dim: int, g: Generator) -> Tensor:
     """Along `dim` a random order of 0, 1, 2, ..., independent for every place of the other axes."""
     return torch.rand(*shape, generator=g, device=g.device).argsort(dim).argsort(dim)
@@ -50,7 +55,8 @@ def local_mask(
 ) -> Tensor:
     """Zero round(r c) of the c embedding channels ("X channels out of C", section 2). (b, c, d, h, w) -> the same.
 
-    scope: one set of channels per `sample`, one for the whole `batch`, or one per `token`.
+    scope: one set of channels per `sample`, one per `token`, or one for the `batch`: each rank's own micro-batch, so
+    that it alone depends on the number of ranks.
     along: `channels`, or `planes` of the first grid axis, which is what the authors' layout bug masks.
     """
     c, d, h, w = tokens.shape[1:]
@@ -58,7 +64,7 @@ def local_mask(
     shape = (c, d, h, w) if scope == "token" else (c, 1, 1, 1) if dim == 0 else (1, d, 1, 1)
     if scope == "batch":
         draw = [draw[0]]
-    masked = [random_ranks(shape, dim, g) < round(drawn_ratio(ratio, g) * shape[dim]) for g in draw]
+    masked = [random_ranks(shape, dim, g) < masked_count(drawn_ratio(ratio, g), shape[dim]) for g in draw]
     return tokens.masked_fill(torch.stack(masked), 0.0)
 
 
@@ -68,7 +74,7 @@ def token_mask(
     """Masked image modelling: `mask_token` (c,) in place of a share of the cubes of block^3 tokens, all c of them."""
     sides = [-(-n // block) for n in tokens.shape[-3:]]
     cubes = sides[0] * sides[1] * sides[2]
-    masked = torch.stack([random_ranks((cubes,), 0, g) < round(drawn_ratio(ratio, g) * cubes) for g in draw])
+    masked = torch.stack([random_ranks((cubes,), 0, g) < masked_count(drawn_ratio(ratio, g), cubes) for g in draw])
     grid = repeat(masked, "b (d h w) -> b 1 (d bd) (h bh) (w bw)", d=sides[0], h=sides[1], bd=block, bh=block, bw=block)
     grid = grid[..., : tokens.shape[-3], : tokens.shape[-2], : tokens.shape[-1]]
     return torch.where(grid, rearrange(mask_token, "c -> 1 c 1 1 1").to(tokens.dtype), tokens)

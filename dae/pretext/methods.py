@@ -46,8 +46,7 @@ class Pretext(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim)) if method == "mae" else None
         if self.mask_token is not None:
             trunc_normal_(self.mask_token, std=0.02)
-        if len(self.options.mask_ratio) > 2:
-            raise ValueError("--mask-ratio: give one number, or the two ends of a range")
+        check_options(self.options)
         self.input_is_target = method in ("local_mask", "mae")
         if self.options.recon == "residual":
             if self.input_is_target:
@@ -88,10 +87,21 @@ class Pretext(nn.Module):
         o = self.options
         l1 = l1_of(x_rec, x, unit=std(x_hat) if in_crop_units(o) else None).mean()
         z = embed(states[-1], o.z)
-        if self.training:  # validation shares out crops one by one, and ranks may have different numbers of them
+        # The authors' form sees one rank's batch; and validation gives ranks different numbers of crops.
+        if self.training and o.cmcl != "ranks":
             z, modality = gather(z, modality)
         contrast = cmcl(z, modality, temperature=o.temperature, form=o.cmcl)
         return Step(l1 + o.alpha * contrast, l1.detach(), contrast.detach(), x_hat, x_rec)
+
+
+def check_options(o: PretextConfig) -> None:
+    """Raises ValueError where options mean nothing together."""
+    if len(o.mask_ratio) > 2:
+        raise ValueError("--mask-ratio: give one number, or the two ends of a range")
+    if o.mask_along == "planes" and o.mask_scope == "token":
+        raise ValueError("--mask-scope token: a plane has many tokens; take --mask-along channels")
+    if o.cmcl == "softmax" and o.temperature <= 0:
+        raise ValueError("--temperature: --cmcl softmax divides by it; take more than 0")
 
 
 def mean(x: Tensor) -> Tensor:

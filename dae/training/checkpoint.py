@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dae.config import InputError, RunConfig, differences
+from dae.config import InputError, RunConfig, differences, to_json
 
 FORMAT = 1
 MARK = b"sha256:"
@@ -57,11 +57,29 @@ def load(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def check_same_run(path: Path, saved: Mapping[str, Any], config: RunConfig, facts: Mapping[str, Any]) -> None:
-    """Raises InputError, naming the flag, where resuming would make another run of it."""
+def check_out_folder(out: Path, *, resume: bool, free: bool = False) -> None:
+    """A run is never written over, unless its folder is `free` to be, and the folder can be made. Raises InputError."""
+    parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--out {out}: {parent} is not a folder that can be written to")
+    if not (resume or free) and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
+        raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+
+
+def left_in(out: Path, config: RunConfig) -> dict[str, Any] | None:
+    """What a run to be resumed has left, or None. Raises InputError, naming the flag, if it was another run."""
+    path = out / "last.pt"
+    if not config.resume or not path.is_file():
+        return None
+    saved = load(path)
     for name in differences(config, saved["config"]):
-        flag, was, now = f"--{name.replace('_', '-')}", saved["config"].get(name), facts["config"][name]
+        flag, was, now = f"--{name.replace('_', '-')}", saved["config"].get(name), to_json(config)[name]
         raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
+    return saved
+
+
+def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """Raises InputError where a resumed run would meet other samples."""
     for fact, what in (("data", "the data list"), ("global_batch", "ranks x --batch-size x --accumulate")):
         if saved[fact] != facts[fact]:
             raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")

@@ -38,7 +38,7 @@ def start(device: str) -> Ranks:
     on_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if on_cuda and not torch.cuda.is_available():
         raise InputError("--device cuda: torch finds no GPU here; take --device cpu")
-    if "RANK" not in os.environ:
+    if "LOCAL_RANK" not in os.environ:
         return Ranks(0, 1, torch.device("cuda" if on_cuda else "cpu"))
     local = int(os.environ["LOCAL_RANK"])
     place = torch.device("cuda", local) if on_cuda else torch.device("cpu")

@@ -72,3 +72,48 @@ def loss_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+class Segmented(NamedTuple):
+    """One volume with its true and its predicted labels; each (d, h, w)."""
+
+    title: str
+    image: Picture
+    label: NDArray[Any]
+    prediction: NDArray[Any]
+
+
+def overlay_sheet(path: Path, cases: Sequence[Segmented]) -> None:
+    """figures/overlay.png: a row per case, truth and prediction on the planes through the labels' centre."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.3 * len(cases)), layout="constrained")
+    axes = np.atleast_2d(np.asarray(figure.subplots(len(cases), 6)))
+    for line, case in zip(axes, cases):
+        inside = np.argwhere(case.label > 0)
+        centre = inside.mean(0).round().astype(int) if len(inside) else np.array(case.label.shape) // 2
+        top = max(int(case.label.max()), int(case.prediction.max()), 1)
+        for n, place in enumerate(line):
+            axis, labels = n // 2, (case.label, case.prediction)[n % 2]
+            plane = labels.take(centre[axis], axis)
+            place.imshow(case.image.take(centre[axis], axis).T, cmap="gray", origin="lower")
+            coloured = np.ma.masked_equal(plane, 0)
+            place.imshow(coloured.T, cmap="turbo", alpha=0.5, vmin=1, vmax=top, origin="lower", interpolation="nearest")
+            place.set_title(f"{case.title[:24] if n == 0 else ''}  {('truth', 'prediction')[n % 2]}", fontsize=8)
+            place.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+def seg_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """figures/loss.png of a fine-tuning run: training loss, and validation Dice on its own axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    right = axes.twinx()
+    for place, kind, key, style in ((axes, "train", "loss", "C0-"), (right, "validation", "dice", "C1.-")):
+        points = [(e["step"], e[key]) for e in events if e["event"] == kind and e.get(key) is not None]
+        place.plot(*zip(*points) if points else ([], []), style)
+    axes.set(xlabel="step", ylabel="training loss")
+    right.set(ylabel="validation Dice", ylim=(0, 1))
+    figure.savefig(path, dpi=110)

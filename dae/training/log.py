@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -50,6 +50,14 @@ class Log:
         if self.bar.disable:
             print(f"step {step}/{self.bar.total}: {text}", file=sys.stderr, flush=True)
 
+    def stop_before_the_step(self, step: int, loss: float, grad_norm: float) -> NoReturn:
+        """A loss or gradient that is not finite. All ranks come here together: they compare the same numbers."""
+        self.event("end", step=step, reason="not finite", loss=loss, grad_norm=grad_norm)
+        raise InputError(
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, the last checkpoint in "
+            f"{self.path.parent} is from before it; try --amp off or a lower --lr"
+        )
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -85,14 +93,16 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, Any]:
     """What the run ran on, for the first line of the log."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )  # fmt: skip
+    try:
+        asked = ["git", "rev-parse", "HEAD"]
+        commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
+    except OSError:  # a machine without git
+        commit = ""
     return {
         "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
         "platform": platform.platform(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git": commit.stdout.strip() or None, "command": sys.argv,
+        "git": commit.strip() or None, "command": sys.argv,
     }  # fmt: skip
 
 
@@ -101,6 +111,8 @@ def greeting(config: PretrainConfig, facts: Mapping[str, Any]) -> str:
     where = f"{facts['world']} x {facts['device']}" if facts["world"] > 1 else facts["device"]
     begins = f"from step {facts['step']}" if facts["step"] else "from the start"
     note = " (nothing to resume yet)" if config.resume and not facts["step"] else ""
+    if facts["warmup"] < config.warmup:
+        note += f"; --warmup {config.warmup} cut to {facts['warmup']}, a tenth of the run"
     return (
         f"{config.method} on {facts['volumes']} volumes ({', '.join(facts['modalities'])}), "
         f"{facts['parameters'] / 1e6:.1f} M parameters, batch {facts['global_batch']} on {where}, {begins}{note}"
@@ -117,6 +129,13 @@ def in_words(validation: Mapping[str, Any]) -> str:
         text += f", {share:.3f} of doing nothing (L1(x_hat, x) = {validation['l1_input']:.4f})"
     each = validation["l1_by_modality"], validation["l1_input_by_modality"]
     return text + "; " + ", ".join(f"{kind} {l1:.4f}/{each[1][kind]:.4f}" for kind, l1 in each[0].items())
+
+
+def dice_in_words(validation: Mapping[str, Any]) -> str:
+    if not validation:
+        return "nothing left to do"
+    each = ", ".join(f"{name} {dice:.3f}" for name, dice in validation["dice_by_class"].items())
+    return f"validation Dice {validation['dice']:.4f} over {validation['cases']} volumes; {each}"
 
 
 def last_words(validation: Mapping[str, Any], config: PretrainConfig, *, step: int) -> str:

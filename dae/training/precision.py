@@ -8,8 +8,8 @@ from dae.config import InputError
 def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
     """The type for autocast, or None for plain float32. Raises InputError on what the device cannot do.
 
-    auto is bf16 where the device is faster in it. Of CPUs those are the ones with AMX: with AVX512-BF16 alone a
-    training step took 1.2 times as long as in float32, and with neither 40 times.
+    auto is bf16 where the device is faster in it. Of CPUs those are the ones with AMX or AVX512-BF16 (with the latter
+    alone a small training step took .7 to .9 times as long as in float32); with neither it took 40 times as long.
     """
     if amp == "off":
         return None
@@ -17,15 +17,13 @@ def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:
         if device.type == "cpu":
             raise InputError("--amp fp16: needs a GPU; take bf16 or off")
         return torch.float16
-    if amp == "auto" and not has_fast_bf16(device):
-        return None if device.type == "cpu" else torch.float16
-    return torch.bfloat16
+    return None if amp == "auto" and not has_fast_bf16(device) else torch.bfloat16
 
 
 def has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return bool(torch.cpu._is_amx_tile_supported())
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
@@ -35,3 +33,8 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
 def grad_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
     """fp16 gradients underflow without one; bf16 and float32 need none."""
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def may_skip(scaler: torch.amp.GradScaler) -> bool:
+    """Whether an infinite gradient is the scaler's to skip: not in bf16 and float32, and not after 17 in a row."""
+    return scaler.is_enabled() and scaler.get_scale() >= 1

@@ -3,7 +3,9 @@
 The rate is a pure function of the step, so a resumed run has no scheduler state to restore.
 """
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -17,9 +19,9 @@ def warmup_steps(config: OptimConfig) -> int:
     return min(config.warmup, config.steps // 10)
 
 
-def due(step: int, every: int, steps: int) -> bool:
-    """At every `every`-th step (0: at every tenth of the run), and at the last."""
-    return step % (every or max(1, steps // 10)) == 0 or step == steps
+def due(step: int, every: int, steps: int, *, most: int = 2**31) -> bool:
+    """At every `every`-th step (0: at every tenth of the run, or every `most`-th), and at the last."""
+    return step % (every or min(most, max(1, steps // 10))) == 0 or step == steps
 
 
 class Schedule:
@@ -48,3 +50,41 @@ def adamw(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> tor
         (others if keeps else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def adamw_in_parts(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+    """As `adamw`, the encoder's groups apart from the others; each group says its `part`."""
+    parts: dict[str, list[tuple[str, nn.Parameter]]] = {"encoder": [], "decoder": []}
+    for name, parameter in named:
+        parts["encoder" if name.startswith("encoder.") else "decoder"].append((name, parameter))
+    groups: list[dict[str, Any]] = []
+    for part, members in parts.items():
+        groups += [{**group, "part": part} for group in adamw(iter(members), config).param_groups]
+    return torch.optim.AdamW(groups, lr=config.lr)
+
+
+def fine_tuning_factors(kind: str, step: int, steps: int, warmup: int) -> tuple[float, float]:
+    """What the learning rates of encoder and decoder are multiplied by at a step: a pure function of it.
+
+    plain           cosine from the first step
+    warmup          linear warm-up, then cosine
+    frozen-encoder  the same, and the encoder never moves
+    decoder-first   the decoder alone for a tenth of the run, up and down; then both as `warmup`
+    """
+    if kind == "plain":
+        return (cosine(step, 0, steps, 0),) * 2
+    if kind == "decoder-first":
+        first = max(2, steps // 10)
+        if step < first:
+            return 0.0, cosine(step, 0, first, first // 2)
+        return (cosine(step, first, steps, warmup),) * 2
+    factor = cosine(step, 0, steps, warmup)
+    return (0.0 if kind == "frozen-encoder" else factor), factor
+
+
+def cosine(step: int, start: int, stop: int, warmup: int) -> float:
+    """From `start` to `stop`: up to 1 in `warmup` steps, the first one not at 0, then down to 0 along a cosine."""
+    at = step - start
+    if at < warmup:
+        return (at + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1, stop - start - warmup)))

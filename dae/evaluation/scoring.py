@@ -1,0 +1,250 @@
+"""Predictions against labels: which file belongs to which, whether both lie on one grid, and a score for every class.
+
+A case is a file name without its endings. It is measured on its label's own grid, with the spacing of the label's
+header, and nothing is resampled: a prediction on another grid is refused, not moved. Label maps are (d, h, w) in RAS
+order, so that two files may store one grid along different axes. What cannot be scored is one line that names the file.
+"""
+
+import csv
+import io
+import zlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.affines import voxel_sizes
+from nibabel.filebasedimages import ImageFileError
+from nibabel.orientations import OrientationError
+from nibabel.spatialimages import HeaderDataError
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from dae.config import InputError
+from dae.data.phantom import put
+from dae.evaluation.metrics import METRICS, DefinitionName, Labels, Row, diagonal, score_labels
+
+ENDINGS = (".nii.gz", ".nii")
+COLUMNS = ("case", "class", "name", "status", *METRICS, "volume_truth_ml", "volume_prediction_ml")
+SAME_PLACE = 1e-2  # of two affines: more than headers lose by storing float32, less than anyone would see
+Classes = Mapping[int, str] | Sequence[int]
+Spacing = tuple[float, float, float]
+
+
+class LabelMap(NamedTuple):
+    """One label file, its axes turned to RAS."""
+
+    labels: Labels  # (d, h, w), in the smallest type that holds them
+    affine: NDArray[np.float64]  # (4, 4), voxel -> mm
+    spacing: Spacing  # mm
+
+
+class Pair(NamedTuple):
+    case: str
+    prediction: Path
+    label: Path
+
+
+class Case(NamedTuple):
+    """A prediction and its truth (d, h, w) on one grid of `spacing` mm."""
+
+    name: str
+    prediction: Labels
+    truth: Labels
+    spacing: Spacing
+
+
+# --- which file belongs to which -------------------------------------------------------------------------------------
+
+
+def case_name(image: Path) -> str:
+    """The file's name without .nii or .nii.gz; other dots belong to the name."""
+    ending = next((ending for ending in ENDINGS if image.name.lower().endswith(ending)), "")
+    return image.name[: len(image.name) - len(ending)]
+
+
+def case_names(images: Sequence[Path]) -> list[str]:
+    """A name for each: that of its file, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
+
+    Raises InputError where one file is named twice.
+    """
+    names = [case_name(image) for image in images]
+    folders = [list(image.absolute().parts[1:-1]) for image in images]
+    while repeated := {name for name, times in Counter(names).items() if times > 1}:
+        for n, name in enumerate(names):
+            if name in repeated:
+                refuse(not folders[n], f"{images[n]}: named twice; each image is a case of its own")
+                names[n] = f"{folders[n].pop()}_{name}"
+    return names
+
+
+def pair(predictions: Path, labels: Path | Sequence[tuple[str, Path | None]]) -> list[Pair]:
+    """The files of both folders, or of a folder and of a list, by case. Raises InputError unless each has its other.
+
+    A case that is left out of a mean makes the mean another, so none is left out in silence, on either side.
+    """
+    predicted = files_in(predictions)
+    if isinstance(labels, Path):
+        where, true = str(labels), dict[str, Path | None](files_in(labels))
+    else:
+        where, true = "the list", dict(labels)
+        repeated = [case for case, times in Counter(case for case, _ in labels).items() if times > 1]
+        refuse(repeated, f"the list names {several(repeated)} more than once")
+    unlabelled = [case for case in predicted if true.get(case) is None]
+    refuse(unlabelled, f"{where}: no label for {several(unlabelled)}, predicted in {predictions}")
+    unpredicted = [case for case in true if case not in predicted]
+    refuse(unpredicted, f"{predictions}: no prediction for {several(unpredicted)}; they are named <case>.nii.gz")
+    pairs = [Pair(case, predicted[case], label) for case, label in true.items() if label is not None]
+    lost = [str(each.label) for each in pairs if not each.label.is_file()]
+    refuse(lost, f"{several(lost, 'label')}: no such file")
+    return pairs
+
+
+def files_in(folder: Path) -> dict[str, Path]:
+    """The NIfTI files of a folder by case, in order of name. Raises InputError where there are none."""
+    refuse(not folder.is_dir(), f"{folder}: no such folder")
+    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS))
+    refuse(not files, f"{folder}: holds no .nii or .nii.gz file")
+    found = {case_name(file): file for file in files}
+    twice = [case for case, times in Counter(map(case_name, files)).items() if times > 1]
+    refuse(twice, f"{folder}: {several(twice)} is there both as .nii and as .nii.gz; keep one")
+    return found
+
+
+def several(names: Sequence[str], kind: str = "case") -> str:
+    """The first by name, the rest by number: "case s1 and 3 more"."""
+    return f"{kind} {', '.join(names[:1])}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+# --- what is in a file -----------------------------------------------------------------------------------------------
+
+
+def read_labels(path: Path) -> LabelMap:
+    """A 3D file of whole numbers, stored as integers or floats. Raises InputError on anything else."""
+    try:
+        image = nib.load(path)
+        shape = " x ".join(map(str, image.shape))
+        refuse(len(image.shape) != 3, f"{path}: labels of size {shape}; a label map has three axes")
+        image = nib.as_closest_canonical(image)
+        values = np.asanyarray(image.dataobj)
+    except (ImageFileError, HeaderDataError, OrientationError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: not a readable NIfTI file ({' '.join(str(error).split())[:120]})") from error
+    refuse(values.dtype.kind not in "iuf", f"{path}: voxels of type {values.dtype}; labels are whole numbers")
+    if values.dtype.kind == "f":
+        uneven = values[~np.isfinite(values) | (values != np.rint(values))]
+        if len(uneven):
+            raise InputError(f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?")
+    d, h, w = map(float, voxel_sizes(image.affine))
+    return LabelMap(smallest(values), np.asarray(image.affine, np.float64), (d, h, w))
+
+
+def smallest(values: NDArray[Any]) -> Labels:
+    """The same whole numbers in the smallest integer type: scoring is bound by memory."""
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
+
+
+def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | None = None) -> Case:
+    """Both files of one case. Raises InputError where they lie on different grids or hold labels beyond `classes`.
+
+    `ignore` is the label, of the truth alone, of what was not annotated.
+    """
+    predicted, true = read_labels(prediction), read_labels(label)
+    shapes = [" x ".join(map(str, each.labels.shape)) for each in (predicted, true)]
+    refuse(shapes[0] != shapes[1], f"{prediction} and {label} lie on different grids: {shapes[0]} and {shapes[1]}")
+    off = float(np.abs(predicted.affine - true.affine).max())
+    refuse(not off <= SAME_PLACE, f"{prediction} and {label} lie on different grids: their affines are {off:.3g} apart")
+    check_values(prediction, predicted.labels, {0, *classes} - {ignore})
+    check_values(label, true.labels, {0, *classes, *([] if ignore is None else [ignore])})
+    return Case(case_name(prediction), predicted.labels, true.labels, true.spacing)
+
+
+def check_values(path: Path, labels: Labels, known: Collection[int]) -> None:
+    """Raises InputError on a label that no class has: a map from another task, or of shifted numbers."""
+    strange = labels[~np.isin(labels, np.array(sorted(known)))]
+    if len(strange):
+        raise InputError(f"{path}: label {strange.min()} is not declared; declared are {sorted(known)}")
+
+
+def classes_in(paths: Iterable[Path]) -> dict[int, str]:
+    """Every label but 0 that occurs in any of the files, by its number: what is scored where no list names classes."""
+    found = {int(value) for path in paths for value in np.unique(read_labels(path).labels)}
+    return {value: str(value) for value in sorted(found - {0})}
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score_case(
+    prediction: Path, label: Path, classes: Classes, *, tolerance: float | Mapping[int, float] = 1.0,
+    definition: DefinitionName = "default", ignore: int | None = None,
+) -> list[Row]:  # fmt: skip
+    """A row of `metrics.score_labels` for each class but 0, with the `case` in front. Raises InputError.
+
+    Voxels whose true label is `ignore` count for nothing, and no surface ends at them.
+    """
+    case = read_case(prediction, label, classes, ignore=ignore)
+    names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
+    scored = {value: name for value, name in names.items() if value not in (0, ignore)}
+    hidden = None if ignore is None else case.truth == ignore
+    try:
+        rows = score_labels(
+            case.prediction, case.truth, case.spacing, scored,
+            tolerance=tolerance, definition=definition, ignore=hidden,
+        )  # fmt: skip
+    except ValueError as error:
+        raise InputError(f"{label}: {error}") from error
+    return [{"case": case.name, **row} for row in rows]
+
+
+def score(pairs: Sequence[Pair], classes: Classes, **choices: Any) -> tuple[list[Row], dict[str, float]]:
+    """The rows of all cases, one in memory at a time, and their `diagonals`; `choices` are those of `score_case`."""
+    rows = []
+    for _, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):  # silent without a terminal
+        rows += score_case(prediction, label, classes, **choices)
+    return rows, diagonals(pairs)
+
+
+def diagonals(pairs: Iterable[Pair]) -> dict[str, float]:
+    """The diagonal of each case's volume in mm, from the header: what policy `diagonal` puts for a missed organ."""
+    headers = {each.case: nib.load(each.label) for each in pairs}
+    return {case: diagonal(image.shape, voxel_sizes(image.affine).tolist()) for case, image in headers.items()}
+
+
+# --- scores.csv ------------------------------------------------------------------------------------------------------
+
+
+def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    put(path, text.getvalue().encode())
+
+
+def write_scores(rows: Sequence[Row], path: Path) -> None:
+    """A line per case and class with all digits of every number; what is not one is `inf` or `nan`."""
+    write_csv(rows, path, COLUMNS)
+
+
+def read_scores(path: Path) -> list[Row]:
+    """The very rows that were written. Raises InputError on a file that is not a scores.csv."""
+    rows: list[Row] = []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            for line in csv.DictReader(file):
+                numbers = {name: float(line[name]) for name in COLUMNS[4:]}
+                rows.append({**{name: line[name] for name in COLUMNS[:4]}, "class": int(line["class"]), **numbers})
+    except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__} after {len(rows)} rows: {error}"
+        raise InputError(f"{path}: not a scores.csv of eval.py score ({reason})") from error
+    refuse(not rows, f"{path}: holds no scores")
+    return rows
+
+
+def refuse(wrong: object, message: str) -> None:
+    """Raises an InputError with `message` if something is wrong."""
+    if wrong:
+        raise InputError(message)

@@ -1,0 +1,359 @@
+"""dae/evaluation/scoring.py: a prediction meets its own label, on one grid, in mm, or one line says why it cannot."""
+
+import struct
+from itertools import permutations, product
+from math import inf, isnan, nan, sqrt
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dae.config import InputError
+from dae.evaluation import scoring
+from dae.evaluation.metrics import score_labels
+from dae.evaluation.scoring import (
+    COLUMNS,
+    Pair,
+    case_name,
+    case_names,
+    classes_in,
+    diagonals,
+    pair,
+    read_labels,
+    read_scores,
+    score,
+    score_case,
+    write_scores,
+)
+
+AFFINE = np.diag([3.0, 1.0, 2.0, 1.0])
+CLASSES = {0: "background", 1: "liver", 2: "spleen"}
+
+
+def saved(path, labels, affine=AFFINE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(labels, affine, dtype=labels.dtype), path)
+    return path
+
+
+def two_boxes(shift=0):
+    """Class 1 a box of 6 x 6 x 6, moved along axis 0, and class 2 another."""
+    labels = np.zeros((16, 12, 10), np.uint8)
+    labels[2 + shift : 8 + shift, 1:7, 2:8] = 1
+    labels[12:15, 8:11, 2:8] = 2
+    return labels
+
+
+def refusal(call, *named):
+    """The one line, which names all that it is about."""
+    with pytest.raises(InputError) as caught:
+        call()
+    line = str(caught.value)
+    assert "\n" not in line and all(str(name) in line for name in named), line
+    return line
+
+
+# Which file belongs to which
+
+
+@pytest.mark.parametrize("name, case", [
+    ("s1.nii.gz", "s1"), ("s1.nii", "s1"), ("s1.v2.nii.gz", "s1.v2"), ("S1.NII.GZ", "S1"), ("s1.mgz", "s1.mgz"),
+])  # fmt: skip
+def test_a_case_is_the_file_name_without_its_endings(name, case):
+    assert case_name(Path("somewhere") / name) == case
+
+
+def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay():
+    images = [Path("/d/s1/t1.nii.gz"), Path("/d/s2/t1.nii.gz"), Path("/d/s2/t2.nii")]
+    assert case_names(images) == ["s1_t1", "s2_t1", "t2"]
+    assert case_names([Path("/a/s1/t1.nii"), Path("/b/s1/t1.nii"), Path("/b/s2/t1.nii")]) == [
+        "a_s1_t1", "b_s1_t1", "s2_t1",
+    ]  # fmt: skip
+
+
+def test_a_made_up_name_does_not_hide_a_true_one():
+    names = case_names([Path("/d/s1/t1.nii"), Path("/d/s2/t1.nii"), Path("/d/s3/s1_t1.nii")])
+    assert len(set(names)) == 3
+
+
+def test_one_image_named_twice_is_refused():
+    refusal(lambda: case_names([Path("/d/t1.nii"), Path("/d/t1.nii")]), "/d/t1.nii", "twice")
+
+
+def test_two_folders_pair_by_case_whatever_the_ending(tmp_path):
+    for name in ("b.nii.gz", "a.nii"):
+        saved(tmp_path / "predictions" / name, two_boxes())
+    for name in ("a.nii.gz", "b.nii.gz"):
+        saved(tmp_path / "labels" / name, two_boxes())
+    (tmp_path / "labels" / "notes.txt").write_text("not a case")
+    found = pair(tmp_path / "predictions", tmp_path / "labels")
+    assert [(each.case, each.prediction.name, each.label.name) for each in found] == [
+        ("a", "a.nii", "a.nii.gz"), ("b", "b.nii.gz", "b.nii.gz"),
+    ]  # fmt: skip
+
+
+def test_a_list_pairs_by_its_own_names(tmp_path):
+    saved(tmp_path / "p" / "s1_t1.nii.gz", two_boxes())
+    label = saved(tmp_path / "s1" / "truth.nii.gz", two_boxes())
+    assert pair(tmp_path / "p", [("s1_t1", label)]) == [Pair("s1_t1", tmp_path / "p" / "s1_t1.nii.gz", label)]
+
+
+def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path):
+    predictions, labels = tmp_path / "predictions", tmp_path / "labels"
+    refusal(lambda: pair(predictions, labels), predictions, "no such folder")
+    predictions.mkdir()
+    refusal(lambda: pair(predictions, labels), predictions, "holds no .nii or .nii.gz file")
+    for name in "abc":
+        saved(predictions / f"{name}.nii.gz", two_boxes())
+    saved(labels / "a.nii.gz", two_boxes())
+    refusal(lambda: pair(predictions, labels), labels, "no label for case b and 1 more")
+    for name in "bcdefg":
+        saved(labels / f"{name}.nii.gz", two_boxes())
+    refusal(lambda: pair(predictions, labels), predictions, "no prediction for case d and 3 more")
+    saved(predictions / "a.nii", two_boxes())
+    refusal(lambda: pair(predictions, labels), predictions, "case a is there both as .nii and as .nii.gz")
+
+
+def test_a_list_that_does_not_fit_is_named(tmp_path):
+    saved(tmp_path / "a.nii.gz", two_boxes())
+    lost = tmp_path / "labels" / "a.nii.gz"
+    refusal(lambda: pair(tmp_path, [("a", lost)]), lost, "no such file")
+    refusal(lambda: pair(tmp_path, [("a", None)]), "the list: no label for case a")
+    refusal(lambda: pair(tmp_path, [("b", lost)]), "the list: no label for case a")
+    refusal(lambda: pair(tmp_path, [("a", lost), ("b", lost)]), tmp_path, "no prediction for case b")
+    refusal(lambda: pair(tmp_path, [("a", lost), ("a", lost)]), "case a more than once")
+
+
+# What is in a file
+
+
+@pytest.mark.parametrize("axes", list(permutations(range(3))), ids=str)
+def test_labels_come_back_in_ras_order_with_their_own_spacing(axes, tmp_path):
+    labels = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
+    for signs in product((1, -1), repeat=3):
+        ornt = [[axis, sign] for axis, sign in zip(axes, signs)]
+        path = tmp_path / "a.nii"
+        nib.save(nib.Nifti1Image(labels, AFFINE).as_reoriented(ornt), path)
+        found = read_labels(path)
+        assert np.array_equal(found.labels, labels)
+        assert found.spacing == (3.0, 1.0, 2.0) and np.allclose(found.affine, AFFINE)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", ">i2", "int32", "int64", "float32", "float64"])
+def test_whole_numbers_are_labels_however_they_are_stored(kind, tmp_path):
+    found = read_labels(saved(tmp_path / "a.nii.gz", two_boxes().astype(kind)))
+    assert np.array_equal(found.labels, two_boxes()) and found.labels.dtype == np.uint8
+
+
+def test_an_empty_prediction_is_a_label_map(tmp_path):
+    assert not read_labels(saved(tmp_path / "a.nii.gz", np.zeros((4, 4, 4), np.uint8))).labels.any()
+
+
+def test_large_and_negative_numbers_survive(tmp_path):
+    labels = np.array([-1, 0, 40_000], np.int32).reshape(1, 1, 3)
+    assert read_labels(saved(tmp_path / "a.nii", labels)).labels.tolist() == [[[-1, 0, 40_000]]]
+
+
+@pytest.mark.parametrize("content, reason", [
+    (np.full((3, 3, 3), 0.5, np.float32), "holds 0.5, but labels are whole numbers"),
+    (np.full((3, 3, 3), nan, np.float32), "holds nan, but labels are whole numbers"),
+    (np.full((3, 3, 3), inf, np.float32), "holds inf, but labels are whole numbers"),
+    (np.ones((3, 3, 3, 2), np.uint8), "labels of size 3 x 3 x 3 x 2; a label map has three axes"),
+    (np.ones((3, 3), np.uint8), "labels of size 3 x 3; a label map has three axes"),
+    (np.ones((3, 3, 3), np.complex64), "voxels of type complex64"),
+])  # fmt: skip
+def test_what_is_not_a_label_map_is_refused_by_name(content, reason, tmp_path):
+    path = saved(tmp_path / "a.nii", content)
+    refusal(lambda: read_labels(path), path, reason)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
+    path = tmp_path / "a.nii.gz"
+    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
+    path.write_text("nothing of the kind")
+    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
+    noise = np.random.default_rng(0).integers(0, 255, (20, 20, 20), dtype=np.uint8)
+    path.write_bytes(saved(path, noise).read_bytes()[:4000])
+    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
+
+
+def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):
+    a, b = two_boxes(), two_boxes()
+    b[0, 0, 0] = 7
+    files = saved(tmp_path / "a.nii", a), saved(tmp_path / "b.nii", b)
+    assert classes_in(files) == {1: "1", 2: "2", 7: "7"}
+
+
+# Scores
+
+
+def test_distances_are_in_mm_of_the_header(tmp_path):
+    files = saved(tmp_path / "s1.nii.gz", two_boxes(shift=2)), saved(tmp_path / "label.nii.gz", two_boxes())
+    liver, spleen = score_case(*files, CLASSES)
+    assert (liver["case"], liver["class"], liver["name"], liver["status"]) == ("s1", 1, "liver", "ok")
+    assert liver["hd"] == liver["hd95"] == 6  # two voxels of 3 mm
+    assert liver["dice"] == pytest.approx(2 / 3)
+    assert liver["volume_truth_ml"] == pytest.approx(6**3 * 6 / 1000)
+    assert spleen["dice"] == 1 and spleen["hd"] == 0
+
+
+def test_rows_are_those_of_score_labels_with_all_its_choices(tmp_path):
+    files = saved(tmp_path / "a.nii", two_boxes(1)), saved(tmp_path / "b.nii", two_boxes())
+    choices = {"tolerance": {1: 3.0, 2: 0.0}, "definition": "surface-distance"}
+    expected = score_labels(two_boxes(1), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, **choices)
+    assert score_case(*files, CLASSES, **choices) == [{"case": "a", **row} for row in expected]
+    assert [row["name"] for row in score_case(*files, [0, 1, 2])] == ["1", "2"]
+
+
+def test_a_prediction_stored_along_other_axes_is_on_the_same_grid(tmp_path):
+    turned = nib.Nifti1Image(two_boxes(), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
+    nib.save(turned, tmp_path / "a.nii.gz")
+    rows = score_case(tmp_path / "a.nii.gz", saved(tmp_path / "b.nii.gz", two_boxes()), CLASSES)
+    assert [row["dice"] for row in rows] == [1, 1]
+
+
+def test_other_grids_are_refused_by_both_names(tmp_path):
+    label, path = saved(tmp_path / "label.nii", two_boxes()), tmp_path / "a.nii"
+    saved(path, two_boxes()[:-1])
+    refusal(lambda: score_case(path, label, CLASSES), path, label, "15 x 12 x 10 and 16 x 12 x 10")
+    for off, fits in ((0.02, False), (0.005, True)):
+        for place in ((0, 0), (1, 3)):
+            affine = AFFINE.copy()
+            affine[place] += off
+            saved(path, two_boxes(), affine)
+            if fits:
+                assert score_case(path, label, CLASSES)[0]["dice"] == 1
+            else:
+                refusal(lambda: score_case(path, label, CLASSES), path, label, "affines are 0.02 apart")
+
+
+def test_labels_beyond_the_classes_are_refused_by_file_and_value(tmp_path):
+    good, strange = saved(tmp_path / "good.nii", two_boxes()), two_boxes().astype(np.int16)
+    strange[0, 0, 0] = 9
+    bad = saved(tmp_path / "bad.nii", strange)
+    refusal(lambda: score_case(bad, good, CLASSES), bad, "label 9", "[0, 1, 2]")
+    refusal(lambda: score_case(good, bad, CLASSES), bad, "label 9", "[0, 1, 2]")
+    saved(bad, -strange)
+    refusal(lambda: score_case(bad, good, CLASSES), bad, "label -9")
+
+
+def test_what_was_not_annotated_counts_for_nothing(tmp_path):
+    truth = two_boxes()
+    truth[:, :, 5:] = 3
+    prediction = two_boxes(1)
+    prediction[:, :, 5:] = np.random.default_rng(0).integers(0, 3, prediction[:, :, 5:].shape)
+    files = saved(tmp_path / "a.nii", prediction), saved(tmp_path / "b.nii", truth)
+    refusal(lambda: score_case(*files, CLASSES), files[1], "label 3")
+    rows = score_case(*files, {**CLASSES, 3: "ignore"}, ignore=3)
+    names, truth[truth == 3] = {1: "liver", 2: "spleen"}, 0
+    hidden = np.zeros(truth.shape, bool)
+    hidden[:, :, 5:] = True
+    expected = score_labels(prediction, truth, (3.0, 1.0, 2.0), names, ignore=hidden)
+    assert rows == [{"case": "a", **row} for row in expected]
+    assert rows[0]["dice"] == pytest.approx(5 / 6) and rows[1]["dice"] == 1
+
+
+def test_what_was_not_annotated_is_nothing_to_predict(tmp_path):
+    files = saved(tmp_path / "a.nii", two_boxes()), saved(tmp_path / "b.nii", two_boxes())
+    refusal(lambda: score_case(*files, CLASSES, ignore=2), files[0], "label 2")
+
+
+def test_a_wrong_choice_is_one_line(tmp_path):
+    files = saved(tmp_path / "a.nii", two_boxes()), saved(tmp_path / "b.nii", two_boxes())
+    refusal(lambda: score_case(*files, CLASSES, tolerance=-1.0), "tolerance of 0 mm or more")
+    refusal(lambda: score_case(*files, CLASSES, definition="other"), "definition must be one of")
+
+
+def test_an_affine_that_is_none_is_one_line(tmp_path):
+    flat = saved(tmp_path / "c.nii", two_boxes())
+    content = bytearray(flat.read_bytes())
+    struct.pack_into("<4f", content, 312, 0, 0, 0, 0)  # srow_z
+    flat.write_bytes(content)
+    refusal(lambda: score_case(flat, flat, CLASSES), flat)
+
+
+def test_all_cases_are_scored_in_order_and_each_has_a_diagonal(tmp_path):
+    for name, shift in (("a", 0), ("b", 2)):
+        saved(tmp_path / "p" / f"{name}.nii.gz", two_boxes(shift))
+        saved(tmp_path / "l" / f"{name}.nii.gz", two_boxes())
+    pairs = pair(tmp_path / "p", tmp_path / "l")
+    rows, lengths = score(pairs, CLASSES, tolerance=6.0)
+    assert [(row["case"], row["class"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert rows[2]["nsd"] == 1 and score(pairs, CLASSES)[0][2]["nsd"] < 1
+    assert lengths == diagonals(pairs) == pytest.approx(dict.fromkeys("ab", sqrt(48**2 + 12**2 + 20**2)))
+
+
+# scores.csv
+
+
+def some_rows(tmp_path):
+    """One missed, one spurious, one absent and one good class, with numbers that need all their digits."""
+    truth, prediction = two_boxes(), two_boxes(1)
+    truth[0, 0, 0], prediction[0, 0, 0], prediction[0, 5, 0] = 3, 0, 4
+    files = saved(tmp_path / "a,b.nii", prediction), saved(tmp_path / "t.nii", truth)
+    return score_case(*files, {1: "liver", 2: "spleen, left", 3: 'a "name"', 4: "vena cava", 5: "é"})
+
+
+def test_scores_come_back_exactly(tmp_path):
+    rows = some_rows(tmp_path)
+    assert {row["status"] for row in rows} == {"ok", "missed", "spurious", "absent"}
+    write_scores(rows, tmp_path / "out.csv")
+    found = read_scores(tmp_path / "out.csv")
+    assert [list(row) for row in found] == [list(COLUMNS)] * len(rows)
+    assert repr(found) == repr([{name: row[name] for name in COLUMNS} for row in rows])
+    assert found[0]["dice"] == 5 / 6 and found[2]["hd95"] == inf and isnan(found[4]["dice"])
+
+
+def test_the_columns_are_the_promised_ones_and_infinity_is_spelled_out(tmp_path):
+    write_scores(some_rows(tmp_path), tmp_path / "scores.csv")
+    lines = (tmp_path / "scores.csv").read_text().splitlines()
+    assert lines[0] == (
+        "case,class,name,status,dice,hd,hd95,assd,masd,msd_prediction_to_truth,msd_truth_to_prediction,nsd,"
+        "volume_truth_ml,volume_prediction_ml"
+    )
+    assert lines[3].startswith('"a,b",3,"a ""name""",missed,0.0,inf,inf,')
+    assert ",absent,nan,nan," in lines[5]
+
+
+def test_what_else_a_row_holds_stays_out_of_the_file(tmp_path):
+    write_scores([{**row, "diagonal_mm": 3.0} for row in some_rows(tmp_path)], tmp_path / "scores.csv")
+    assert "diagonal" not in (tmp_path / "scores.csv").read_text()
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    rows = some_rows(tmp_path)
+    write_scores(rows, tmp_path / "scores.csv")
+    before = (tmp_path / "scores.csv").read_bytes()
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("stopped here")))
+    with pytest.raises(OSError, match="stopped here"):
+        write_scores(rows[:1], tmp_path / "scores.csv")
+    assert (tmp_path / "scores.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize("content, reason", [
+    ("a,b\n1,2\n", "KeyError after 0 rows: 'dice'"),
+    (",".join(COLUMNS) + "\n", "holds no scores"),
+    ("", "holds no scores"),
+    (",".join(COLUMNS) + "\n" + ",".join(["a", "1", "n", "ok", *["0.5"] * 10]) + "\na,1,n,ok,x" + ",0" * 9 + "\n",
+     "after 1 rows: could not convert string to float: 'x'"),
+    (",".join(COLUMNS) + "\na,1,n,ok,0.5\n", "TypeError"),
+    (",".join(COLUMNS) + "\na,one,n,ok" + ",0" * 10 + "\n", "invalid literal for int"),
+])  # fmt: skip
+def test_what_is_not_a_scores_csv_is_refused_by_name(content, reason, tmp_path):
+    path = tmp_path / "scores.csv"
+    refusal(lambda: read_scores(path), path)
+    path.write_text(content)
+    refusal(lambda: read_scores(path), path, reason)
+
+
+def test_nothing_is_left_beside_what_was_written(tmp_path):
+    write_scores(some_rows(tmp_path / "in"), tmp_path / "scores.csv")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "scores.csv"]
+
+
+def test_scoring_shows_its_progress(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(scoring, "tqdm", lambda pairs, **how: shown.append(how) or pairs)
+    score([Pair("a", *[saved(tmp_path / "a.nii", two_boxes())] * 2)], CLASSES)
+    assert shown[0]["unit"] == "case" and shown[0]["disable"] is None

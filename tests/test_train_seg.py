@@ -1,0 +1,197 @@
+"""train_seg.py and eval.py: from a pre-trained checkpoint to numbers, on tiny phantoms."""
+
+import csv
+import importlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import NETWORK, same_weights
+
+from dae.config import InputError, PretrainConfig
+from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, SegConfig, TuneConfig
+from dae.data.phantom import CT_LABELS, write_phantoms
+from dae.training import checkpoint
+from dae.training.log import read
+from train_pretrain import main as pretrain
+from train_seg import main
+
+evaluate = importlib.import_module("eval")
+Config = Callable[..., SegConfig]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of 32^3, and a checkpoint pre-trained on them for two steps."""
+    folder = tmp_path_factory.mktemp("seg")
+    write_phantoms(folder / "phantoms", subjects=3, size=(32, 32, 32))
+    pretrain(PretrainConfig(
+        data=str(folder / "phantoms/pretrain.json"), out=str(folder / "pre"), cache_dir=str(folder / "cache"),
+        crop=(16, 16, 16), **NETWORK, steps=2, workers=0, device="cpu", amp="off", validate_crops=1,
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def tiny(pretrained: Path, tmp_path: Path) -> Config:
+    def config(**given: Any) -> SegConfig:
+        defaults: dict[str, Any] = {
+            "data": str(pretrained / "phantoms/ct_seg.json"), "pretrained": str(pretrained / "pre/last.pt"),
+            "out": str(tmp_path / "run"), "cache_dir": str(pretrained / "cache"), "crop": (16, 16, 16), "steps": 4,
+            "batch_size": 2, "workers": 0, "device": "cpu", "amp": "off", "log_every": 1, "validate_every": 1000,
+        }  # fmt: skip
+        return SegConfig(**{**defaults, **given})
+
+    return config
+
+
+def events(config: SegConfig, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
+
+
+def weights(config: SegConfig, name: str = "last.pt") -> dict[str, Any]:
+    return dict(checkpoint.load(Path(config.out) / name)["model"])
+
+
+def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny: Config, pretrained: Path) -> None:
+    config = tiny(lr=0.0)
+    main(config)
+    before = checkpoint.load(pretrained / "pre/last.pt")["model"]
+    after = weights(config)
+    assert all(bool((after[k] == before[k]).all()) for k in before if not k.startswith("head"))
+    assert after["head.weight"].shape[0] == len(CT_LABELS)
+    assert "2 new (head)" in events(config, "start")[0]["weights"]
+    plan = checkpoint.load(Path(config.out) / "best.pt")["plan"]
+    assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [1, 2]  # kidneys name a side
+
+
+def test_from_scratch_is_the_same_run_without_the_weights(tiny: Config, tmp_path: Path) -> None:
+    with_weights, scratch = tiny(lr=0.0), tiny(lr=0.0, from_scratch=True, out=str(tmp_path / "scratch"))
+    main(with_weights)
+    main(scratch)
+    a, b = weights(with_weights), weights(scratch)
+    assert a.keys() == b.keys() and not same_weights(a, b)
+    assert events(scratch, "start")[0]["weights"] == "from scratch"
+
+
+@pytest.mark.parametrize("schedule", ["plain", "warmup", "frozen-encoder", "decoder-first"])
+def test_each_schedule_moves_what_it_should(tiny: Config, pretrained: Path, schedule: str) -> None:
+    config = tiny(schedule=schedule, steps=30, stop_after=2)
+    main(config)
+    before, after = checkpoint.load(pretrained / "pre/last.pt")["model"], weights(config)
+    moved = {k.split(".")[0] for k in before if not k.startswith("head") and bool((before[k] != after[k]).any())}
+    assert "up_blocks" in moved
+    assert ("encoder" in moved) == (schedule in ("plain", "warmup"))
+
+
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny: Config, tmp_path: Path) -> None:
+    straight, broken = tiny(), tiny(out=str(tmp_path / "broken"), stop_after=2)
+    main(straight)
+    main(broken)
+    main(replace(broken, stop_after=0, resume=True))
+    assert same_weights(weights(straight), weights(broken))
+
+
+def test_folds_partition_the_subjects_and_small_label_fractions_lie_in_larger_ones(pretrained: Path) -> None:
+    from dae.data import datalist
+
+    content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
+    everyone = content["training"] + content["validation"] + content["test"]
+    path = pretrained / "phantoms/all.json"
+    path.write_text(json.dumps({"training": everyone * 1, "labels": content["labels"]}))
+    items = datalist.load(str(path))
+    held = [datalist.five_folds(items, fold=k).validation for k in range(5)]
+    assert sorted(item.subject for fold in held for item in fold) == sorted(item.subject for item in items.training)
+    shares = [{i.subject for i in datalist.fraction(items, share).training} for share in (0.2, 0.6, 1.0)]
+    assert [len(s) for s in shares] == [1, 3, 5] and shares[0] < shares[1] < shares[2]
+
+
+@pytest.mark.parametrize("given, word", [
+    ({"pretrained": "", "from_scratch": False}, "--pretrained"),
+    ({"pretrained": "none.pt"}, "none.pt"),
+    ({"feature_size": 24}, "--feature-size 24"),
+    ({"crop": (16, 20, 16)}, "16 20 16"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_leaves_nothing(tiny: Config, given: dict[str, Any], word: str) -> None:
+    with pytest.raises(InputError) as error:
+        main(tiny(**given))
+    assert word in str(error.value) and "\n" not in str(error.value)
+    assert not Path(tiny().out).exists()
+
+
+def broken_list(pretrained: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], None]) -> str:
+    content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
+    for split in ("training", "validation", "test"):
+        for entry in content[split]:
+            entry |= {key: str(pretrained / "phantoms" / entry[key]) for key in ("image", "label")}
+    change(tmp_path, content)
+    (tmp_path / "list.json").write_text(json.dumps(content))
+    return str(tmp_path / "list.json")
+
+
+def save_label(path: Path, label: np.ndarray) -> str:
+    nib.save(nib.Nifti1Image(label, np.diag([1.5, 1.5, 1.5, 1])), path)
+    return str(path)
+
+
+def other_grid(folder: Path, content: dict[str, Any]) -> None:
+    content["training"][0]["label"] = save_label(folder / "small.nii.gz", np.ones((9, 9, 9), dtype=np.uint8))
+
+
+def fractions(folder: Path, content: dict[str, Any]) -> None:
+    content["training"][0]["label"] = save_label(folder / "soft.nii.gz", np.full((32, 32, 32), 0.5, dtype=np.float32))
+
+
+def four_axes(folder: Path, content: dict[str, Any]) -> None:
+    content["training"][0]["label"] = save_label(folder / "four.nii.gz", np.ones((32, 32, 32, 2), dtype=np.uint8))
+
+
+def without_label(folder: Path, content: dict[str, Any]) -> None:
+    del content["training"][0]["label"]
+
+
+def fewer_classes(folder: Path, content: dict[str, Any]) -> None:
+    content["labels"] = {"0": "background", "1": "spleen"}
+
+
+@pytest.mark.parametrize("change, word", [
+    (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds other values"),
+    (four_axes, "four.nii.gz: labels of size"), (without_label, 'has no "label"'),
+    (fewer_classes, "is not among the classes"),
+])  # fmt: skip
+def test_labels_that_do_not_fit_are_refused_by_file(
+    tiny: Config, pretrained: Path, tmp_path: Path, change: Any, word: str
+) -> None:
+    with pytest.raises(InputError, match=word):
+        main(tiny(data=broken_list(pretrained, tmp_path, change)))
+
+
+def test_predict_score_tune_and_compare_make_what_they_promise(tiny: Config, tmp_path: Path) -> None:
+    config = tiny(loss="dice_ce", lr=1e-2, steps=6)
+    main(config)
+    best = f"{config.out}/best.pt"
+    common: dict[str, Any] = {"data": config.data, "split": "test"}
+    written = evaluate.predict(PredictConfig(**common, checkpoint=(best,), out=str(tmp_path / "a"), device="cpu"))
+    evaluate.predict(PredictConfig(**common, checkpoint=(best, best), tta=True, out=str(tmp_path / "b"), device="cpu"))
+    entry = json.loads(Path(config.data).read_text())["test"][0]
+    image = nib.load(Path(config.data).parent / entry["image"])
+    predicted = nib.load(written[0])
+    assert written[0].name == entry["image"]
+    assert predicted.shape == image.shape and np.allclose(predicted.affine, image.affine)
+    assert set(np.unique(np.asarray(predicted.dataobj))) <= set(CT_LABELS)
+
+    for name in "ab":
+        evaluate.score(ScoreConfig(**common, predictions=str(tmp_path / name), out=str(tmp_path / f"scores_{name}")))
+    rows = list(csv.DictReader((tmp_path / "scores_a/scores.csv").open()))
+    assert [row["name"] for row in rows] == [CT_LABELS[k] for k in range(1, 8)]
+    assert {p.name for p in (tmp_path / "scores_a").iterdir()} >= {"scores.csv", "summary.json", "report.html"}
+    evaluate.compare(CompareConfig(a=str(tmp_path / "scores_a"), b=str(tmp_path / "scores_b"), out=str(tmp_path / "c")))
+    assert list((tmp_path / "c").iterdir())
+    evaluate.tune(TuneConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "plan")))
+    common |= {"checkpoint": (best,), "device": "cpu", "postprocess": str(tmp_path / "plan/postprocess.json")}
+    evaluate.predict(PredictConfig(**common, out=str(tmp_path / "d")))

@@ -1,0 +1,347 @@
+"""Fine-tune a pre-trained backbone for segmentation (section 3.2), or train it from scratch for comparison.
+
+phantoms, after the demo of pre-training:  python train_seg.py --preset demo
+one fold of your labelled volumes:         python train_seg.py --data list.json --pretrained runs/a/best.pt --fold 0
+the same without the weights:              python train_seg.py ... --from-scratch --out runs/scratch
+"""
+
+from dae.config import from_command_line, run_or_explain
+from dae.config_seg import SegConfig
+
+if __name__ == "__main__":
+    CONFIG = from_command_line(SegConfig, prog="train_seg.py", description=__doc__)  # before torch's seconds
+
+import json
+import math
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+
+from dae.config import InputError, to_json
+from dae.data import datalist
+from dae.data.augment import names_a_side
+from dae.data.batches import LabelledCrops, addresses, loader
+from dae.data.cache import Cached, default_folder, prepare_all
+from dae.data.datalist import DataList
+from dae.data.phantom import write_phantoms
+from dae.data.preprocess import Recipe
+from dae.evaluation.validation import dice_of_volumes
+from dae.model import BACKBONES, arguments_of
+from dae.model.unetr import check_size
+from dae.training import checkpoint
+from dae.training.dice import LOSSES
+from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
+from dae.training.figures import overlay_sheet, seg_curve
+from dae.training.log import Log, dice_in_words, read, time_left, versions
+from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
+from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
+from dae.training.transfer import arguments_from, transfer
+
+
+@dataclass
+class Run:
+    """What the loop works with. `state` is all of it that changes beside weights and optimiser."""
+
+    config: SegConfig  # with --steps worked out
+    ranks: Ranks
+    out: Path
+    classes: dict[int, str]  # label value -> name, background first; a class is its place here
+    crops: LabelledCrops
+    held_out: list[Cached]
+    network: nn.Module
+    net: nn.Module  # the same, compiled and behind DDP where asked
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    dtype: torch.dtype | None  # of autocast
+    facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
+    told: str  # what became of the pre-trained weights
+    state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": -1.0})  # done steps, highest mean Dice
+
+
+def main(config: SegConfig) -> dict[str, Any]:
+    """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
+    ranks = start(config.device)
+    try:
+        run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
+        with StopSignal() as signal, closing(read_ahead(run)) as batches:
+            return loop(run, batches, signal)
+    finally:
+        finish()
+
+
+def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
+    """Train, validate, save; one turn more than steps, so that the last validation and save are as any other."""
+    config, ranks, state = run.config, run.ranks, run.state
+    first, validation, loss_of, stop = state["step"], dict[str, Any](), LOSSES[config.loss], False
+    record = begin(run)
+    since, waited, logged = time.perf_counter(), 0.0, first
+    for step in range(first, config.steps + 1):
+        state["step"] = step
+        done = step == config.steps
+        stop = stop or step == config.stop_after > first
+
+        paused = time.perf_counter()
+        if (step > first or done) and due(step, config.validate_every, config.steps):
+            validation = validate(run)
+            record.event("validation", step=step, **validation)
+            record.say(f"step {step}: {dice_in_words(validation)}")
+            draw_losses(run)
+            if validation["dice"] > state["best"]:
+                state["best"] = validation["dice"]
+                save(run, "best.pt")
+        if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
+            save(run, "last.pt")
+        if step > first and config.keep_every and step % config.keep_every == 0:
+            save(run, f"step-{step}.pt")
+        if done or stop:
+            break
+        since += time.perf_counter() - paused
+
+        factors = fine_tuning_factors(config.schedule, step, config.steps, warmup_steps(config))
+        for group in run.optimizer.param_groups:
+            group["lr"] = config.lr * factors[0 if group["part"] == "encoder" else 1]
+        total = torch.zeros((), device=ranks.device)
+        for micro in range(config.accumulate):
+            waiting = time.perf_counter()
+            x, label = (t.to(ranks.device, non_blocking=True) for t in next(batches))
+            waited += time.perf_counter() - waiting
+            alone = ranks.world == 1 or micro == config.accumulate - 1
+            with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
+                with autocast(run.dtype, ranks.device):
+                    logits = run.net(x)
+                loss = loss_of(logits, label) / config.accumulate
+                run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+
+        run.scaler.unscale_(run.optimizer)
+        norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip or math.inf)
+        asked = torch.tensor(float(signal.asked), device=ranks.device)
+        numbers = mean_over_ranks(torch.stack([total, norm.float(), asked]))  # the one wait of a step
+        if not math.isfinite(numbers[0]) or not (math.isfinite(numbers[1]) or may_skip(run.scaler)):
+            record.stop_before_the_step(step, numbers[0], numbers[1])
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+        stop = numbers[2] > 0
+
+        if due(step + 1, config.log_every, config.steps):
+            seconds, turns, logged = time.perf_counter() - since, step + 1 - logged, step + 1
+            rate = turns * run.crops.global_batch / seconds
+            record.event(
+                "train", step=step + 1, loss=numbers[0], grad_norm=numbers[1], lr_encoder=config.lr * factors[0],
+                lr=config.lr * factors[1], samples_per_s=rate, data_wait=waited / seconds,
+            )  # fmt: skip
+            left = time_left((config.steps - step - 1) * seconds / turns)
+            record.progress(step + 1, f"loss {numbers[0]:.4f}, {rate:.1f} samples/s, {left} left")
+            since, waited = time.perf_counter(), 0.0
+
+    record.event("end", step=state["step"], reason="finished" if done else "stopped", best=state["best"])
+    record.close()
+    result = f"{dice_in_words(validation)}; weights in {run.out / 'best.pt'}"
+    record.say(result if done else f"stopped after step {state['step']} of {config.steps}; --resume goes on")
+    return validation
+
+
+# --- setup: data, network, optimiser, start state
+
+
+def setup(config: SegConfig, ranks: Ranks) -> Run:
+    """Everything before the first step. What needs no data is tried before any data is touched."""
+    out = Path(config.out)
+    demo = config.preset == "demo" and not config.data
+    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo_seg")
+    given = checkpoint.load(Path(config.pretrained)) if config.pretrained else None
+    if given is None and not config.from_scratch:
+        raise InputError("--pretrained: give a checkpoint, or --from-scratch")
+    dtype = autocast_type(config.amp, ranks.device)
+    recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
+    build(config, given, 1, 2, torch.device("meta"))
+    config = with_phantoms(config, ranks) if demo else config
+    items = split(config)
+    classes = dict(sorted(items.labels.items()))
+    crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
+    left = checkpoint.left_in(out, config)
+
+    torch.manual_seed(config.seed)
+    network = build(config, given, crops.volumes[0].shape[0], len(classes))
+    told = "from scratch"
+    if given is not None and not config.from_scratch:
+        told = str(transfer(network, given["model"], config.transfer, Path(config.pretrained)))
+    network = network.to(ranks.device)
+    optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
+    facts = {
+        "config": to_json(config), "plan": plan_of(config, given, items, crops, classes), "data": items.fingerprint(),
+        "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
+    }  # fmt: skip
+    run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, told)
+    resume(run, left)
+    run.net = torch.compile(network) if config.compile else network  # type: ignore[assignment]
+    if ranks.world > 1:
+        devices = [ranks.device] if ranks.device.type == "cuda" else None
+        run.net = DistributedDataParallel(run.net, device_ids=devices)
+    return run
+
+
+def with_phantoms(config: SegConfig, ranks: Ranks) -> SegConfig:
+    """The demo's data, made where it is not there yet, and its old results out of the way."""
+    out, folder = Path(config.out), Path(config.pretrained).parent / "phantoms"
+
+    def clear_and_make() -> None:
+        for name in () if config.resume else ("log.jsonl", "last.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+        write_phantoms(folder)
+
+    on_main_first(ranks, clear_and_make)
+    return replace(config, data=str(folder / "ct_seg.json"), cache_dir=config.cache_dir or str(out / "cache"))
+
+
+def split(config: SegConfig) -> DataList:
+    """Training and validation items with labels: the list's own split, its folds, or one of five seeded ones."""
+    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    if not items.validation and all(item.fold is None for item in items.training):
+        items = datalist.five_folds(items, fold=config.fold, split_seed=config.split_seed)
+    items = datalist.hold_out(items, fold=config.fold)
+    for item in (*items.training, *items.validation):
+        if item.label is None:
+            raise InputError(f'{item.image[0]}: has no "label" in {config.data}')
+    if len(items.labels) < 2 or 0 not in items.labels:
+        raise InputError(f'{config.data}: "labels" must name the background, 0, and at least one class')
+    return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
+
+
+def crops_of(
+    config: SegConfig, recipe: Recipe, items: DataList, classes: dict[int, str], ranks: Ranks
+) -> tuple[LabelledCrops, list[Cached], SegConfig]:
+    """Training crops, whole validation volumes, and the configuration with its number of steps."""
+    everything = (*items.training, *items.validation)
+    volumes = prepare_all(everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
+                          world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main)  # fmt: skip
+    for item, volume in zip(everything, volumes):
+        if strange := set(volume.labels) - set(classes):
+            raise InputError(f"{item.label}: label {min(strange)} is not among the classes that {config.data} names")
+        if volume.shape[0] != volumes[0].shape[0]:
+            raise InputError(f"{item.image[0]}: {volume.shape[0]} channels, the first has {volumes[0].shape[0]}")
+    n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
+    config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
+    sides = names_a_side(classes) and not items.swap
+    crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
+                          flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap)  # fmt: skip
+    return crops, volumes[n:], config
+
+
+def build(
+    config: SegConfig, given: dict[str, Any] | None, channels: int, classes: int, device: torch.device | None = None
+) -> nn.Module:
+    """The checkpoint's network, or without one the flags', with a head of `classes`. Raises InputError."""
+    backbone = BACKBONES[given["plan"]["backbone"] if given else config.backbone]
+    path = Path(config.pretrained)
+    arguments = arguments_from(given["plan"], config, path) if given else arguments_of(backbone, config)
+    try:
+        with device or nullcontext():
+            network: Any = backbone(channels, classes, **arguments)
+            check_size(config.crop, network.divisor)
+            return network  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def plan_of(
+    config: SegConfig, given: dict[str, Any] | None, items: DataList, crops: LabelledCrops, classes: dict[int, str]
+) -> dict[str, Any]:
+    """What a user of the weights needs to know to feed them."""
+    backbone = given["plan"]["backbone"] if given else config.backbone
+    arguments = given["plan"]["arguments"] if given else arguments_of(BACKBONES[backbone], config)
+    return {
+        "backbone": backbone, "arguments": json.loads(json.dumps(arguments)), "in_channels": crops.volumes[0].shape[0],
+        "out_channels": len(classes), "classes": {str(label): name for label, name in classes.items()},
+        "crop": list(config.crop), "spacing": list(config.spacing), "modalities": items.kinds(),
+        "intensity": {item.kind: list(item.intensity) for item in items.training}, "ct_window": list(config.ct_window),
+        "mr_intensity": config.mr_intensity, "flip_axes": list(crops.flip_axes), "swap": [list(p) for p in items.swap],
+        "method": "segmentation", "recon": "plain",
+    }  # fmt: skip
+
+
+def resume(run: Run, left: dict[str, Any] | None) -> None:
+    """Put everything where the run in --out was left. Raises InputError if the samples would be others."""
+    steps = gather_objects(left["step"] if left else 0)
+    if len(set(steps)) > 1:
+        raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
+    if left is None:
+        return
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
+    checkpoint.load_weights(run.network, left["model"], run.out / "last.pt")
+    run.optimizer.load_state_dict(left["optimizer"])
+    run.scaler.load_state_dict(left["scaler"])
+    checkpoint.restore_rng(left["rng"])
+    run.state = {key: left[key] for key in run.state}
+
+
+# --- what the loop calls by name
+
+
+def begin(run: Run) -> Log:
+    """Run folder, configuration, and the first event of the log."""
+    config, ranks = run.config, run.ranks
+    if ranks.is_main:
+        (run.out / "figures").mkdir(parents=True, exist_ok=True)
+        (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+    record = Log(run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main)
+    facts = {"step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
+             "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
+             "validation_volumes": len(run.held_out), "classes": run.facts["plan"]["classes"],
+             "weights": run.told}  # fmt: skip
+    record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
+                 config=to_json(config))  # fmt: skip
+    flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
+    record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
+               f"{facts['global_batch']}, weights: {run.told}{flips}")  # fmt: skip
+    return record
+
+
+def read_ahead(run: Run) -> Generator[Any, None, None]:
+    config, ranks = run.config, run.ranks
+    places = addresses(run.state["step"], config.steps, batch_size=config.batch_size, accumulate=config.accumulate,
+                       rank=ranks.rank, world=ranks.world)  # fmt: skip
+    pin = ranks.device.type == "cuda"
+    return loader(run.crops, places, workers=config.workers, pin=pin, gather=default_collate)
+
+
+def validate(run: Run) -> dict[str, Any]:
+    """Dice over whole held-out volumes, and figures/overlay.png."""
+
+    def predict(x: Tensor) -> Tensor:
+        with autocast(run.dtype, run.ranks.device):
+            return run.network(x)  # type: ignore[no-any-return]
+
+    run.network.eval()
+    facts, pictures = dice_of_volumes(predict, run.held_out, run.classes, window=run.config.crop,
+                                      overlap=run.config.overlap, ranks=run.ranks)  # fmt: skip
+    run.network.train()
+    if run.ranks.is_main:
+        overlay_sheet(run.out / "figures" / "overlay.png", pictures)
+    return facts
+
+
+def draw_losses(run: Run) -> None:
+    if run.ranks.is_main:
+        seg_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
+
+
+def save(run: Run, name: str) -> None:
+    if run.ranks.is_main:
+        checkpoint.save(run.out / name, {
+            **run.state, **run.facts, "model": run.network.state_dict(), "optimizer": run.optimizer.state_dict(),
+            "scaler": run.scaler.state_dict(), "rng": checkpoint.rng_state(),
+        })  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_or_explain(lambda: main(CONFIG), "train_seg.py")

@@ -130,9 +130,9 @@ p{max-width:84ch}.wide{overflow-x:auto}.tiles{display:flex;flex-wrap:wrap;gap:14
 pre{flex:1;min-width:160px;margin:0;background:var(--card);border-radius:10px;padding:14px 18px;font-family:inherit}
 pre b{display:block;font-weight:400}pre b::first-line{font-size:30px;font-weight:700}.soft,pre,td{color:var(--soft)}
 table,pre{font-size:13px;font-variant-numeric:tabular-nums}table{border-collapse:collapse;width:100%}
-td,th{padding:5px 8px;text-align:right;vertical-align:top;white-space:pre;font-weight:400}th[colspan]{text-align:center}
+td,th{padding:5px 8px;text-align:right;vertical-align:bottom;font-weight:400}td{vertical-align:top;white-space:pre}
 tbody tr{border-top:1px solid var(--line)}tr>:first-child{text-align:left;padding:5px 0}td{font-size:11.5px}
-td::first-line{font-size:13.5px}th[colspan],td::first-line,figcaption b,pre b::first-line{color:var(--ink)}
+td::first-line{font-size:13.5px}th[colspan]{text-align:center}th[colspan],td::first-line,figcaption b,pre b::first-line{color:var(--ink)}
 img{width:100%}figure{margin:0 0 26px}figure img{background:#000;border-radius:8px;max-height:440px;object-fit:contain}
 thead,figcaption{color:var(--soft)}i{display:inline-block;padding:6px;border-radius:3px;margin:0 5px -2px 14px}"""
 

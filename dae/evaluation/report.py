@@ -132,9 +132,9 @@ pre b{display:block;font-weight:400}pre b::first-line{font-size:30px;font-weight
 table,pre{font-size:13px;font-variant-numeric:tabular-nums}table{border-collapse:collapse;width:100%}
 td,th{padding:5px 8px;text-align:right;vertical-align:bottom;font-weight:400}td{vertical-align:top;white-space:pre}
 tbody tr{border-top:1px solid var(--line)}tr>:first-child{text-align:left;padding:5px 0}td{font-size:11.5px}
-td::first-line{font-size:13.5px}th[colspan]{text-align:center}th[colspan],td::first-line,figcaption b,pre b::first-line{color:var(--ink)}
 img{width:100%}figure{margin:0 0 26px}figure img{background:#000;border-radius:8px;max-height:440px;object-fit:contain}
-thead,figcaption{color:var(--soft)}i{display:inline-block;padding:6px;border-radius:3px;margin:0 5px -2px 14px}"""
+td::first-line{font-size:13.5px}i{display:inline-block;padding:6px;border-radius:3px;margin:0 5px -2px 14px}
+td::first-line,pre b::first-line{color:var(--ink)}th[colspan]{text-align:center}thead,figcaption{color:var(--soft)}"""
 
 
 def write_page(rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mapping[str, bytes], path: Path) -> None:

@@ -52,7 +52,7 @@ from dae.data.preprocess import Recipe, normalise
 from dae.evaluation import postprocess, report, scoring, statistics
 from dae.evaluation.inference import label_map, save_like, sliding_window
 from dae.evaluation.metrics import Labels
-from dae.model import BACKBONES
+from dae.model import backbone_named
 from dae.training import checkpoint
 from dae.training.distributed import start
 from dae.training.precision import autocast, autocast_type
@@ -158,7 +158,7 @@ def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[
 def network_of(state: Mapping[str, Any], device: torch.device) -> nn.Module:
     plan = state["plan"]
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
-    network = BACKBONES[plan["backbone"]](plan["in_channels"], plan["out_channels"], **arguments)
+    network = backbone_named(plan["backbone"])(plan["in_channels"], plan["out_channels"], **arguments)
     network.load_state_dict(state["model"])
     return network.to(device).eval()
 

@@ -30,8 +30,7 @@ from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
-from dae.model import BACKBONES, arguments_of
-from dae.model.unetr import check_size
+from dae.model import arguments_of, backbone_named, check_size
 from dae.pretext.methods import Pretext
 from dae.training import checkpoint
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
@@ -225,8 +224,8 @@ def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ran
 
 def build(config: PretrainConfig, channels: int, device: torch.device | None = None) -> Pretext:
     """Backbone and method as the flags say. Raises InputError where they contradict each other or the crop."""
-    backbone = BACKBONES[config.backbone]
     try:
+        backbone = backbone_named(config.backbone)
         with device or nullcontext():
             network: Any = backbone(channels, channels, **arguments_of(backbone, config))
             check_size(config.crop, network.divisor)
@@ -237,7 +236,7 @@ def build(config: PretrainConfig, channels: int, device: torch.device | None = N
 
 def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
-    arguments = arguments_of(BACKBONES[config.backbone], config)
+    arguments = arguments_of(backbone_named(config.backbone), config)
     intensity = {item.kind: list(item.intensity) for item in items.training}
     return {
         "backbone": config.backbone, "arguments": json.loads(json.dumps(arguments)),

@@ -34,8 +34,7 @@ from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
 from dae.evaluation.validation import dice_of_volumes
-from dae.model import BACKBONES, arguments_of
-from dae.model.unetr import check_size
+from dae.model import arguments_of, backbone_named, check_size
 from dae.training import checkpoint
 from dae.training.dice import LOSSES
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
@@ -241,10 +240,10 @@ def build(
     config: SegConfig, given: dict[str, Any] | None, channels: int, classes: int, device: torch.device | None = None
 ) -> nn.Module:
     """The checkpoint's network, or without one the flags', with a head of `classes`. Raises InputError."""
-    backbone = BACKBONES[given["plan"]["backbone"] if given else config.backbone]
     path = Path(config.pretrained)
-    arguments = arguments_from(given["plan"], config, path) if given else arguments_of(backbone, config)
     try:
+        backbone = backbone_named(given["plan"]["backbone"] if given else config.backbone)
+        arguments = arguments_from(given["plan"], config, path) if given else arguments_of(backbone, config)
         with device or nullcontext():
             network: Any = backbone(channels, classes, **arguments)
             check_size(config.crop, network.divisor)
@@ -258,7 +257,7 @@ def plan_of(
 ) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
     backbone = given["plan"]["backbone"] if given else config.backbone
-    arguments = given["plan"]["arguments"] if given else arguments_of(BACKBONES[backbone], config)
+    arguments = given["plan"]["arguments"] if given else arguments_of(backbone_named(backbone), config)
     return {
         "backbone": backbone, "arguments": json.loads(json.dumps(arguments)), "in_channels": crops.volumes[0].shape[0],
         "out_channels": len(classes), "classes": {str(label): name for label, name in classes.items()},

@@ -8,6 +8,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -70,8 +71,8 @@ class PretextConfig:
 class NetworkConfig:
     """network"""
 
-    backbone: str = opt("swin_unetr", f"one of {', '.join(BACKBONE_NAMES)}; sec. 2, 'Network and Training'",
-                        choices=BACKBONE_NAMES)  # fmt: skip
+    backbone: str = opt("swin_unetr", f"{', '.join(BACKBONE_NAMES)}, or your own as module:Class from the folder where "
+                        "the command runs (docs/porting.md); sec. 2, 'Network and Training'")  # fmt: skip
     feature_size: int = opt(48, "channels of a token", low=1)
     depths: tuple[int, ...] = opt((2, 2, 2, 2), "blocks of each stage; 2 to 4 stages", low=1)
     heads: tuple[int, ...] = opt((3, 6, 12, 24), "attention heads of each stage", low=1)
@@ -138,6 +139,8 @@ class RunConfig:
     device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
     compile: bool = opt(False, "torch.compile the network: minutes at the start, faster steps")
     dry_run: bool = opt(False, "print the resolved configuration and stop")
+    # Names that a preset or a flag has set: what was not asked for may come from a checkpoint. No flag of its own.
+    given: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 # What may differ between a run and its resumption: nothing that a weight depends on.
@@ -196,13 +199,14 @@ def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> 
         # A class may give a field of an earlier one another default; the field stays in the group it came from.
         names = [name for name in vars(base).get("__annotations__", ()) if name in own_fields]
         group = parser.add_argument_group(base.__doc__) if set(names) - known else None
-        for own in (own_fields[name] for name in names if name not in known):
+        for own in (own_fields[name] for name in names if name not in known and own_fields[name].metadata):
             choices = tuple(presets) if own.name == "preset" else own.metadata["choices"]
             _add_flag(group, own, hints[own.name], choices)
         known |= set(names)
     given = vars(parser.parse_args(argv))
-    config = cls(**{**presets.get(given.get("preset", ""), {}), **given})
-    check_ranges(config)
+    chosen = {**presets.get(given.get("preset", ""), {}), **given}
+    config = cls(**chosen, **({"given": tuple(chosen)} if "given" in own_fields else {}))
+    check_values(config)
     return config
 
 
@@ -233,9 +237,12 @@ def _help(f: Field[Any]) -> str:
     return f"{f.metadata['help']} (default: {default if default != '' else 'none'})"
 
 
-def check_ranges(config: "DataclassInstance") -> None:
+def check_values(config: "DataclassInstance") -> None:
     """Every number finite and within the range its field declares; raises InputError with the flag's name."""
-    for f in fields(config):
+    backbone = getattr(config, "backbone", "")
+    if backbone and backbone not in BACKBONE_NAMES and not re.fullmatch(r"[\w.]+:\w+", backbone):
+        raise InputError(f"--backbone {backbone}: take {', '.join(BACKBONE_NAMES)}, or your own as module:Class")
+    for f in (f for f in fields(config) if f.metadata):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, float) and not math.isfinite(number):
@@ -246,7 +253,14 @@ def check_ranges(config: "DataclassInstance") -> None:
 
 
 def to_json(config: "DataclassInstance") -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    values = {name: value for name, value in asdict(config).items() if name != "given"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def asked_for(config: "DataclassInstance", name: str) -> bool:
+    """Whether a preset, a flag or the code that made the configuration has set this, or it is the default."""
+    default = next(f.default for f in fields(config) if f.name == name)
+    return name in getattr(config, "given", ()) or getattr(config, name) != default
 
 
 def from_json(cls: type[C], values: Mapping[str, Any]) -> C:

@@ -7,9 +7,8 @@ import torch
 from conftest import NETWORK
 
 from dae.config import PretrainConfig
-from dae.model import BACKBONES, Backbone, SwinUNETR, arguments_of
+from dae.model import BACKBONES, Backbone, SwinUNETR, arguments_of, check_size
 from dae.model.conv import InstanceNorm
-from dae.model.unetr import check_size
 
 
 def test_instance_norm_is_torchs() -> None:

@@ -1,4 +1,4 @@
-"""Backbones: what DAE pre-trains. Each offers three methods and four facts, and nothing else is asked of it.
+"""Backbones: what DAE pre-trains. Each offers three methods and five facts, and nothing else is asked of it.
 
     tokenize(x)            (b, in_channels, D, H, W) -> (b, embed_dim, d, h, w), with d = D / stride
     encode(tokens)         (b, embed_dim, d, h, w) -> list of states, the last one the bottleneck (b, c, ...)
@@ -7,20 +7,26 @@
     stride     voxels of a token along each axis
     divisor    what each side of the input must be a multiple of
     embed_dim  channels of a token, which local masking zeroes
+    encoder    the module whose weights tokenize and encode use: what a transfer of the encoder takes
     head       the last layer: zeroed for `--recon residual`, new for every task
 
-A reader who wants the method on another network writes these and changes nothing else.
+It is built as `Class(in_channels, out_channels, **options)`, with those of the run's options that its constructor
+names. A reader who wants the method on another network writes these and changes nothing else: docs/porting.md.
 """
 
+import importlib
 import inspect
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from dae.model.conv import check_size
 from dae.model.unetr import MONAI, SwinUNETR
 
-__all__ = ["BACKBONES", "MONAI", "Backbone", "SwinUNETR"]
+__all__ = ["BACKBONES", "MONAI", "Backbone", "SwinUNETR", "arguments_of", "backbone_named", "check_size"]
 
 
 @runtime_checkable
@@ -28,6 +34,7 @@ class Backbone(Protocol):
     stride: int
     divisor: int
     embed_dim: int
+    encoder: Any
     head: Any
 
     def tokenize(self, x: Tensor) -> Tensor: ...
@@ -36,6 +43,26 @@ class Backbone(Protocol):
 
 
 BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR}
+
+
+def backbone_named(name: str) -> type[nn.Module]:
+    """The class that --backbone names: ours, or module:Class from the folder where the command runs, or installed.
+
+    Raises ValueError on a name that leads to no backbone.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    module, _, cls = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # a script's own folder is there, the one it is called from is not
+    try:
+        found = getattr(importlib.import_module(module), cls)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--backbone {name}: {error}") from error
+    methods = all(hasattr(found, method) for method in ("tokenize", "encode", "decode", "forward"))
+    if not (methods and inspect.isclass(found) and issubclass(found, nn.Module)):
+        raise ValueError(f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward")
+    return found
 
 
 def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:

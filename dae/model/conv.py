@@ -1,4 +1,4 @@
-"""Residual convolutions in 3D: the blocks that the decoder and the convolutional options are made of.
+"""Residual convolutions in 3D, and the sizes that a network can halve: what all backbones are made of.
 
 Axis letters, the same in every module of this package:
 
@@ -7,6 +7,9 @@ Axis letters, the same in every module of this package:
 
 All convolutions are without bias, because an instance norm follows and would subtract it.
 """
+
+from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -77,3 +80,17 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         return self.block(torch.cat([self.up(x), skip], dim=1))
+
+
+def check_size(size: Sequence[int], divisor: int) -> None:
+    """Every axis a multiple of `divisor`, and more than one voxel at the bottleneck (a norm of one voxel is 0)."""
+    if all(n > 0 and n % divisor == 0 for n in size) and prod(n // divisor for n in size) > 1:
+        return
+    fitting = [max(divisor, round(n / divisor) * divisor) for n in size]
+    if prod(n // divisor for n in fitting) == 1:
+        fitting = [2 * divisor] * 3
+    asked, instead = (" ".join(map(str, s)) for s in (size, fitting))
+    raise ValueError(
+        f"size {asked} does not fit the network: each side must be a multiple of {divisor}, "
+        f"one of them at least {2 * divisor}; {instead} would fit"
+    )

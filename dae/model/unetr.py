@@ -10,13 +10,12 @@ Axis letters: b batch, c channels, d h w grid.
 """
 
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dae.model.conv import ResidualBlock, UpBlock
+from dae.model.conv import ResidualBlock, UpBlock, check_size
 from dae.model.swin import ClippedBias, MergeOrder, Size3, Stem, SwinEncoder
 
 # What a network must be built with to give MONAI's outputs on MONAI's weights: SwinUNETR(1, 14, **MONAI).
@@ -107,17 +106,3 @@ def check_arguments(feature_size: int, depths: Sequence[int], heads: Sequence[in
             raise ValueError(f"stage {n + 1}: {feature_size * 2**n} channels do not split into {count} heads")
     if len(window) != 3 or min(window) < 1:
         raise ValueError(f"window {tuple(window)}: give three sizes of at least 1")
-
-
-def check_size(size: Sequence[int], divisor: int) -> None:
-    """Every axis a multiple of `divisor`, and more than one voxel at the bottleneck (a norm of one voxel is 0)."""
-    if all(n > 0 and n % divisor == 0 for n in size) and prod(n // divisor for n in size) > 1:
-        return
-    fitting = [max(divisor, round(n / divisor) * divisor) for n in size]
-    if prod(n // divisor for n in fitting) == 1:
-        fitting = [2 * divisor] * 3
-    asked, instead = (" ".join(map(str, s)) for s in (size, fitting))
-    raise ValueError(
-        f"size {asked} does not fit the network: each side must be a multiple of {divisor}, "
-        f"one of them at least {2 * divisor}; {instead} would fit"
-    )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dae.config import InputError, NetworkConfig
-from dae.model import BACKBONES, arguments_of
+from dae.model import arguments_of, backbone_named
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Report:
 
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
     """Constructor arguments of the checkpoint's network. Raises InputError where a flag asks for another one."""
-    backbone, defaults = BACKBONES[plan["backbone"]], NetworkConfig()
+    backbone, defaults = backbone_named(plan["backbone"]), NetworkConfig()
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
     for name, asked in arguments_of(backbone, config).items():
         if asked not in (getattr(defaults, name), arguments[name]) and name != "checkpointing":

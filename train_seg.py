@@ -42,7 +42,9 @@ from dae.training.figures import overlay_sheet, seg_curve
 from dae.training.log import Log, dice_in_words, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
-from dae.training.transfer import arguments_from, transfer
+from dae.training.transfer import Report, arguments_from, transfer, with_plan
+from dae.weights import files
+from dae.weights.files import Weights
 
 
 @dataclass
@@ -61,7 +63,7 @@ class Run:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
     facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
-    told: str  # what became of the pre-trained weights
+    taken: Report | None  # what became of the pre-trained weights
     state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": -1.0})  # done steps, highest mean Dice
 
 
@@ -157,12 +159,13 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     out = Path(config.out)
     demo = config.preset == "demo" and not config.data
     checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo_seg")
-    given = checkpoint.load(Path(config.pretrained)) if config.pretrained else None
+    given = files.read(Path(config.pretrained), files.asked_quirks(config)) if config.pretrained else None
     if given is None and not config.from_scratch:
-        raise InputError("--pretrained: give a checkpoint, or --from-scratch")
+        raise InputError("--pretrained: give a file of weights, or --from-scratch")
+    config = with_plan(config, given.plan) if given else config
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
-    build(config, given, 1, 2, torch.device("meta"))
+    fill(build(config, given, 1, 2, torch.device("meta")), config, given)  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = split(config)
     classes = dict(sorted(items.labels.items()))
@@ -171,16 +174,14 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
 
     torch.manual_seed(config.seed)
     network = build(config, given, crops.volumes[0].shape[0], len(classes))
-    told = "from scratch"
-    if given is not None and not config.from_scratch:
-        told = str(transfer(network, given["model"], config.transfer, Path(config.pretrained)))
+    taken = fill(network, config, given)
     network = network.to(ranks.device)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
         "config": to_json(config), "plan": plan_of(config, given, items, crops, classes), "data": items.fingerprint(),
         "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
-    run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, told)
+    run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken)
     resume(run, left)
     run.net = torch.compile(network) if config.compile else network  # type: ignore[assignment]
     if ranks.world > 1:
@@ -208,11 +209,7 @@ def split(config: SegConfig) -> DataList:
     if not items.validation and all(item.fold is None for item in items.training):
         items = datalist.five_folds(items, fold=config.fold, split_seed=config.split_seed)
     items = datalist.hold_out(items, fold=config.fold)
-    for item in (*items.training, *items.validation):
-        if item.label is None:
-            raise InputError(f'{item.image[0]}: has no "label" in {config.data}')
-    if len(items.labels) < 2 or 0 not in items.labels:
-        raise InputError(f'{config.data}: "labels" must name the background, 0, and at least one class')
+    datalist.check_labels(items, config.data)
     return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
 
 
@@ -237,13 +234,13 @@ def crops_of(
 
 
 def build(
-    config: SegConfig, given: dict[str, Any] | None, channels: int, classes: int, device: torch.device | None = None
+    config: SegConfig, given: Weights | None, channels: int, classes: int, device: torch.device | None = None
 ) -> nn.Module:
-    """The checkpoint's network, or without one the flags', with a head of `classes`. Raises InputError."""
+    """The network of the given weights, or without them the flags', with a head of `classes`. Raises InputError."""
     path = Path(config.pretrained)
     try:
-        backbone = backbone_named(given["plan"]["backbone"] if given else config.backbone)
-        arguments = arguments_from(given["plan"], config, path) if given else arguments_of(backbone, config)
+        backbone = backbone_named(given.plan["backbone"] if given else config.backbone)
+        arguments = arguments_from(given.plan, config, path) if given else arguments_of(backbone, config)
         with device or nullcontext():
             network: Any = backbone(channels, classes, **arguments)
             check_size(config.crop, network.divisor)
@@ -252,12 +249,19 @@ def build(
         raise InputError(str(error)) from error
 
 
+def fill(network: nn.Module, config: SegConfig, given: Weights | None) -> Report | None:
+    """The given weights into the network, as --transfer says; none with --from-scratch."""
+    if given is None or config.from_scratch:
+        return None
+    return transfer(network, given.tensors, config.transfer, Path(config.pretrained), given.extra)
+
+
 def plan_of(
-    config: SegConfig, given: dict[str, Any] | None, items: DataList, crops: LabelledCrops, classes: dict[int, str]
+    config: SegConfig, given: Weights | None, items: DataList, crops: LabelledCrops, classes: dict[int, str]
 ) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
-    backbone = given["plan"]["backbone"] if given else config.backbone
-    arguments = given["plan"]["arguments"] if given else arguments_of(backbone_named(backbone), config)
+    backbone = given.plan["backbone"] if given else config.backbone
+    arguments = given.plan["arguments"] if given else arguments_of(backbone_named(backbone), config)
     return {
         "backbone": backbone, "arguments": json.loads(json.dumps(arguments)), "in_channels": crops.volumes[0].shape[0],
         "out_channels": len(classes), "classes": {str(label): name for label, name in classes.items()},
@@ -296,12 +300,13 @@ def begin(run: Run) -> Log:
     facts = {"step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
              "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
              "validation_volumes": len(run.held_out), "classes": run.facts["plan"]["classes"],
-             "weights": run.told}  # fmt: skip
+             "weights": vars(run.taken) if run.taken else "from scratch"}  # fmt: skip
     record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
     flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
+    weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else "weights from scratch"
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-               f"{facts['global_batch']}, weights: {run.told}{flips}")  # fmt: skip
+               f"{facts['global_batch']}{flips}; {weights}")  # fmt: skip
     return record
 
 

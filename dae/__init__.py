@@ -45,7 +45,10 @@ only what stands above it.
     evaluation/statistics.py  paired tests, bootstrap intervals, fold tables
     evaluation/report.py      CSV, JSON, figures, one HTML page
 
-    weights.py                other people's weights in, MONAI's layout out
+  other people's weights in, MONAI's layout out
+    weights/layouts.py        names of tensors in each kind of file, and what it was trained with
+    weights/files.py          any file of weights: its tensors by our names, and its plan
+    weights/__main__.py       the command: inspect, convert
 
-The loop itself is train_pretrain.py, above this folder.
+The loops themselves are train_pretrain.py and train_seg.py, above this folder.
 """

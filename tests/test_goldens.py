@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dae.model import MONAI, SwinUNETR
-from dae.weights import from_monai, to_monai
+from dae.weights.layouts import from_monai, to_monai
 
 GOLDENS = Path(__file__).parent / "goldens"
 SMALL: dict[str, Any] = {"feature_size": 12, "depths": (2, 2, 2, 2), "heads": (3, 6, 12, 24), "window": (7, 7, 7)}

@@ -65,7 +65,8 @@ def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny: Config, pr
     after = weights(config)
     assert all(bool((after[k] == before[k]).all()) for k in before if not k.startswith("head"))
     assert after["head.weight"].shape[0] == len(CT_LABELS)
-    assert "2 new (head)" in events(config, "start")[0]["weights"]
+    report = events(config, "start")[0]["weights"]
+    assert set(report["new"]) == set(report["dropped"]) == {"head.weight", "head.bias"} and not report["adapted"]
     plan = checkpoint.load(Path(config.out) / "best.pt")["plan"]
     assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [1, 2]  # kidneys name a side
 

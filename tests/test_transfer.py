@@ -32,13 +32,15 @@ def test_what_is_asked_for_is_taken_and_the_head_is_always_new(parts: str) -> No
         assert torch.equal(value, weights[name] if taken else before[name])
         assert (name in report.kept) == taken and (name in report.new) == (not taken)
     assert {"head.weight", "head.bias"} <= set(report.new) & set(report.dropped)
+    assert str(report).split("\n")[0].split() == ["kept", "adapted", "new", "dropped"]
+    assert str(report).split("\n")[-1].split() == ["head", "0", "0", "2", "2"]
 
 
 def test_a_missing_or_ill_fitting_tensor_is_refused_by_name() -> None:
     given, network = networks()
     weights = dict(given.state_dict())
     gone = weights.pop("encoder.stages.0.merge.norm.weight")
-    with pytest.raises(InputError, match=r"1 tensors of the both are not in it, first encoder\.stages\.0\.merge"):
+    with pytest.raises(InputError, match=r"1 tensors of the network are not in it, first encoder\.stages\.0\.merge"):
         transfer(network, weights, "both", PATH)
     weights["encoder.stages.0.merge.norm.weight"] = gone[:-1]
     with pytest.raises(InputError, match="does not fit"):

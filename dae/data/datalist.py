@@ -111,6 +111,15 @@ def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList
     return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels, items.swap)
 
 
+def check_labels(items: DataList, data: str) -> None:
+    """Raises InputError unless there are classes, and a label for everything that is trained or validated on."""
+    for item in (*items.training, *items.validation):
+        if item.label is None:
+            raise InputError(f'{item.image[0]}: has no "label" in {data}')
+    if len(items.labels) < 2 or 0 not in items.labels:
+        raise InputError(f'{data}: "labels" must name the background, 0, and at least one class')
+
+
 def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
     """A share of the training subjects, at least one; smaller shares lie within larger ones of the same seed."""
     subjects = sorted({item.subject for item in items.training})

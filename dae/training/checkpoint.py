@@ -25,11 +25,17 @@ COMMENT = len(MARK) + 64  # bytes at the end of the file
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them). Raises InputError on a full disk."""
+    write(path, {"format": FORMAT, **state}, sealed=True)
+
+
+def write(path: Path, content: dict[str, Any], *, sealed: bool) -> None:
+    """A torch file that is whole or not there, with our checksum or, for others to read, without."""
     aside = path.with_name(path.name + ".part")
     try:
         with aside.open("w+b") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            _seal(file)
+            torch.save(content, file)
+            if sealed:
+                _seal(file)
             file.flush()
             os.fsync(file.fileno())
         aside.replace(path)
@@ -120,6 +126,15 @@ def _seal(file: Any) -> None:
     digest = hashlib.file_digest(file, "sha256").hexdigest()
     file.seek(0, os.SEEK_END)
     file.write(MARK + digest.encode())
+
+
+def has_seal(path: Path) -> bool:
+    """Whether a file claims to be one of ours, be it whole or damaged."""
+    if not path.is_file() or path.stat().st_size < COMMENT:
+        return False
+    with path.open("rb") as file:
+        file.seek(-COMMENT, os.SEEK_END)
+        return file.read(len(MARK)) == MARK
 
 
 def _is_sealed(file: Any) -> bool:

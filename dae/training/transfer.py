@@ -4,16 +4,20 @@ Nothing is taken silently in part: what should have matched and did not is an er
 really changed is checked.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dae.config import InputError, NetworkConfig
+from dae.config import InputError, NetworkConfig, asked_for, check_values
+from dae.config_seg import SegConfig
 from dae.model import arguments_of, backbone_named
+
+PARTS = ("encoder", "decoder", "head")
+PLANNED = ("crop", "spacing", "ct_window", "mr_intensity")  # of a run, what its weights were trained with
 
 
 @dataclass
@@ -21,44 +25,62 @@ class Report:
     """Names of tensors by what became of them."""
 
     kept: list[str] = field(default_factory=list)
-    adapted: list[str] = field(default_factory=list)  # one input channel repeated over several
+    adapted: list[str] = field(default_factory=list)  # to another number of input channels
     new: list[str] = field(default_factory=list)  # the network's own, freshly drawn
-    dropped: list[str] = field(default_factory=list)  # the checkpoint's, with no place here
+    dropped: list[str] = field(default_factory=list)  # the file's, with no place here
 
     def __str__(self) -> str:
-        heads = {name.split(".")[0] for name in self.new}
-        return (
-            f"{len(self.kept)} tensors kept, {len(self.adapted)} adapted to the channels, {len(self.new)} new "
-            f"({', '.join(sorted(heads))}), {len(self.dropped)} dropped"
-        )
+        """A table: a line for each part of the network."""
+        lines = [f"{'':8}{''.join(f'{fate:>9}' for fate in vars(self))}"]
+        for part in PARTS:
+            counts = [sum(part_of(name) == part for name in names) for names in vars(self).values()]
+            lines.append(f"{part:8}{''.join(f'{count:9}' for count in counts)}")
+        return "\n".join(lines)
+
+
+def part_of(name: str) -> str:
+    """Which part of a network a tensor is of, by its name: what is not `encoder` or `head` decodes."""
+    first = name.partition(".")[0]
+    return first if first in ("encoder", "head") else "decoder"
+
+
+def with_plan(config: SegConfig, plan: Mapping[str, Any]) -> SegConfig:
+    """The configuration with the crop, spacing and intensities of the weights where nothing else was asked for."""
+    values: dict[str, Any] = {name: plan[name] for name in PLANNED if name in plan and not asked_for(config, name)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    config = replace(config, **values)
+    check_values(config)
+    return config
 
 
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
-    """Constructor arguments of the checkpoint's network. Raises InputError where a flag asks for another one."""
-    backbone, defaults = backbone_named(plan["backbone"]), NetworkConfig()
+    """Constructor arguments of the weights' network. Raises InputError where a flag asks for another one."""
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
-    for name, asked in arguments_of(backbone, config).items():
-        if asked not in (getattr(defaults, name), arguments[name]) and name != "checkpointing":
+    for name, asked in arguments_of(backbone_named(plan["backbone"]), config).items():
+        if asked_for(config, name) and asked != arguments[name] and name != "checkpointing":
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {asked}: {path} was made with {arguments[name]}; leave the flag out")
     return {**arguments, "checkpointing": config.checkpointing}
 
 
-def belongs(name: str, parts: str) -> bool:
-    """Whether a tensor is of the encoder, of the decoder, or of either (`both`); the head is of neither."""
-    part = "head" if name.startswith("head.") else "encoder" if name.startswith("encoder.") else "decoder"
-    return part == parts or (parts == "both" and part != "head")
-
-
 @torch.no_grad()
-def transfer(network: nn.Module, weights: Mapping[str, Tensor], parts: str, path: Path) -> Report:
-    """Copy what `parts` (encoder, decoder, both) names. Raises InputError if any of it is missing or does not fit."""
-    report, own = Report(), network.state_dict()
-    missing = [name for name in own if belongs(name, parts) and name not in weights]
-    if missing:
-        raise InputError(f"{path}: {len(missing)} tensors of the {parts} are not in it, first {missing[0]}")
+def transfer(
+    network: nn.Module, weights: Mapping[str, Tensor], parts: str, path: Path, extra: Sequence[str] = ()
+) -> Report:
+    """Copy what `parts` (encoder, decoder, both) names, never the head; `extra` is named as dropped.
+
+    Raises InputError if any of it is missing or does not fit, or if it all was there before. On a network without
+    values (device meta) it is a rehearsal.
+    """
+    wanted = PARTS[:2] if parts == "both" else (parts,)
+    report, own, changed = Report(), network.state_dict(), False
+    if absent := [part for part in wanted if not any(part_of(name) == part for name in weights)]:
+        there = next(part for part in PARTS if any(part_of(name) == part for name in weights))
+        raise InputError(f"--transfer {parts}: {path} has no {absent[0]}; add --transfer {there}")
+    if missing := [name for name in own if part_of(name) in wanted and name not in weights]:
+        raise InputError(f"{path}: {len(missing)} tensors of the network are not in it, first {missing[0]}")
     for name, value in own.items():
-        if not belongs(name, parts):
+        if part_of(name) not in wanted:
             report.new.append(name)
             continue
         given = fit_channels(weights[name], value)
@@ -66,14 +88,22 @@ def transfer(network: nn.Module, weights: Mapping[str, Tensor], parts: str, path
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
             raise InputError(f"{path}: {name} does not fit ({shapes})")
         (report.kept if given is weights[name] else report.adapted).append(name)
+        changed = changed or value.is_meta or not torch.equal(value.cpu(), given)
         value.copy_(given)
-    report.dropped = [name for name in weights if name not in own or not belongs(name, parts)]
+    report.dropped = [name for name in weights if name not in own or part_of(name) not in wanted] + list(extra)
+    if not changed:
+        raise InputError(f"{path}: the network had these very values before; nothing was transferred")
     return report
 
 
 def fit_channels(given: Tensor, wanted: Tensor) -> Tensor:
-    """A kernel of one input channel, repeated for N at an N-th each: N equal channels give what one gave."""
-    n = wanted.shape[1] if wanted.ndim == 5 else 1
-    if given.ndim != 5 or given.shape[1] != 1 or n == 1 or given.shape[0] != wanted.shape[0]:
+    """A kernel of one input channel for N of them, at an N-th each; or one of N for one, their sum. Else as it is.
+
+    Either way N equal channels give what one gave.
+    """
+    if given.ndim != 5 or given.shape[0] != wanted.shape[0] or given.shape[2:] != wanted.shape[2:]:
         return given
-    return given.expand(-1, n, -1, -1, -1) / n
+    there, here = given.shape[1], wanted.shape[1]
+    if there == here or 1 not in (there, here):
+        return given
+    return given.expand(-1, here, -1, -1, -1) / here if there == 1 else given.sum(1, keepdim=True)

@@ -1,0 +1,241 @@
+"""Names of tensors in other people's Swin UNETR files, and what each kind of file was trained with.
+
+All of them descend from one network, so two tables lead from MONAI's names to ours and back. The other kinds differ
+from MONAI's in a prefix, in a level of nesting, and in what they carry along. The numbers are the same but for one:
+MONAI stores with every block the index of its relative position bias, which is a function of the window.
+
+    ours     encoder.stages.0.blocks.0.mlp.fc1.weight
+    MONAI    swinViT.layers1.0.blocks.0.mlp.linear1.weight
+    authors  encoder.layers1.0.0.blocks.0.mlp.fc1.weight     (pre-training; fine-tuned files have MONAI's names)
+    swinvit  layers1.0.blocks.0.mlp.fc1.weight               (no decoder)
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from dae.model.swin import MERGE_ORDER, MergeOrder, Size3, offsets
+
+Tensors = Mapping[str, Tensor]
+
+# Where a tensor stands in the network: ours, MONAI's.
+PLACES = (
+    *((f"encoder.stem.conv{n}.", f"swinViT.patch_embed.proj.conv{n}.conv.") for n in (1, 2)),  # the authors' stem
+    *((f"encoder.stem.norm{n}.", f"swinViT.patch_embed.proj.norm{n}.") for n in (1, 2)),
+    ("encoder.stem.proj.", "swinViT.patch_embed.proj."),
+    *((f"encoder.stages.{n}.conv.", f"swinViT.layers{n + 1}c.0.layer.") for n in range(4)),
+    *((f"encoder.stages.{n}.blocks.", f"swinViT.layers{n + 1}.0.blocks.") for n in range(4)),
+    *((f"encoder.stages.{n}.merge.", f"swinViT.layers{n + 1}.0.downsample.") for n in range(4)),
+    ("image_block.", "encoder1.layer."),
+    *((f"skip_blocks.{n}.", f"encoder{n + 2}.layer.") for n in range(3)),
+    ("bottleneck.", "encoder10.layer."),
+    *((f"up_blocks.{n}.", f"decoder{5 - n}.") for n in range(4)),
+    ("image_up.", "decoder1."),
+    ("head.", "out.conv.conv."),
+)
+# What it is called there.
+PARTS = (
+    ("bias_table", "relative_position_bias_table"),
+    ("fc1.", "linear1."),
+    ("fc2.", "linear2."),
+    ("conv1.", "conv1.conv."),
+    ("conv2.", "conv2.conv."),
+    ("shortcut.", "conv3.conv."),
+    ("up.", "transp_conv.conv."),
+    ("block.", "conv_block."),
+)
+INDEX = "attn.relative_position_index"
+
+
+class Layout(NamedTuple):
+    """One kind of file. `options` are those that the weights were trained with, `plan` what they were fed with."""
+
+    what: str
+    options: Mapping[str, Any]
+    plan: Mapping[str, Any] = {}
+    warning: str = ""
+
+
+SLICED = {"clipped_bias": "sliced"}  # MONAI and the authors, in all versions
+LEGACY = {**SLICED, "merge_order": "legacy"}
+CROP = {"crop": [96, 96, 96], "spacing": [], "ct_window": [-1000.0, 1000.0]}
+SCRAMBLED = (
+    "the authors' network ran with its axes scrambled (docs/paper-vs-code.md); on straight axes these weights "
+    "do not reconstruct, and how well they transfer is for a comparison with --from-scratch to say"
+)
+LAYOUTS = {
+    "ours": Layout("a Swin UNETR of this package, without a plan", {}),
+    "monai": Layout("MONAI's SwinUNETR", SLICED),
+    "swinvit": Layout("the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, CROP),
+    "ssl": Layout("encoder and decoder pre-trained as in DAE (ssl_pretrained_weights.pth)",
+                  {**LEGACY, "normalize_hidden": False}, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
+    "official": Layout("the authors' DAE pre-training (ckpt_best.pth)",
+                       {**LEGACY, "normalize_hidden": False}, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
+    "official-seg": Layout("the authors' DAE fine-tuning", LEGACY, {"crop": CROP["crop"]}),
+}  # fmt: skip
+
+# What files carry along that no network here has: heads of other tasks, a norm nothing reads, and the 1x1x1
+# convolutions that MONAI 0.8 made in every block and used only where the channels change.
+EXTRA = re.compile(
+    r"(encoder\.|swinViT\.|swin_vit\.)?(mask_token$|norm\.)|convTrans3d\.|rotation_head\.|contrastive_head\.|conv\.\d"
+    r"|encoder(2|3|4|10)\.layer\.conv3\.|.*relative_position_index$"
+)
+WRAPPERS = ("module.", "backbone.", "_orig_mod.", "model.", "net.", "network.")
+
+
+def from_monai(state_dict: Tensors) -> dict[str, Tensor]:
+    """MONAI's `SwinUNETR` state dict -> ours, for a strict `SwinUNETR(..., **MONAI).load_state_dict`.
+
+    A network built without the options in `dae.model.MONAI` (and `merge_order="legacy"` for weights made before
+    MONAI 1.5) loads the same tensors and computes something else. Raises ValueError on a name that MONAI has not.
+    """
+    places, parts = _turned(PLACES), _turned(PARTS)
+    return {_rename(key, places, parts): value for key, value in state_dict.items() if not key.endswith(INDEX)}
+
+
+def to_monai(state_dict: Tensors, window: Size3 | None = None) -> dict[str, Tensor]:
+    """Our state dict of a `SwinUNETR` with patch stem and four stages -> MONAI's: the inverse of `from_monai`.
+
+    window: of the network, where it is not a cube. Raises ValueError on another network's tensors.
+    """
+    if "up_blocks.3.up.weight" not in state_dict or "encoder.stem.proj.weight" not in state_dict:
+        raise ValueError("not a Swin UNETR of four stages with a patch stem; MONAI has no other")
+    theirs: dict[str, Tensor] = {}
+    for key, value in state_dict.items():
+        name = _rename(key, PLACES, PARTS)
+        theirs[name] = value
+        if name.endswith("relative_position_bias_table"):
+            size = window or cube(len(value))
+            theirs[name.replace("_bias_table", "_index")] = offsets(size, size).clone()
+    return theirs
+
+
+def reorder(state_dict: Tensors, old: MergeOrder, new: MergeOrder) -> dict[str, Tensor]:
+    """The same network for patch merging that reads the octants in another order: its columns change places.
+
+    Ours names, both ways between `all` and `monai`. Raises ValueError for `legacy`, which reads two octants twice.
+    """
+    if old != new and "legacy" in (old, new):
+        raise ValueError(f"merge order {old} cannot be written as {new}: legacy reads two octants twice, two never")
+    places = [MERGE_ORDER[old].index(octant) for octant in MERGE_ORDER[new]]
+
+    def moved(value: Tensor) -> Tensor:
+        eight = rearrange(value, "... (octants c) -> ... octants c", octants=8)
+        return rearrange(eight[..., places, :], "... octants c -> ... (octants c)")
+
+    merges = re.compile(r"encoder\.stages\.\d\.merge\.")
+    return {key: moved(value) if merges.match(key) else value for key, value in state_dict.items()}
+
+
+class Recognised(NamedTuple):
+    layout: str
+    tensors: dict[str, Tensor]  # by our names
+    extra: list[str]  # known to be of no use here
+    unknown: list[str]
+
+
+def recognise(state_dict: Tensors) -> Recognised:
+    """Which layout this is, and its tensors by our names. Raises ValueError where no encoder is found."""
+    tensors = unwrapped(state_dict)
+    if any(name.startswith("encoder.stem.") for name in tensors):
+        return Recognised("ours", dict(tensors), [], [])
+    found = [re.match(r"(.*?)patch_embed\.proj\.(conv1\.conv\.)?weight$", name) for name in tensors]
+    stem = next((match for match in found if match), None)
+    if stem is None or stem[1] not in ("swinViT.", "swin_vit.", "encoder.", ""):
+        raise ValueError(f"no layout of a Swin UNETR has tensors of such names as {next(iter(tensors))}")
+    layout = {"encoder.": "official" if stem[2] else "ssl", "": "swinvit"}.get(stem[1], "monai")
+    layout = "official-seg" if layout == "monai" and stem[2] else layout
+    extra = [name for name in tensors if EXTRA.match(name)]
+    named = {name: monai_name(name, stem[1]) for name in tensors if name not in extra}
+    ours, unknown = dict[str, Tensor](), list[str]()
+    places, parts = _turned(PLACES), _turned(PARTS)
+    for name, theirs in named.items():
+        try:
+            ours[_rename(theirs, places, parts)] = tensors[name]
+        except ValueError:
+            unknown.append(name)
+    return Recognised(layout, ours, extra, unknown)
+
+
+def unwrapped(state_dict: Tensors) -> Tensors:
+    """Without the prefixes of DDP, compile and the like, each at most once. Raises ValueError on a doubled one."""
+    taken = set[str]()
+    while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in state_dict)), None):
+        if wrapper in taken:
+            raise ValueError(f"every name begins with {wrapper!r} twice; take one of them away")
+        taken.add(wrapper)
+        state_dict = {name.removeprefix(wrapper): value for name, value in state_dict.items()}
+    return state_dict
+
+
+def monai_name(name: str, prefix: str) -> str:
+    """A name behind the encoder's `prefix` as MONAI spells it; those of the decoder are the same everywhere."""
+    inside = re.match(rf"{re.escape(prefix)}(patch_embed\.|layers\dc?\.)", name)
+    if not inside:
+        return name
+    name = "swinViT." + name.removeprefix(prefix)
+    name = re.sub(r"(layers\d)\.0\.0\.", r"\1.0.", name)
+    return re.sub(r"\.fc([12])\.", r".linear\1.", name)
+
+
+def reads_twice(state_dict: Tensors) -> bool:
+    """Whether the weights show that patch merging read two octants twice, as `legacy` does. Of tensors by our names.
+
+    Columns that see the same voxels get almost the same gradient, so training makes them alike, whatever they began as.
+    Legacy has two such twins among the 28 pairs of octants; that they are the two most alike in both of the deepest
+    stages happens by chance once in 378 squared. Weights that were hardly trained show nothing.
+    """
+    first, second = torch.triu_indices(8, 8, 1)
+    twins = ((first == 2) & (second == 5)) | ((first == 3) & (second == 6))
+    deepest = sorted(name for name in state_dict if name.endswith("merge.reduction.weight"))[-2:]
+    shown = []
+    for name in deepest:
+        columns = rearrange(state_dict[name].double(), "mixed (octants c) -> octants (mixed c)", octants=8)
+        alike = torch.corrcoef(columns)[first, second]
+        shown.append(bool(alike[twins].min() > alike[~twins].max()))
+    return bool(shown) and all(shown)
+
+
+def options_of(state_dict: Tensors) -> dict[str, Any]:
+    """Constructor arguments that shapes and names tell; of tensors by our names. Raises ValueError on a gap."""
+    stem = next(state_dict[n] for n in ("encoder.stem.proj.weight", "encoder.stem.conv1.weight") if n in state_dict)
+    blocks = [re.match(r"encoder\.stages\.(\d)\.blocks\.(\d+)\.", name) for name in state_dict]
+    places = {(int(match[1]), int(match[2])) for match in blocks if match}
+    stages = 1 + max((stage for stage, _ in places), default=-1)
+    tables = [state_dict.get(f"encoder.stages.{n}.blocks.0.attn.bias_table") for n in range(stages)]
+    if not stages or any(table is None or table.ndim != 2 for table in tables):
+        raise ValueError("a stage lacks the position bias of its first block")
+    return {
+        "feature_size": stem.shape[0],
+        "depths": tuple(1 + max((b for s, b in places if s == stage), default=0) for stage in range(stages)),
+        "heads": tuple(table.shape[1] for table in tables if table is not None),
+        "window": cube(len(tables[0])),  # type: ignore[arg-type]
+        "stem": "patch" if "encoder.stem.proj.weight" in state_dict else "conv",
+        "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in state_dict),
+    }
+
+
+def cube(rows: int) -> Size3:
+    """The cubic window whose (2 w - 1)^3 offsets have so many rows."""
+    w = (round(rows ** (1 / 3)) + 1) // 2
+    if (2 * w - 1) ** 3 != rows:
+        raise ValueError(f"a bias table of {rows} rows is not of a cubic window; name the window")
+    return w, w, w
+
+
+def _turned(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((b, a) for a, b in pairs)
+
+
+def _rename(key: str, places: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
+    for here, there in places:
+        if key.startswith(here):
+            rest = key.removeprefix(here)
+            for this, that in parts:
+                rest = rest.replace(this, that)
+            return there + rest
+    raise ValueError(f"{key}: not a tensor of a Swin UNETR with patch stem and four stages")

@@ -95,10 +95,11 @@ def overlay_sheet(path: Path, cases: Sequence[Segmented]) -> None:
         top = max(int(case.label.max()), int(case.prediction.max()), 1)
         for n, place in enumerate(line):
             axis, labels = n // 2, (case.label, case.prediction)[n % 2]
-            plane = labels.take(centre[axis], axis)
-            place.imshow(case.image.take(centre[axis], axis).T, cmap="gray", origin="lower")
+            # Turned as in `middle_slice`; a sagittal plane has the patient look to the left.
+            grey, plane = (each.take(centre[axis], axis)[::-1].T for each in (case.image, labels))
+            place.imshow(grey, cmap="gray", origin="lower")
             coloured = np.ma.masked_equal(plane, 0)
-            place.imshow(coloured.T, cmap="turbo", alpha=0.5, vmin=1, vmax=top, origin="lower", interpolation="nearest")
+            place.imshow(coloured, cmap="turbo", alpha=0.5, vmin=1, vmax=top, origin="lower", interpolation="nearest")
             place.set_title(f"{case.title[:24] if n == 0 else ''}  {('truth', 'prediction')[n % 2]}", fontsize=8)
             place.set_axis_off()
     figure.savefig(path, dpi=110)

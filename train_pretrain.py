@@ -38,7 +38,10 @@ from dae.training.figures import loss_curve, reconstruction_sheet
 from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import Schedule, adamw, due, warmup_steps
+from dae.training.transfer import Report, check_same_network, parts_that_fit, transfer
 from dae.training.validation import by_modality, errors, reconstruct
+from dae.weights import files
+from dae.weights.files import Weights
 
 
 @dataclass
@@ -158,9 +161,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo")
     # Three ways to start: where the run in --out was left, from given weights, or from nothing.
     left = checkpoint.left_in(out, config)
-    given = checkpoint.load(Path(config.init)) if config.init and not left else None
+    given = files.read(Path(config.init), files.asked_quirks(config)) if config.init and not left else None
     dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
-    build(config, channels=1, device=torch.device("meta"))
+    fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
     items = datalist.hold_out(items, fold=config.fold, split_seed=config.split_seed)
@@ -169,14 +172,14 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     torch.manual_seed(config.seed)
     channels = crops.volumes[0].shape[0]
     pretext = build(config, channels).to(ranks.device)
-    if given:
-        checkpoint.load_weights(pretext.backbone, given["model"], Path(config.init))
+    taken = fill(pretext, config, given)
     optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
         "config": to_json(config), "plan": plan_of(config, items, channels), "data": items.fingerprint(),
         "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
     run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
+    run.note = f"; weights of {config.init}\n{taken}" if taken else ""
     resume(run, left)
     run.net = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]
     if ranks.world > 1:
@@ -207,12 +210,6 @@ def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ran
         everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
         world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
     )  # fmt: skip
-    for item, volume in zip(everything, volumes):
-        if volume.shape[0] != volumes[0].shape[0]:
-            raise InputError(
-                f"{item.image[0]}: {volume.shape[0]} channels, the first volume has {volumes[0].shape[0]}; "
-                "one run takes one number of channels"
-            )
     kinds = [items.kinds().index(item.kind) for item in everything]
     n, turns = len(items.training), by_turns(kinds[len(items.training) :])
     global_batch = config.batch_size * config.accumulate * ranks.world
@@ -232,6 +229,15 @@ def build(config: PretrainConfig, channels: int, device: torch.device | None = N
             return Pretext(network, config.method, config)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def fill(pretext: Pretext, config: PretrainConfig, given: Weights | None) -> Report | None:
+    """The weights of --init into a network built as theirs. Raises InputError, naming the flags, if it is another."""
+    if given is None:
+        return None
+    check_same_network(given.plan, config, Path(config.init))
+    parts = parts_that_fit(pretext.backbone, given.tensors)
+    return transfer(pretext.backbone, given.tensors, parts, Path(config.init), given.extra)
 
 
 def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:

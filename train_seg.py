@@ -42,7 +42,7 @@ from dae.training.figures import overlay_sheet, seg_curve
 from dae.training.log import Log, dice_in_words, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
-from dae.training.transfer import Report, arguments_from, transfer, with_plan
+from dae.training.transfer import Report, arguments_from, parts_to_transfer, transfer, with_plan
 from dae.weights import files
 from dae.weights.files import Weights
 
@@ -223,8 +223,6 @@ def crops_of(
     for item, volume in zip(everything, volumes):
         if strange := set(volume.labels) - set(classes):
             raise InputError(f"{item.label}: label {min(strange)} is not among the classes that {config.data} names")
-        if volume.shape[0] != volumes[0].shape[0]:
-            raise InputError(f"{item.image[0]}: {volume.shape[0]} channels, the first has {volumes[0].shape[0]}")
     n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
     config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
     sides = names_a_side(classes) and not items.swap
@@ -253,7 +251,8 @@ def fill(network: nn.Module, config: SegConfig, given: Weights | None) -> Report
     """The given weights into the network, as --transfer says; none with --from-scratch."""
     if given is None or config.from_scratch:
         return None
-    return transfer(network, given.tensors, config.transfer, Path(config.pretrained), given.extra)
+    path = Path(config.pretrained)
+    return transfer(network, given.tensors, parts_to_transfer(config.transfer, given.tensors, path), path, given.extra)
 
 
 def plan_of(

@@ -178,7 +178,7 @@ def test_init_starts_from_given_weights(tiny: Config, tmp_path: Path) -> None:
     main(first)
     main(tiny(out=str(tmp_path / "second"), init=f"{first.out}/last.pt", lr=0.0))
     assert same_weights(weights(first.out), weights(tmp_path / "second"))
-    with pytest.raises(InputError, match="weights of another network"):
+    with pytest.raises(InputError, match=r"its network is another; add --feature-size 8$"):
         main(tiny(out=str(tmp_path / "third"), init=f"{first.out}/last.pt", feature_size=4))
 
 

@@ -10,9 +10,10 @@ from conftest import NETWORK
 
 from dae.config import InputError, NetworkConfig
 from dae.model import SwinUNETR, arguments_of
-from dae.training.transfer import arguments_from, transfer
+from dae.training.transfer import arguments_from, parts_to_transfer, transfer
 
 PATH = Path("a/best.pt")
+BOTH = ("encoder", "decoder")
 
 
 def networks(channels: int = 1) -> tuple[SwinUNETR, SwinUNETR]:
@@ -24,7 +25,7 @@ def networks(channels: int = 1) -> tuple[SwinUNETR, SwinUNETR]:
 def test_what_is_asked_for_is_taken_and_the_head_is_always_new(parts: str) -> None:
     given, network = networks()
     before = {k: v.clone() for k, v in network.state_dict().items()}
-    report = transfer(network, given.state_dict(), parts, PATH)
+    report = transfer(network, given.state_dict(), parts_to_transfer(parts, given.state_dict(), PATH), PATH)
     weights = given.state_dict()
     for name, value in network.state_dict().items():
         part = "head" if name.startswith("head") else "encoder" if name.startswith("encoder") else "decoder"
@@ -41,15 +42,15 @@ def test_a_missing_or_ill_fitting_tensor_is_refused_by_name() -> None:
     weights = dict(given.state_dict())
     gone = weights.pop("encoder.stages.0.merge.norm.weight")
     with pytest.raises(InputError, match=r"1 tensors of the network are not in it, first encoder\.stages\.0\.merge"):
-        transfer(network, weights, "both", PATH)
+        transfer(network, weights, BOTH, PATH)
     weights["encoder.stages.0.merge.norm.weight"] = gone[:-1]
     with pytest.raises(InputError, match="does not fit"):
-        transfer(network, weights, "both", PATH)
+        transfer(network, weights, BOTH, PATH)
 
 
 def test_one_channel_spreads_over_several_and_equal_channels_give_what_one_gave() -> None:
     given, network = networks(channels=3)
-    report = transfer(network, given.state_dict(), "both", PATH)
+    report = transfer(network, given.state_dict(), BOTH, PATH)
     assert {"encoder.stem.proj.weight", "image_block.conv1.weight"} <= set(report.adapted)
     x = torch.randn(1, 1, 16, 16, 16)
     one, several = given.encode(given.tokenize(x)), network.encode(network.tokenize(x.expand(-1, 3, -1, -1, -1)))

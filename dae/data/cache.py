@@ -110,7 +110,8 @@ def prepare_all(
     """Every item's prepared volume, in order. Each rank makes its share, then what others have not made, from the end.
 
     No rank waits for another: a barrier would time out after minutes, and ten thousand volumes take hours. Raises
-    InputError that names the first volume that cannot be used and says how many there are.
+    InputError that names the first volume that cannot be used and says how many there are, or one whose number of
+    channels is not that of the first.
     """
     for item in items:
         folder_of(item, recipe, root)  # a missing file is said before any work is done
@@ -134,4 +135,11 @@ def prepare_all(
     if errors:
         more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
         raise InputError(f"{errors[0][1]}{more}")
-    return [cached(item, recipe, root) for item in items]
+    volumes = [cached(item, recipe, root) for item in items]
+    for item, volume in zip(items, volumes):
+        if volume.shape[0] != volumes[0].shape[0]:
+            raise InputError(
+                f"{item.image[0]}: {volume.shape[0]} channels, the first volume has {volumes[0].shape[0]}; "
+                "one run takes one number of channels"
+            )
+    return volumes

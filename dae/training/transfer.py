@@ -4,6 +4,7 @@ Nothing is taken silently in part: what should have matched and did not is an er
 really changed is checked.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,29 +59,57 @@ def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
     for name, asked in arguments_of(backbone_named(plan["backbone"]), config).items():
         if asked_for(config, name) and asked != arguments[name] and name != "checkpointing":
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag} {asked}: {path} was made with {arguments[name]}; leave the flag out")
+            raise InputError(f"{flag(name, asked)}: {path} was made with {arguments[name]}; leave the flag out")
     return {**arguments, "checkpointing": config.checkpointing}
+
+
+def check_same_network(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> None:
+    """Raises InputError, with the flags to add, where the weights were made with another network than the run's."""
+    own = {"backbone": config.backbone, **arguments_of(backbone_named(config.backbone), config)}
+    theirs = {"backbone": plan["backbone"], **plan["arguments"]}
+    flags = [flag(name, value) for name, value in theirs.items() if json.loads(json.dumps(own.get(name))) != value]
+    if flags := [each for each in flags if "checkpointing" not in each]:
+        raise InputError(f"--init {path}: its network is another; add {' '.join(flags)}")
+
+
+def flag(name: str, value: Any) -> str:
+    """An option as it stands on a command line."""
+    dashed = name.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{dashed}" if value else f"--no-{dashed}"
+    return f"--{dashed} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+
+
+def parts_to_transfer(asked: str, weights: Mapping[str, Tensor], path: Path) -> list[str]:
+    """What --transfer encoder, decoder or both names, never the head. Raises InputError on a part that is not there."""
+    there = {part_of(name) for name in weights}
+    parts = ["encoder", "decoder"] if asked == "both" else [asked]
+    if absent := [part for part in parts if part not in there]:
+        raise InputError(f"--transfer {asked}: {path} has no {absent[0]}; take --transfer {min(there)}")
+    return parts
+
+
+def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
+    """Every part that the file has, for more of the same training; the head where it is of the same task."""
+    there, own = {part_of(name) for name in weights}, network.state_dict()
+    same_task = all(w.shape == own[name].shape for name, w in weights.items() if part_of(name) == "head")
+    return [part for part in PARTS if part in there and (part != "head" or same_task)]
 
 
 @torch.no_grad()
 def transfer(
-    network: nn.Module, weights: Mapping[str, Tensor], parts: str, path: Path, extra: Sequence[str] = ()
+    network: nn.Module, weights: Mapping[str, Tensor], parts: Sequence[str], path: Path, extra: Sequence[str] = ()
 ) -> Report:
-    """Copy what `parts` (encoder, decoder, both) names, never the head; `extra` is named as dropped.
+    """Copy the named parts (encoder, decoder, head) whole; `extra` is what the file has beside its network.
 
-    Raises InputError if any of it is missing or does not fit, or if it all was there before. On a network without
-    values (device meta) it is a rehearsal.
+    Raises InputError if any tensor is missing or does not fit, or if all values were there before. On a network
+    without values (device meta) it is a rehearsal.
     """
-    wanted = PARTS[:2] if parts == "both" else (parts,)
     report, own, changed = Report(), network.state_dict(), False
-    if absent := [part for part in wanted if not any(part_of(name) == part for name in weights)]:
-        there = next(part for part in PARTS if any(part_of(name) == part for name in weights))
-        raise InputError(f"--transfer {parts}: {path} has no {absent[0]}; add --transfer {there}")
-    if missing := [name for name in own if part_of(name) in wanted and name not in weights]:
+    if missing := [name for name in own if part_of(name) in parts and name not in weights]:
         raise InputError(f"{path}: {len(missing)} tensors of the network are not in it, first {missing[0]}")
     for name, value in own.items():
-        if part_of(name) not in wanted:
+        if part_of(name) not in parts:
             report.new.append(name)
             continue
         given = fit_channels(weights[name], value)
@@ -90,7 +119,7 @@ def transfer(
         (report.kept if given is weights[name] else report.adapted).append(name)
         changed = changed or value.is_meta or not torch.equal(value.cpu(), given)
         value.copy_(given)
-    report.dropped = [name for name in weights if name not in own or part_of(name) not in wanted] + list(extra)
+    report.dropped = [name for name in weights if name not in own or part_of(name) not in parts] + list(extra)
     if not changed:
         raise InputError(f"{path}: the network had these very values before; nothing was transferred")
     return report

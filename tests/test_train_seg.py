@@ -160,7 +160,7 @@ def fewer_classes(folder: Path, content: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("change, word", [
-    (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds other values"),
+    (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds 0.5, but labels are whole numbers"),
     (four_axes, "four.nii.gz: labels of size"), (without_label, 'has no "label"'),
     (fewer_classes, "is not among the classes"),
 ])  # fmt: skip

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from dae.data.nifti import read
+from dae.data.nifti import SAME_PLACE, apart, read, read_labels
 from dae.data.phantom import put
 from dae.evaluation.metrics import Row
 from dae.evaluation.postprocess import box_of
-from dae.evaluation.scoring import Case, Pair, read_labels, write_csv
+from dae.evaluation.scoring import Case, Pair, write_csv
 from dae.evaluation.statistics import HIGHER_IS_BETTER, case_means, worst_cases
 
 SHOWN = {"dice": "Dice", "hd95": "HD95, mm", "assd": "ASSD, mm", "nsd": "NSD"}  # where people read
@@ -51,7 +51,7 @@ def figures(
     for case in worst_cases(rows):
         _, prediction, label = next(pair for pair in pairs if pair.case == case)
         true, image = read_labels(label), read(images[case]) if images and case in images else None
-        fits = image and image.data.shape[1:] == true.labels.shape and np.allclose(image.affine, true.affine, atol=1e-2)
+        fits = image and image.data.shape[1:] == true.labels.shape and apart(image.affine, true.affine) <= SAME_PLACE
         both = Case(case, read_labels(prediction).labels, true.labels, true.spacing)
         classes = dict.fromkeys(row["class"] for row in rows)
         pictures[f"worst-{case}"] = overlay(both, classes, image.data[0] if image and fits else None)

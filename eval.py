@@ -37,14 +37,14 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae.config_seg import CasesConfig
+from dae.config_seg import CasesConfig, TruthsConfig
 from dae.data import datalist
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import read_channels
@@ -96,14 +96,13 @@ def predict(config: PredictConfig) -> list[Path]:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
     out = folder(config)
-    classes, pairs, images = truths_of(config)
-    rows, diagonals = scoring.score(pairs, classes, tolerance=config.tolerance, definition=config.definition)
-    summary = statistics.summarise(
-        rows, policy=config.policy, diagonals=diagonals, definition=config.definition, tolerance=config.tolerance
-    )  # fmt: skip
+    classes, pairs, images, ignore = truths_of(config)
+    how: dict[str, Any] = {"tolerance": config.tolerance, "definition": config.definition, "ignore": ignore}
+    rows, diagonals = scoring.score(pairs, classes, **how)
+    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how)
     scoring.write_scores(rows, out / "scores.csv")
     report.write_summary(summary, out / "summary.json")
-    pictures = report.figures(rows, pairs, out / "figures", images=images)
+    pictures = report.figures(rows, pairs, out / "figures", images=images, ignore=ignore)
     report.write_page(rows, summary, pictures, out / "report.html")
     dice = summary["mean_of_cases"]["dice"]
     print(f"mean Dice {dice['mean']:.4f} over {dice['n']} cases, {len(classes)} classes; see {out / 'report.html'}")
@@ -113,8 +112,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def tune(config: TuneConfig) -> postprocess.Plan:
     """postprocess.json: for each class the steps that raise the Dice of validation cases, and no others."""
     out = folder(config)
-    classes, pairs, _ = truths_of(config)
-    cases = [scoring.read_case(pair.prediction, pair.label, classes) for pair in pairs]
+    classes, pairs, _, ignore = truths_of(config)
+    cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
     plan, table = postprocess.choose(cases, classes)
     postprocess.save(plan, out / "postprocess.json")
     print(postprocess.as_text(table))
@@ -200,21 +199,34 @@ def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
     return [Item((path,), tuple(kind.split("+")), tuple(plan["intensity"][kind]), path.name) for path in found]
 
 
-def truths_of(
-    config: ScoreConfig | TuneConfig,
-) -> tuple[dict[int, str], list[scoring.Pair], dict[str, Path]]:
-    """Classes without the background, the files of every case, and the image of a case where known."""
+class Truths(NamedTuple):
+    """What predictions are scored against."""
+
+    classes: dict[int, str]  # without the background and what is ignored
+    pairs: list[scoring.Pair]
+    images: dict[str, Path]  # by case, where known
+    ignore: int | None
+
+
+def truths_of(config: TruthsConfig) -> Truths:
+    """The files of every case and what they hold, of a list or of two folders. Raises InputError."""
     if not config.predictions or not Path(config.predictions).is_dir():
         raise InputError(f"--predictions {config.predictions or '(none)'}: no such folder")
-    labels = getattr(config, "labels", "")
-    if labels:
-        pairs = scoring.pair(Path(config.predictions), Path(labels))
-        return scoring.classes_in(pair.label for pair in pairs), pairs, {}
-    items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
-    names = scoring.case_names([item.image[0] for item in cases])
-    pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
-    classes = {label: name for label, name in items.labels.items() if label}
-    return classes, pairs, {name: item.image[0] for name, item in zip(names, cases)}
+    if config.ignore == 0:
+        raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
+    if config.labels:
+        pairs, images, ignore = scoring.pair(Path(config.predictions), Path(config.labels)), {}, config.ignore
+        named = scoring.classes_in(pair.label for pair in pairs)
+    else:
+        items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
+        names = scoring.case_names([item.image[0] for item in cases])
+        pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
+        images = {name: item.image[0] for name, item in zip(names, cases)}
+        named, ignore = items.labels, items.ignore if config.ignore is None else config.ignore
+    classes = {label: name for label, name in named.items() if label not in (0, ignore)}
+    if not classes:
+        raise InputError(f"{config.labels or config.data}: names no class to score but background and what is ignored")
+    return Truths(classes, pairs, images, ignore)
 
 
 def scores_file(name: str) -> Path:

@@ -109,11 +109,19 @@ class PredictConfig(CasesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(CasesConfig):
-    """scores"""
+class TruthsConfig(CasesConfig):
+    """predictions against labels"""
 
     predictions: str = opt("", "folder of predicted label maps")
     labels: str = opt("", "folder of true label maps of the same names, in place of --data")
+    ignore: int | None = opt(None, "label of what was not annotated and counts for nothing; else the one that the list "
+                             "names 'ignore'")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TruthsConfig):
+    """scores"""
+
     tolerance: float = opt(1.0, "of NSD, in mm", low=0)
     policy: Policy = opt("exclude", "distances of a missed class: left out and counted, or the image's diagonal",
                       choices=get_args(Policy))  # fmt: skip
@@ -121,10 +129,8 @@ class ScoreConfig(CasesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(CasesConfig):
-    """post-processing"""
-
-    predictions: str = opt("", "folder of predicted label maps of validation cases")
+class TuneConfig(TruthsConfig):
+    """post-processing, chosen on validation cases"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dae.config import InputError
-from dae.data.datalist import DataList, hold_out, load
+from dae.data.datalist import DataList, five_folds, hold_out, load
 
 Load = Callable[..., DataList]
 
@@ -55,6 +55,16 @@ def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(loaded: Loa
     assert (b.image, b.fold, b.label) == ((Path("/elsewhere/b.nii.gz"),), 1, None)
     assert (c.kind, c.intensity) == ("t2", ("mr",))
     assert items.labels == {0: "background", 1: "spleen"}
+
+
+@pytest.mark.parametrize("labels, ignored", [
+    ({"background": 0, "liver": 1, "ignore": 2}, 2), ({"0": "background", "1": "liver", "255": "ignore"}, 255),
+    ({"background": 0, "liver": 1, "ignore": -1}, -1), ({"0": "background", "1": "liver"}, None),
+])  # fmt: skip
+def test_a_label_by_the_name_ignore_is_no_class(loaded: Load, labels: dict[str, Any], ignored: int | None) -> None:
+    items = loaded({"training": entries(5), "labels": labels})
+    assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
+    assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
 
 
 def test_paths_start_from_data_root_where_it_is_given(loaded: Load) -> None:

@@ -171,6 +171,35 @@ def test_labels_that_do_not_fit_are_refused_by_file(
         main(tiny(data=broken_list(pretrained, tmp_path, change)))
 
 
+def test_what_was_not_annotated_is_no_class_and_changes_no_weight(
+    tiny: Config, pretrained: Path, tmp_path: Path
+) -> None:
+    """One list ignores label 7; another one's label files say 200 there, which may as well be anything."""
+
+    def seven_is_ignored(folder: Path, content: dict[str, Any]) -> None:
+        content["labels"] |= {"7": "ignore"}
+
+    def also_as_200(folder: Path, content: dict[str, Any]) -> None:
+        content["labels"] = {k: name for k, name in content["labels"].items() if k != "7"} | {"200": "ignore"}
+        for n, entry in enumerate(content["training"] + content["validation"]):
+            label = nib.load(entry["label"])
+            values = np.asarray(label.dataobj)
+            nib.save(nib.Nifti1Image(np.where(values == 7, 200, values).astype(np.uint8), label.affine, label.header),
+                     folder / f"{n}.nii.gz")  # fmt: skip
+            entry["label"] = str(folder / f"{n}.nii.gz")
+
+    runs = []
+    for name, change in (("a", seven_is_ignored), ("b", also_as_200)):
+        (tmp_path / name).mkdir()
+        runs.append(tiny(data=broken_list(pretrained, tmp_path / name, change), out=str(tmp_path / name / "run"),
+                         loss="dice_ce"))  # fmt: skip
+        main(runs[-1])
+    plan = checkpoint.load(Path(runs[0].out) / "last.pt")["plan"]
+    assert "7" not in plan["classes"] and plan["out_channels"] == len(CT_LABELS) - 1
+    assert same_weights(*map(weights, runs))
+    assert events(runs[0], "validation")[-1]["dice"] == events(runs[1], "validation")[-1]["dice"]
+
+
 def test_predict_score_tune_and_compare_make_what_they_promise(tiny: Config, tmp_path: Path) -> None:
     config = tiny(loss="dice_ce", lr=1e-2, steps=6)
     main(config)

@@ -5,8 +5,9 @@ A list is a JSON file, Decathlon style, with paths relative to its own folder:
     {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz", "fold": 0}, ...],
      "validation": [...], "test": [...], "labels": {"0": "background", "1": "spleen"}, "modalities": {"pet": "zscore"}}
 
-An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. Instead of a list
-an nnU-Net raw folder (dataset.json, imagesTr) may be given. Keys that are not known are left alone.
+An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. A label by the
+name "ignore" is no class: it marks what was not annotated. Instead of a list an nnU-Net raw folder (dataset.json,
+imagesTr) may be given. Keys that are not known are left alone.
 """
 
 import hashlib
@@ -52,6 +53,7 @@ class DataList:
     test: tuple[Item, ...]
     labels: dict[int, str]
     swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
+    ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
 
     def fingerprint(self) -> str:
         """Of what is trained and validated on and in which order, wherever the list's folder lies."""
@@ -85,8 +87,10 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     }
     if not splits["training"]:
         raise InputError(f"{path}: no training items")
-    return DataList(**splits, labels=_labels(_object(content, "labels", path)),
-                    swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])))  # fmt: skip
+    labels = _labels(_object(content, "labels", path))
+    ignore = next((label for label, name in labels.items() if name == "ignore"), None)
+    return DataList(**splits, labels={label: name for label, name in labels.items() if label != ignore},
+                    swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])), ignore=ignore)  # fmt: skip
 
 
 def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
@@ -108,7 +112,7 @@ def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList
     if not held or len(held) == len(items.training):
         raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
     training = tuple(item for n, item in enumerate(items.training) if n not in held)
-    return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels, items.swap)
+    return replace(items, training=training, validation=tuple(items.training[n] for n in sorted(held)))
 
 
 def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
@@ -192,8 +196,12 @@ def _several(value: Any) -> list[str]:
 
 def _labels(labels: Mapping[str, Any]) -> dict[int, str]:
     """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's."""
-    pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in labels.items()]
-    return {int(number): str(name) for number, name in pairs if str(number).isdigit()}
+    pairs = [(k, v) if _is_whole(k) else (v, k) for k, v in labels.items()]
+    return {int(number): str(name) for number, name in pairs if _is_whole(number)}
+
+
+def _is_whole(value: Any) -> bool:
+    return re.fullmatch(r"-?\d+", str(value)) is not None
 
 
 def _from_nnunet(folder: Path) -> Mapping[str, Any]:

@@ -41,6 +41,12 @@ class Case(NamedTuple):
     prediction: Labels
     truth: Labels
     spacing: Spacing
+    ignore: int | None = None  # the label, of the truth alone, of what was not annotated
+
+    @property
+    def annotated(self) -> Any:
+        """What picks the annotated voxels out of a map: all of it, or a mask."""
+        return ... if self.ignore is None else self.truth != self.ignore
 
 
 # --- which file belongs to which -------------------------------------------------------------------------------------
@@ -120,7 +126,7 @@ def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | 
     refuse(off > SAME_PLACE, f"{prediction} and {label} lie on different grids: their affines are {off:.3g} apart")
     check_values(prediction, predicted.labels, {0, *classes} - {ignore})
     check_values(label, true.labels, {0, *classes, *([] if ignore is None else [ignore])})
-    return Case(case_name(prediction), predicted.labels, true.labels, true.spacing)
+    return Case(case_name(prediction), predicted.labels, true.labels, true.spacing, ignore)
 
 
 def check_values(path: Path, labels: Labels, known: Collection[int]) -> None:
@@ -150,7 +156,7 @@ def score_case(
     case = read_case(prediction, label, classes, ignore=ignore)
     names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
     scored = {value: name for value, name in names.items() if value not in (0, ignore)}
-    hidden = None if ignore is None else case.truth == ignore
+    hidden = None if ignore is None else ~case.annotated
     try:
         rows = score_labels(
             case.prediction, case.truth, case.spacing, scored,

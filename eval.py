@@ -96,8 +96,9 @@ def predict(config: PredictConfig) -> list[Path]:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
     out = folder(config)
-    classes, pairs, images, ignore = truths_of(config)
-    how: dict[str, Any] = {"tolerance": config.tolerance, "definition": config.definition, "ignore": ignore}
+    classes, pairs, images, by_class, ignore = truths_of(config)
+    tolerance = {label: by_class.get(label, config.tolerance) for label in classes} if by_class else config.tolerance
+    how: dict[str, Any] = {"tolerance": tolerance, "definition": config.definition, "ignore": ignore}
     rows, diagonals = scoring.score(pairs, classes, **how)
     summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how)
     scoring.write_scores(rows, out / "scores.csv")
@@ -112,7 +113,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def tune(config: TuneConfig) -> postprocess.Plan:
     """postprocess.json: for each class the steps that raise the Dice of validation cases, and no others."""
     out = folder(config)
-    classes, pairs, _, ignore = truths_of(config)
+    classes, pairs, _, _, ignore = truths_of(config)
     cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
     plan, table = postprocess.choose(cases, classes)
     postprocess.save(plan, out / "postprocess.json")
@@ -205,6 +206,7 @@ class Truths(NamedTuple):
     classes: dict[int, str]  # without the background and what is ignored
     pairs: list[scoring.Pair]
     images: dict[str, Path]  # by case, where known
+    tolerance: dict[int, float]  # of NSD in mm, where the list says so
     ignore: int | None
 
 
@@ -215,18 +217,20 @@ def truths_of(config: TruthsConfig) -> Truths:
     if config.ignore == 0:
         raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
     if config.labels:
-        pairs, images, ignore = scoring.pair(Path(config.predictions), Path(config.labels)), {}, config.ignore
+        pairs, images = scoring.pair(Path(config.predictions), Path(config.labels)), dict[str, Path]()
+        tolerance, ignore = dict[int, float](), config.ignore
         named = scoring.classes_in(pair.label for pair in pairs)
     else:
         items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
         names = scoring.case_names([item.image[0] for item in cases])
         pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
         images = {name: item.image[0] for name, item in zip(names, cases)}
-        named, ignore = items.labels, items.ignore if config.ignore is None else config.ignore
+        named, tolerance = items.labels, items.tolerance
+        ignore = items.ignore if config.ignore is None else config.ignore
     classes = {label: name for label, name in named.items() if label not in (0, ignore)}
     if not classes:
         raise InputError(f"{config.labels or config.data}: names no class to score but background and what is ignored")
-    return Truths(classes, pairs, images, ignore)
+    return Truths(classes, pairs, images, tolerance, ignore)
 
 
 def scores_file(name: str) -> Path:

@@ -122,7 +122,7 @@ class TruthsConfig(CasesConfig):
 class ScoreConfig(TruthsConfig):
     """scores"""
 
-    tolerance: float = opt(1.0, "of NSD, in mm", low=0)
+    tolerance: float = opt(1.0, "of NSD, in mm, for the classes that have none in the list's tolerance_mm", low=0)
     policy: Policy = opt("exclude", "distances of a missed class: left out and counted, or the image's diagonal",
                       choices=get_args(Policy))  # fmt: skip
     definition: DefinitionName = opt("default", "whose surfaces and percentiles", choices=get_args(DefinitionName))

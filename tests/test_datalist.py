@@ -67,6 +67,17 @@ def test_a_label_by_the_name_ignore_is_no_class(loaded: Load, labels: dict[str, 
     assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
 
 
+@pytest.mark.parametrize("tolerance, word", [
+    ({"kidney": 1.0}, "'kidney', which is no class"), ({"0": 1.0}, "'0', which is no class"),
+    ({"liver": -1}, "'liver' is -1"), ({"liver": "two"}, "'two'; it must be 0 mm or more"),
+    ([1.0], "must be an object"),
+])  # fmt: skip
+def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load, tolerance: Any, word: str) -> None:
+    labels = {"background": 0, "liver": 1}
+    found = refusal(lambda: loaded({"training": entries(1), "labels": labels, "tolerance_mm": tolerance}))
+    assert word in found and "tolerance_mm" in found and "list.json" in found
+
+
 def test_paths_start_from_data_root_where_it_is_given(loaded: Load) -> None:
     items = loaded({"training": entries(1)}, root="/data")
     assert items.training[0].image == (Path("/data/s0_0.nii.gz"),)

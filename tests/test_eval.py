@@ -96,6 +96,17 @@ def test_a_plan_is_tuned_without_what_is_ignored(scored: Scored, tmp_path: Path)
     evaluate.tune(TuneConfig(**common, labels=str(tmp_path / "labels"), ignore=9))
 
 
+@pytest.mark.parametrize("of_list", [{"1": 3.0, "2": 0}, {"liver": 3.0, "spleen": 0.0}, {"2": 0, "liver": 3}])
+def test_a_class_has_the_lists_tolerance_and_the_others_that_of_the_flag(
+    scored: Scored, of_list: dict[str, float], tmp_path: Path
+) -> None:
+    content = {"labels": {**NAMED, "9": "tumour"}, "tolerance_mm": of_list}
+    rows, summary = scored(content, tolerance=1.5)
+    assert rows == by_hand(None, {1: "liver", 2: "spleen", 9: "tumour"}, tolerance={1: 3.0, 2: 0.0, 9: 1.5})
+    assert summary["tolerance_mm"] == {"1": 3.0, "2": 0.0, "9": 1.5}
+    assert "within 0 (spleen), 1.5 (tumour), 3 (liver) mm" in (tmp_path / "scores/report.html").read_text()
+
+
 def test_the_background_is_not_ignored_and_something_is_left_to_score(scored: Scored) -> None:
     with pytest.raises(InputError, match="--ignore 0: is the background"):
         scored({"labels": NAMED}, ignore=0)

@@ -155,7 +155,8 @@ td::first-line,pre b::first-line{color:var(--ink)}th[colspan]{text-align:center}
 def write_page(rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mapping[str, bytes], path: Path) -> None:
     """One HTML file of what `summarise` and `figures` gave, for light and dark, with nothing outside itself."""
     names, means = {row["class"]: row["name"] for row in rows}, summary["mean_of_cases"]
-    definition, policy, tolerance = (escape(str(summary[key])) for key in ("definition", "policy", "tolerance_mm"))
+    definition, policy = (escape(str(summary[key])) for key in ("definition", "policy"))
+    tolerance = escape(in_words(summary["tolerance_mm"], names))
     unknown = "" if summary["ignore"] is None else f"What is labelled {summary['ignore']} counts for nothing. "
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Segmentation scores</title><style>{STYLE}
 </style><meta name="viewport" content="width=device-width"><main><h1>Segmentation scores</h1><div class="soft">
@@ -170,9 +171,19 @@ def write_page(rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mappin
 <p>{unknown}Surfaces are {escape(summary["surfaces"])}. The outside of a volume is background. Distances are in mm, on
 the grid of the labels. ASSD is the mean over both surfaces, NSD the share of both within {tolerance} mm of the other.
 A class is missed if it is in the truth alone, spurious if in the prediction alone, absent if in neither. Absent ones
-count nowhere; {escape(summary["empty"])}. The numbers on top and the last line of the table are of each case's mean over its
-classes. Small print under a mean is its 95 % interval, a percentile bootstrap over cases.</p></main>"""
+count nowhere; {escape(summary["empty"])}. The numbers on top and the last line of the table are of each case's mean
+over its classes. Small print under a mean is its 95 % interval, a percentile bootstrap over cases.</p></main>"""
     put(path, page.encode())
+
+
+def in_words(tolerance: float | Mapping[int, float], names: Mapping[int, str]) -> str:
+    """One tolerance, or each with the classes that have it: "1.5 (liver, spleen), 3 (aorta)"."""
+    if not isinstance(tolerance, Mapping):
+        return f"{tolerance:g}"
+    classes = defaultdict(list)
+    for cls, name in names.items():
+        classes[tolerance[cls]].append(name)
+    return ", ".join(f"{mm:g} ({', '.join(its)})" for mm, its in sorted(classes.items()))
 
 
 def number(value: float, metric: str) -> str:

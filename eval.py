@@ -1,20 +1,24 @@
-"""Predict, score, tune and compare segmentations.
+"""Predict, score, tune and compare segmentations, and put folds together.
 
 python eval.py predict --checkpoint runs/seg/best.pt --data list.json --split test --out predictions
 python eval.py predict --checkpoint fold*/best.pt --images scan.nii.gz folder --tta --out predictions
 python eval.py score   --predictions predictions --data list.json --split test --out scores
 python eval.py tune    --predictions predictions --data list.json --split validation --out plan
 python eval.py compare scores_a scores_b --out comparison
+python eval.py folds   fold*/scores --out folds
 
 Each command has its own --help.
 """
 
+import os
 import sys
 
 from dae.config import InputError, from_command_line, run_or_explain
-from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 
-CONFIGS = {"predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig}
+CONFIGS = {
+    "predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig, "folds": FoldsConfig,
+}  # fmt: skip
 
 
 def read_command() -> tuple[str, object]:
@@ -28,6 +32,8 @@ def read_command() -> tuple[str, object]:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
     if command == "compare" and len(rest) > 1 and not rest[0].startswith("-") and not rest[1].startswith("-"):
         rest = ["--a", rest[0], "--b", rest[1], *rest[2:]]
+    if command == "folds" and rest and not rest[0].startswith("-"):
+        rest = ["--scores", *rest]
     return command, from_command_line(CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest)
 
 
@@ -87,7 +93,7 @@ def predict(config: PredictConfig) -> list[Path]:
         )  # fmt: skip
         labels: Labels = classes[label_map(slabs, prepared.data.shape[1:], volume.data.shape[1:])]
         labels = postprocess.apply(labels, steps, volume.spacing) if steps else labels
-        save_like(item.image[0], labels, out / f"{name}.nii.gz")
+        save_like(item.image[0], labels, made(out) / f"{name}.nii.gz")
         written.append(out / f"{name}.nii.gz")
     print(f"{len(written)} label maps in {out}")
     return written
@@ -101,7 +107,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     how: dict[str, Any] = {"tolerance": tolerance, "definition": config.definition, "ignore": ignore}
     rows, diagonals = scoring.score(pairs, classes, **how)
     summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how)
-    scoring.write_scores(rows, out / "scores.csv")
+    scoring.write_scores(rows, made(out) / "scores.csv")
     report.write_summary(summary, out / "summary.json")
     pictures = report.figures(rows, pairs, out / "figures", images=images, ignore=ignore)
     report.write_page(rows, summary, pictures, out / "report.html")
@@ -116,7 +122,7 @@ def tune(config: TuneConfig) -> postprocess.Plan:
     classes, pairs, _, _, ignore = truths_of(config)
     cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
     plan, table = postprocess.choose(cases, classes)
-    postprocess.save(plan, out / "postprocess.json")
+    postprocess.save(plan, made(out) / "postprocess.json")
     print(postprocess.as_text(table))
     return plan
 
@@ -126,21 +132,38 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     a, b = (scoring.read_scores(scores_file(name)) for name in (config.a, config.b))
     found = statistics.compare(a, b, seed=config.seed)
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        report.write_comparison(found, Path(config.out))
+        report.write_comparison(found, made(Path(config.out)))
     print(report.comparison_text(found, a=config.a, b=config.b))
     return found
+
+
+def folds(config: FoldsConfig) -> list[dict[str, Any]]:
+    """A table over folds, or over seeds: printed, and written where --out says."""
+    files = [scores_file(name) for name in config.scores or ("",)]
+    names = scoring.case_names([file.absolute().parent for file in files])
+    table = statistics.fold_table([(name, scoring.read_scores(file)) for name, file in zip(names, files)],
+                                  seed=config.seed)  # fmt: skip
+    if config.out:
+        report.write_comparison(table, made(Path(config.out)), "folds")
+    print(report.fold_text(table))
+    return table
 
 
 # --- what the commands are made of
 
 
 def folder(config: CasesConfig) -> Path:
-    if not config.out:
-        raise InputError("--out: name a folder for what is made")
+    """Where results go, if they can. It is `made` when the first is there: what is refused leaves nothing behind."""
     path = Path(config.out)
-    path.mkdir(parents=True, exist_ok=True)
+    there = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not config.out or not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"--out {config.out or '(none)'}: name a folder that can be written to")
     return path
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[str, Any]:
@@ -241,7 +264,9 @@ def scores_file(name: str) -> Path:
     return path
 
 
-COMMANDS: dict[str, Callable[[Any], object]] = {"predict": predict, "score": score, "tune": tune, "compare": compare}
+COMMANDS: dict[str, Callable[[Any], object]] = {
+    "predict": predict, "score": score, "tune": tune, "compare": compare, "folds": folds,
+}  # fmt: skip
 
 if __name__ == "__main__":
     run_or_explain(lambda: COMMANDS[COMMAND[0][0]](COMMAND[0][1]), f"eval.py {COMMAND[0][0]}")

@@ -139,5 +139,14 @@ class CompareConfig:
 
     a: str = opt("", "scores.csv, or the folder that holds it")
     b: str = opt("", "scores.csv, or the folder that holds it")
-    out: str = opt("", "folder for comparison.csv and comparison.json; none: print only")
+    out: str = opt("", "folder for compare.csv and compare.json; none: print only")
+    seed: int = opt(0, "of the bootstrap", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldsConfig:
+    """folds or seeds"""
+
+    scores: tuple[str, ...] = opt((), "the scores.csv of each, or the folder that holds it; its name is the folder's")
+    out: str = opt("", "folder for folds.csv and folds.json; none: print only")
     seed: int = opt(0, "of the bootstrap", low=0)

@@ -1,7 +1,10 @@
 """eval.py on label maps made by hand: what is scored, by which numbers, and one line for what cannot be."""
 
+import csv
 import importlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +12,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import ROOT, environment
 
 from dae.config import InputError
-from dae.config_seg import ScoreConfig, TuneConfig
+from dae.config_seg import FoldsConfig, ScoreConfig, TuneConfig
 from dae.evaluation.metrics import score_labels
-from dae.evaluation.scoring import read_scores
+from dae.evaluation.scoring import COLUMNS, read_scores, write_scores
 
 evaluate = importlib.import_module("eval")
 SPACING = (3.0, 1.0, 2.0)
@@ -112,3 +116,47 @@ def test_the_background_is_not_ignored_and_something_is_left_to_score(scored: Sc
         scored({"labels": NAMED}, ignore=0)
     with pytest.raises(InputError, match="names no class to score"):
         scored({"labels": {"0": "background", "9": "ignore"}})
+
+
+# --- folds
+
+
+def shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, env=environment())
+
+
+def fold(folder: Path, dice: dict[str, float]) -> Path:
+    """A folder with a scores.csv of one class, by case."""
+    rest = dict.fromkeys(COLUMNS[5:], 1.0)
+    folder.mkdir(parents=True)
+    write_scores([{"case": case, "class": 1, "name": "liver", "status": "ok", "dice": value, **rest}
+                  for case, value in dice.items()], folder / "scores.csv")  # fmt: skip
+    return folder
+
+
+def test_folds_are_put_together_from_the_shell(tmp_path: Path) -> None:
+    """Means of folds .7, .5 and .6: their mean .6, std .1; the mean of the four cases .625."""
+    a = fold(tmp_path / "fold0/scores", {"s0": 0.6, "s1": 0.8})
+    b = fold(tmp_path / "fold1/scores", {"s2": 0.5})
+    c = fold(tmp_path / "last", {"s3": 0.6})
+    done = shell("folds", a, b / "scores.csv", c, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    head, _, line, *_ = ([cell.strip() for cell in row.split("|")[1:-1]] for row in done.stdout.splitlines())
+    assert head[:4] == ["Dice", "fold0_scores", "fold1_scores", "last"]
+    assert head[4:] == ["mean of folds", "std", "mean of cases", "95 %", "n"]
+    assert line[:7] == ["liver", "0.700", "0.500", "0.600", "0.600", "0.100", "0.625"] and line[-1] == "4"
+    table = json.loads((tmp_path / "out/folds.json").read_text())
+    assert table[0]["folds"]["fold0_scores"] == {"mean": pytest.approx(0.7), "n": 2}
+    with (tmp_path / "out/folds.csv").open() as file:
+        assert [row["metric"] for row in csv.DictReader(file)] == [line["metric"] for line in table]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"folds.json", "folds.csv"}
+
+
+def test_folds_that_are_not_there_or_given_twice_are_one_line(tmp_path: Path) -> None:
+    a = fold(tmp_path / "a", {"s0": 0.5})
+    for scores, word in (((), "no scores.csv there"), ((str(tmp_path),), f"{tmp_path}: no scores.csv"),
+                         ((str(a), str(a / "scores.csv")), f"{a}: named twice")):  # fmt: skip
+        with pytest.raises(InputError, match=word):
+            evaluate.folds(FoldsConfig(scores=scores, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

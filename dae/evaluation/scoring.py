@@ -59,7 +59,7 @@ def case_name(image: Path) -> str:
 
 
 def case_names(images: Sequence[Path]) -> list[str]:
-    """A name for each: that of its file, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
+    """A name for each: its own, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
 
     Raises InputError where one file is named twice.
     """
@@ -68,7 +68,7 @@ def case_names(images: Sequence[Path]) -> list[str]:
     while repeated := {name for name, times in Counter(names).items() if times > 1}:
         for n, name in enumerate(names):
             if name in repeated:
-                refuse(not folders[n], f"{images[n]}: named twice; each image is a case of its own")
+                refuse(not folders[n], f"{images[n]}: named twice; each is a case of its own")
                 names[n] = f"{folders[n].pop()}_{name}"
     return names
 

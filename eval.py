@@ -10,7 +10,6 @@ python eval.py folds   fold*/scores --out folds
 Each command has its own --help.
 """
 
-import os
 import sys
 
 from dae.config import InputError, from_command_line, run_or_explain
@@ -30,10 +29,9 @@ def read_command() -> tuple[str, object]:
     command, *rest = arguments
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
-    if command == "compare" and len(rest) > 1 and not rest[0].startswith("-") and not rest[1].startswith("-"):
-        rest = ["--a", rest[0], "--b", rest[1], *rest[2:]]
-    if command == "folds" and rest and not rest[0].startswith("-"):
-        rest = ["--scores", *rest]
+    for flag, at in {"compare": (("--a", 0), ("--b", 2)), "folds": (("--scores", 0),)}.get(command, ()):
+        if len(rest) > at and not rest[at].startswith("-"):
+            rest.insert(at, flag)
     return command, from_command_line(CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest)
 
 
@@ -76,6 +74,8 @@ def predict(config: PredictConfig) -> list[Path]:
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     items = images_of(config, plan) if config.images else cases_of(config, config.modality)[1]
+    if lost := [path for item in items for path in item.image if not path.is_file()]:
+        raise InputError(f"{lost[0]}: no such file")
     names = scoring.case_names([item.image[0] for item in items])
     recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"])
     classes = np.array([int(label) for label in plan["classes"]], dtype=np.uint8)
@@ -154,11 +154,10 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
 
 def folder(config: CasesConfig) -> Path:
     """Where results go, if they can. It is `made` when the first is there: what is refused leaves nothing behind."""
-    path = Path(config.out)
-    there = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not config.out or not there.is_dir() or not os.access(there, os.W_OK):
-        raise InputError(f"--out {config.out or '(none)'}: name a folder that can be written to")
-    return path
+    if not config.out:
+        raise InputError("--out: name a folder for what is made")
+    checkpoint.check_out_folder(Path(config.out), resume=True)
+    return Path(config.out)
 
 
 def made(folder: Path) -> Path:

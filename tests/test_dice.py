@@ -66,7 +66,19 @@ def test_a_batch_without_any_annotation_moves_nothing(loss: Loss) -> None:
 @pytest.mark.parametrize("classes", [2, 5])
 def test_cross_entropy_of_a_batch_annotated_throughout_is_torchs_own(classes: int) -> None:
     logits, label = torch.randn(2, classes, 5, 6, 7), torch.randint(0, classes, (2, 5, 6, 7))
-    assert torch.equal(cross_entropy(logits, label), torch.nn.functional.cross_entropy(logits, label))
+    expected = torch.nn.functional.cross_entropy(logits, label).item()
+    assert cross_entropy(logits, label).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_loss_is_the_mean_over_samples_whatever_classes_and_voxels_each_has(loss: Loss) -> None:
+    """So ranks and micro-batches, which average, train as one batch: three classes in one sample, one in the other."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 4, 4, 6), torch.randint(0, 3, (2, 4, 4, 6))
+    label[1] = 0
+    label[1, 1:] = -1
+    each = [loss(logits[n : n + 1], label[n : n + 1]).item() for n in range(2)]
+    assert loss(logits, label).item() == pytest.approx(sum(each) / 2, abs=1e-6)
 
 
 def test_dice_per_class_leaves_out_what_was_not_annotated() -> None:

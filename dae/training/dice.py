@@ -1,6 +1,7 @@
 """Losses of fine-tuning: Dice (section 2, "we use a Dice loss"), alone or with cross-entropy.
 
-A voxel of label -1 was not annotated and counts in neither. Axis letters: b batch, k classes, d h w grid.
+Both are means over samples, so that two ranks, or two micro-batches, train as one batch of all their samples. A voxel
+of label -1 was not annotated and counts in neither. Axis letters: b batch, k classes, d h w grid.
 """
 
 import torch
@@ -12,7 +13,7 @@ SMOOTH = 1e-5
 
 
 def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
-    """1 - 2 |P T| / (|P| + |T|) of softmax P and truth T, mean over what is in each sample. float32, a scalar.
+    """1 - 2 |P T| / (|P| + |T|) of softmax P and truth T, mean over what is in a sample, then over samples. float32.
 
     logits (b, k, d, h, w), label (b, d, h, w) int64. A class that a crop does not hold is left out: its term would be
     1 for the faintest probability, all but without a gradient, and only lift the loss.
@@ -24,12 +25,13 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     sizes = reduce(p + t, "b k d h w -> b k", "sum")
     present = (reduce(t, "b k d h w -> b k", "sum") > 0).float()
     dice = (2 * both + SMOOTH) / (sizes + SMOOTH)
-    return 1 - (dice * present).sum() / present.sum().clamp(min=1)
+    return 1 - ((dice * present).sum(dim=1) / present.sum(dim=1).clamp(min=1)).mean()
 
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over the voxels that have a label; 0 over none, where the mean of torch is nan."""
-    return F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="sum") / (label >= 0).sum().clamp(min=1)
+    """Mean over the annotated voxels of a sample, then over samples; 0 over none, where torch's own mean is nan."""
+    each = reduce(F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="none"), "b d h w -> b", "sum")
+    return (each / reduce((label >= 0).float(), "b d h w -> b", "sum").clamp(min=1)).mean()
 
 
 def dice_and_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:

@@ -212,8 +212,8 @@ def split(config: SegConfig) -> DataList:
     for item in (*items.training, *items.validation):
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {config.data}')
-    if len(items.labels) < 2 or 0 not in items.labels:
-        raise InputError(f'{config.data}: "labels" must name the background, 0, and at least one class')
+    if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
+        raise InputError(f'{config.data}: "labels" must name the background, 0, and at least one class, none above 255')
     return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
 
 

@@ -128,7 +128,16 @@ def fewer_classes(folder: Path, content: dict[str, Any]) -> None:
     content["labels"] = {"0": "background", "1": "spleen"}
 
 
+def a_negative_class(folder: Path, content: dict[str, Any]) -> None:
+    content["labels"] |= {"-1": "void"}
+
+
+def a_class_too_many(folder: Path, content: dict[str, Any]) -> None:
+    content["labels"] |= {"256": "thumb"}
+
+
 @pytest.mark.parametrize("change, word", [
+    (a_negative_class, "none above 255"), (a_class_too_many, "none above 255"),
     (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds 0.5, but labels are whole numbers"),
     (four_axes, "four.nii.gz: labels of size"), (without_label, 'has no "label"'),
     (fewer_classes, "is not among the classes"),

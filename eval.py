@@ -1,10 +1,11 @@
-"""Predict, score, tune and compare segmentations.
+"""Predict, score, tune and compare segmentations, and put folds together.
 
 python eval.py predict --checkpoint runs/seg/best.pt --data list.json --split test --out predictions
 python eval.py predict --checkpoint fold*/best.pt --images scan.nii.gz folder --tta --out predictions
 python eval.py score   --predictions predictions --data list.json --split test --out scores
 python eval.py tune    --predictions predictions --data list.json --split validation --out plan
 python eval.py compare scores_a scores_b --out comparison
+python eval.py folds   fold*/scores --out folds
 
 Each command has its own --help.
 """
@@ -12,9 +13,11 @@ Each command has its own --help.
 import sys
 
 from dae.config import InputError, from_command_line, run_or_explain
-from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 
-CONFIGS = {"predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig}
+CONFIGS = {
+    "predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig, "folds": FoldsConfig,
+}  # fmt: skip
 
 
 def read_command() -> tuple[str, object]:
@@ -26,8 +29,9 @@ def read_command() -> tuple[str, object]:
     command, *rest = arguments
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
-    if command == "compare" and len(rest) > 1 and not rest[0].startswith("-") and not rest[1].startswith("-"):
-        rest = ["--a", rest[0], "--b", rest[1], *rest[2:]]
+    for flag, at in {"compare": (("--a", 0), ("--b", 2)), "folds": (("--scores", 0),)}.get(command, ()):
+        if len(rest) > at and not rest[at].startswith("-"):
+            rest.insert(at, flag)
     return command, from_command_line(CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest)
 
 
@@ -37,14 +41,14 @@ if __name__ == "__main__":
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae.config_seg import CasesConfig
+from dae.config_seg import CasesConfig, TruthsConfig
 from dae.data import datalist
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import read_channels
@@ -70,6 +74,8 @@ def predict(config: PredictConfig) -> list[Path]:
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     items = images_of(config, plan) if config.images else cases_of(config, config.modality)[1]
+    if lost := [path for item in items for path in item.image if not path.is_file()]:
+        raise InputError(f"{lost[0]}: no such file")
     names = scoring.case_names([item.image[0] for item in items])
     recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"])
     classes = np.array([int(label) for label in plan["classes"]], dtype=np.uint8)
@@ -87,7 +93,7 @@ def predict(config: PredictConfig) -> list[Path]:
         )  # fmt: skip
         labels: Labels = classes[label_map(slabs, prepared.data.shape[1:], volume.data.shape[1:])]
         labels = postprocess.apply(labels, steps, volume.spacing) if steps else labels
-        save_like(item.image[0], labels, out / f"{name}.nii.gz")
+        save_like(item.image[0], labels, made(out) / f"{name}.nii.gz")
         written.append(out / f"{name}.nii.gz")
     print(f"{len(written)} label maps in {out}")
     return written
@@ -96,14 +102,14 @@ def predict(config: PredictConfig) -> list[Path]:
 def score(config: ScoreConfig) -> dict[str, Any]:
     """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
     out = folder(config)
-    classes, pairs, images = truths_of(config)
-    rows, diagonals = scoring.score(pairs, classes, tolerance=config.tolerance, definition=config.definition)
-    summary = statistics.summarise(
-        rows, policy=config.policy, diagonals=diagonals, definition=config.definition, tolerance=config.tolerance
-    )  # fmt: skip
-    scoring.write_scores(rows, out / "scores.csv")
+    classes, pairs, images, by_class, ignore = truths_of(config)
+    tolerance = {label: by_class.get(label, config.tolerance) for label in classes} if by_class else config.tolerance
+    how: dict[str, Any] = {"tolerance": tolerance, "definition": config.definition, "ignore": ignore}
+    rows, diagonals = scoring.score(pairs, classes, **how)
+    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how)
+    scoring.write_scores(rows, made(out) / "scores.csv")
     report.write_summary(summary, out / "summary.json")
-    pictures = report.figures(rows, pairs, out / "figures", images=images)
+    pictures = report.figures(rows, pairs, out / "figures", images=images, ignore=ignore)
     report.write_page(rows, summary, pictures, out / "report.html")
     dice = summary["mean_of_cases"]["dice"]
     print(f"mean Dice {dice['mean']:.4f} over {dice['n']} cases, {len(classes)} classes; see {out / 'report.html'}")
@@ -113,10 +119,10 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 def tune(config: TuneConfig) -> postprocess.Plan:
     """postprocess.json: for each class the steps that raise the Dice of validation cases, and no others."""
     out = folder(config)
-    classes, pairs, _ = truths_of(config)
-    cases = [scoring.read_case(pair.prediction, pair.label, classes) for pair in pairs]
+    classes, pairs, _, _, ignore = truths_of(config)
+    cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
     plan, table = postprocess.choose(cases, classes)
-    postprocess.save(plan, out / "postprocess.json")
+    postprocess.save(plan, made(out) / "postprocess.json")
     print(postprocess.as_text(table))
     return plan
 
@@ -126,21 +132,37 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     a, b = (scoring.read_scores(scores_file(name)) for name in (config.a, config.b))
     found = statistics.compare(a, b, seed=config.seed)
     if config.out:
-        Path(config.out).mkdir(parents=True, exist_ok=True)
-        report.write_comparison(found, Path(config.out))
+        report.write_comparison(found, made(Path(config.out)))
     print(report.comparison_text(found, a=config.a, b=config.b))
     return found
+
+
+def folds(config: FoldsConfig) -> list[dict[str, Any]]:
+    """A table over folds, or over seeds: printed, and written where --out says."""
+    files = [scores_file(name) for name in config.scores or ("",)]
+    names = scoring.case_names([file.absolute().parent for file in files])
+    table = statistics.fold_table([(name, scoring.read_scores(file)) for name, file in zip(names, files)],
+                                  seed=config.seed)  # fmt: skip
+    if config.out:
+        report.write_comparison(table, made(Path(config.out)), "folds")
+    print(report.fold_text(table))
+    return table
 
 
 # --- what the commands are made of
 
 
 def folder(config: CasesConfig) -> Path:
+    """Where results go, if they can. It is `made` when the first is there: what is refused leaves nothing behind."""
     if not config.out:
         raise InputError("--out: name a folder for what is made")
-    path = Path(config.out)
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    checkpoint.check_out_folder(Path(config.out), resume=True)
+    return Path(config.out)
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[str, Any]:
@@ -200,21 +222,37 @@ def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
     return [Item((path,), tuple(kind.split("+")), tuple(plan["intensity"][kind]), path.name) for path in found]
 
 
-def truths_of(
-    config: ScoreConfig | TuneConfig,
-) -> tuple[dict[int, str], list[scoring.Pair], dict[str, Path]]:
-    """Classes without the background, the files of every case, and the image of a case where known."""
+class Truths(NamedTuple):
+    """What predictions are scored against."""
+
+    classes: dict[int, str]  # without the background and what is ignored
+    pairs: list[scoring.Pair]
+    images: dict[str, Path]  # by case, where known
+    tolerance: dict[int, float]  # of NSD in mm, where the list says so
+    ignore: int | None
+
+
+def truths_of(config: TruthsConfig) -> Truths:
+    """The files of every case and what they hold, of a list or of two folders. Raises InputError."""
     if not config.predictions or not Path(config.predictions).is_dir():
         raise InputError(f"--predictions {config.predictions or '(none)'}: no such folder")
-    labels = getattr(config, "labels", "")
-    if labels:
-        pairs = scoring.pair(Path(config.predictions), Path(labels))
-        return scoring.classes_in(pair.label for pair in pairs), pairs, {}
-    items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
-    names = scoring.case_names([item.image[0] for item in cases])
-    pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
-    classes = {label: name for label, name in items.labels.items() if label}
-    return classes, pairs, {name: item.image[0] for name, item in zip(names, cases)}
+    if config.ignore == 0:
+        raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
+    if config.labels:
+        pairs, images = scoring.pair(Path(config.predictions), Path(config.labels)), dict[str, Path]()
+        tolerance, ignore = dict[int, float](), config.ignore
+        named = scoring.classes_in(pair.label for pair in pairs)
+    else:
+        items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
+        names = scoring.case_names([item.image[0] for item in cases])
+        pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
+        images = {name: item.image[0] for name, item in zip(names, cases)}
+        named, tolerance = items.labels, items.tolerance
+        ignore = items.ignore if config.ignore is None else config.ignore
+    classes = {label: name for label, name in named.items() if label not in (0, ignore)}
+    if not classes:
+        raise InputError(f"{config.labels or config.data}: names no class to score but background and what is ignored")
+    return Truths(classes, pairs, images, tolerance, ignore)
 
 
 def scores_file(name: str) -> Path:
@@ -225,7 +263,9 @@ def scores_file(name: str) -> Path:
     return path
 
 
-COMMANDS: dict[str, Callable[[Any], object]] = {"predict": predict, "score": score, "tune": tune, "compare": compare}
+COMMANDS: dict[str, Callable[[Any], object]] = {
+    "predict": predict, "score": score, "tune": tune, "compare": compare, "folds": folds,
+}  # fmt: skip
 
 if __name__ == "__main__":
     run_or_explain(lambda: COMMANDS[COMMAND[0][0]](COMMAND[0][1]), f"eval.py {COMMAND[0][0]}")

@@ -221,13 +221,13 @@ def crops_of(
     volumes = prepare_all(everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
                           world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main)  # fmt: skip
     for item, volume in zip(everything, volumes):
-        if strange := set(volume.labels) - set(classes):
+        if strange := set(volume.labels) - {*classes, items.ignore}:
             raise InputError(f"{item.label}: label {min(strange)} is not among the classes that {config.data} names")
     n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
     config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
     sides = names_a_side(classes) and not items.swap
     crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
-                          flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap)  # fmt: skip
+                          flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap, ignore=items.ignore)  # fmt: skip
     return crops, volumes[n:], config
 
 
@@ -326,7 +326,7 @@ def validate(run: Run) -> dict[str, Any]:
 
     run.network.eval()
     facts, pictures = dice_of_volumes(predict, run.held_out, run.classes, window=run.config.crop,
-                                      overlap=run.config.overlap, ranks=run.ranks)  # fmt: skip
+                                      overlap=run.config.overlap, ranks=run.ranks, ignore=run.crops.ignore)  # fmt: skip
     run.network.train()
     if run.ranks.is_main:
         overlay_sheet(run.out / "figures" / "overlay.png", pictures)

@@ -213,6 +213,7 @@ def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> 
 def _add_flag(group: Any, f: Field[Any], hint: Any, choices: Sequence[str]) -> None:
     keys: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f)}
     hint = str if get_origin(hint) is Literal else hint  # its values stand in choices as well
+    hint = next((part for part in get_args(hint) if type(None) in get_args(hint)), hint)  # int | None -> int
     if hint is bool:
         keys["action"] = argparse.BooleanOptionalAction
     elif get_origin(hint) is tuple:
@@ -234,7 +235,7 @@ class _Tuple(argparse.Action):
 
 def _help(f: Field[Any]) -> str:
     default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-    return f"{f.metadata['help']} (default: {default if default != '' else 'none'})"
+    return f"{f.metadata['help']} (default: {default if default not in ('', None) else 'none'})"
 
 
 def check_values(config: "DataclassInstance") -> None:

@@ -69,8 +69,8 @@ FETA: dict[str, Any] = {  # sec. 3.1 and 3.2: intensities to [0, 1], flips on al
     "mr_intensity": "percentile", "crop": (96, 96, 96), "epochs": 600, "lr": 4e-4, "batch_size": 4, "rotate": 0.0,
     "zoom": 0.0, "contrast": 0.0,
 }  # fmt: skip
-OFFICIAL_BTCV: dict[str, Any] = BTCV | {
-    "epochs": 1000, "lr": 8e-4, "warmup": 50, "loss": "dice_ce", "zoom": 0.0, "contrast": 0.0, "noise": 0.0,
+OFFICIAL_BTCV: dict[str, Any] = BTCV | {  # 1000 epochs, 50 of them warm-up, each 24 volumes in 6 steps
+    "steps": 6000, "lr": 8e-4, "warmup": 300, "loss": "dice_ce", "zoom": 0.0, "contrast": 0.0, "noise": 0.0,
 }  # fmt: skip
 DEMO: dict[str, Any] = {
     "out": "runs/demo_seg", "pretrained": "runs/demo/best.pt", "crop": (48, 48, 48), "steps": 200, "batch_size": 2,
@@ -109,22 +109,28 @@ class PredictConfig(CasesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig(CasesConfig):
-    """scores"""
+class TruthsConfig(CasesConfig):
+    """predictions against labels"""
 
     predictions: str = opt("", "folder of predicted label maps")
     labels: str = opt("", "folder of true label maps of the same names, in place of --data")
-    tolerance: float = opt(1.0, "of NSD, in mm", low=0)
+    ignore: int | None = opt(None, "label of what was not annotated and counts for nothing; else the one that the list "
+                             "names 'ignore'")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TruthsConfig):
+    """scores"""
+
+    tolerance: float = opt(1.0, "of NSD, in mm, for the classes that have none in the list's tolerance_mm", low=0)
     policy: Policy = opt("exclude", "distances of a missed class: left out and counted, or the image's diagonal",
                       choices=get_args(Policy))  # fmt: skip
     definition: DefinitionName = opt("default", "whose surfaces and percentiles", choices=get_args(DefinitionName))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuneConfig(CasesConfig):
-    """post-processing"""
-
-    predictions: str = opt("", "folder of predicted label maps of validation cases")
+class TuneConfig(TruthsConfig):
+    """post-processing, chosen on validation cases"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,5 +139,14 @@ class CompareConfig:
 
     a: str = opt("", "scores.csv, or the folder that holds it")
     b: str = opt("", "scores.csv, or the folder that holds it")
-    out: str = opt("", "folder for comparison.csv and comparison.json; none: print only")
+    out: str = opt("", "folder for compare.csv and compare.json; none: print only")
+    seed: int = opt(0, "of the bootstrap", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldsConfig:
+    """folds or seeds"""
+
+    scores: tuple[str, ...] = opt((), "the scores.csv of each, or the folder that holds it; its name is the folder's")
+    out: str = opt("", "folder for folds.csv and folds.json; none: print only")
     seed: int = opt(0, "of the bootstrap", low=0)

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import PretrainConfig
+from dae.config import PretrainConfig, RunConfig
+from dae.config_seg import SegConfig
+from dae.data.phantom import write_phantoms
+from dae.training.log import read
 
 ROOT = Path(__file__).parents[1]
 NETWORK: dict[str, Any] = {"feature_size": 8, "depths": (1, 1), "heads": (2, 2), "window": (2, 2, 2)}
@@ -61,7 +66,40 @@ def tiny(volumes: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
     return config
 
 
-def flags(config: PretrainConfig) -> list[str]:
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Phantoms of 32^3, and a checkpoint pre-trained on them for two steps."""
+    folder = tmp_path_factory.mktemp("seg")
+    write_phantoms(folder / "phantoms", subjects=3, size=(32, 32, 32))
+    from train_pretrain import main
+
+    main(PretrainConfig(
+        data=str(folder / "phantoms/pretrain.json"), out=str(folder / "pre"), cache_dir=str(folder / "cache"),
+        crop=(16, 16, 16), **NETWORK, steps=2, workers=0, device="cpu", amp="off", validate_crops=1,
+    ))  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def tiny_seg(pretrained: Path, tmp_path: Path) -> Callable[..., SegConfig]:
+    """Configurations of tiny fine-tuning runs; keyword arguments override."""
+
+    def config(**given: Any) -> SegConfig:
+        defaults: dict[str, Any] = {
+            "data": str(pretrained / "phantoms/ct_seg.json"), "pretrained": str(pretrained / "pre/last.pt"),
+            "out": str(tmp_path / "run"), "cache_dir": str(pretrained / "cache"), "crop": (16, 16, 16), "steps": 4,
+            "batch_size": 2, "workers": 0, "device": "cpu", "amp": "off", "log_every": 1, "validate_every": 1000,
+        }  # fmt: skip
+        return SegConfig(**{**defaults, **given})
+
+    return config
+
+
+def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:
+    return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
+
+
+def flags(config: RunConfig) -> list[str]:
     """The command line that gives this configuration."""
     arguments: list[str] = []
     for name, value in vars(config).items():
@@ -75,14 +113,27 @@ def flags(config: PretrainConfig) -> list[str]:
     return arguments
 
 
-def train(config: PretrainConfig, *, ranks: int = 0, **keys: Any) -> subprocess.CompletedProcess[str]:
-    """train_pretrain.py in a process of its own, or under torchrun."""
+def train(config: RunConfig, *, ranks: int = 0, **keys: Any) -> subprocess.CompletedProcess[str]:
+    """train_pretrain.py or train_seg.py in a process of its own, or under torchrun."""
     return subprocess.run(command(config, ranks=ranks), capture_output=True, text=True, env=environment(), **keys)
 
 
-def command(config: PretrainConfig, *, ranks: int = 0) -> list[str]:
+def command(config: RunConfig, *, ranks: int = 0) -> list[str]:
+    script = "train_seg.py" if isinstance(config, SegConfig) else "train_pretrain.py"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*(launch if ranks else [sys.executable]), str(ROOT / "train_pretrain.py"), *flags(config)]
+    return [*(launch if ranks else [sys.executable]), str(ROOT / script), *flags(config)]
+
+
+def interrupt(config: RunConfig, number: signal.Signals, *, after_step: int, ranks: int = 0) -> int:
+    """Start a run, send a signal once it has logged a step, and give the exit code."""
+    process = subprocess.Popen(
+        command(config, ranks=ranks), stderr=subprocess.DEVNULL, env=environment(), start_new_session=True
+    )
+    path = Path(config.out) / "log.jsonl"
+    while process.poll() is None and not (path.exists() and any(e.get("step", 0) >= after_step for e in read(path))):
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # as schedulers do: the workers that read ahead are hit as well
+    return process.wait(timeout=60)
 
 
 def environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dae.data.augment import corner_around, crop, random_corner, random_crop
+from dae.data.augment import corner_around, crop, labelled_crop, random_corner, random_crop
 from dae.data.cache import Cached
 
 VOLUME = np.random.default_rng(0).normal(size=(2, 6, 7, 8)).astype(np.float16)
@@ -83,6 +83,17 @@ def test_the_share_of_crops_on_foreground_is_the_one_asked_for(share: float, tmp
     volume, rng = on_disk(tmp_path, data, (29, 29, 29)), np.random.default_rng(0)
     held = np.mean([random_crop(volume, (3, 3, 3), rng, foreground=share).max() for _ in range(300)])
     assert abs(held - share) <= 4 * (share * (1 - share) / 300) ** 0.5
+
+
+def test_no_crop_is_centred_on_what_was_not_annotated(tmp_path: Path) -> None:
+    label, places = np.zeros((20, 20, 20), np.uint8), [(5, 5, 5), (10, 10, 10), (15, 15, 15)]
+    for value, place in zip((1, 9, 2), places):
+        label[place] = value
+    volume, rng = on_disk(tmp_path, label[None], *places), np.random.default_rng(0)
+    np.save(tmp_path / "label.npy", label)
+    for ignore, met in ((None, {1, 2, 9}), (9, {1, 2})):
+        crops = [labelled_crop(volume, (3, 3, 3), rng, positive=1.0, ignore=ignore)[1] for _ in range(40)]
+        assert {int(crop[1, 1, 1]) for crop in crops} == met
 
 
 def test_the_generator_decides_the_crop(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from dae import config as module
 from dae.config import FREE_ON_RESUME, InputError, PretrainConfig, differences, from_json, parse, to_json
+from dae.config_seg import ScoreConfig
 from dae.model import BACKBONES
 from dae.pretext.methods import METHODS
 
@@ -47,6 +48,11 @@ def help_of() -> dict[str, str]:
     paragraphs = re.split(r"\n  (?=-)", run("--help")[0].stdout)
     flags = [(re.match(r"--([a-z0-9-]+)", text), text) for text in paragraphs]
     return {match[1]: " ".join(text.split()) for match, text in flags if match}
+
+
+@pytest.mark.parametrize("given, ignored", [([], None), (["--ignore", "-1"], -1), (["--ignore", "255"], 255)])
+def test_a_number_that_may_be_left_out_is_none_until_it_is_given(given: list[str], ignored: int | None) -> None:
+    assert parse(ScoreConfig, given, prog="eval.py", description="").ignore == ignored
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dae.config import InputError
-from dae.data.datalist import DataList, hold_out, load
+from dae.data.datalist import DataList, five_folds, hold_out, load
 
 Load = Callable[..., DataList]
 
@@ -55,6 +55,27 @@ def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(loaded: Loa
     assert (b.image, b.fold, b.label) == ((Path("/elsewhere/b.nii.gz"),), 1, None)
     assert (c.kind, c.intensity) == ("t2", ("mr",))
     assert items.labels == {0: "background", 1: "spleen"}
+
+
+@pytest.mark.parametrize("labels, ignored", [
+    ({"background": 0, "liver": 1, "ignore": 2}, 2), ({"0": "background", "1": "liver", "255": "ignore"}, 255),
+    ({"background": 0, "liver": 1, "ignore": -1}, -1), ({"0": "background", "1": "liver"}, None),
+])  # fmt: skip
+def test_a_label_by_the_name_ignore_is_no_class(loaded: Load, labels: dict[str, Any], ignored: int | None) -> None:
+    items = loaded({"training": entries(5), "labels": labels})
+    assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
+    assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
+
+
+@pytest.mark.parametrize("tolerance, word", [
+    ({"kidney": 1.0}, "'kidney', which is no class"), ({"0": 1.0}, "'0', which is no class"),
+    ({"liver": -1}, "'liver' is -1"), ({"liver": "two"}, "'two'; it must be 0 mm or more"),
+    ([1.0], "must be an object"),
+])  # fmt: skip
+def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load, tolerance: Any, word: str) -> None:
+    labels = {"background": 0, "liver": 1}
+    found = refusal(lambda: loaded({"training": entries(1), "labels": labels, "tolerance_mm": tolerance}))
+    assert word in found and "tolerance_mm" in found and "list.json" in found
 
 
 def test_paths_start_from_data_root_where_it_is_given(loaded: Load) -> None:

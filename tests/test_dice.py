@@ -1,11 +1,14 @@
 """dae/training/dice.py: the losses by hand."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from dae.training.dice import LOSSES, dice_loss, dice_per_class
+from dae.training.dice import LOSSES, cross_entropy, dice_loss, dice_per_class
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def one_hot_logits(label: torch.Tensor, classes: int, sure: float = 50.0) -> torch.Tensor:
@@ -40,6 +43,47 @@ def test_dice_ce_adds_the_mean_negative_log_probability() -> None:
     label = torch.tensor([0, 0, 1, 1]).reshape(1, 1, 2, 2)
     loss = LOSSES["dice_ce"](torch.zeros(1, 2, 1, 2, 2), label)
     assert loss.item() == pytest.approx(0.5 + math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_what_was_not_annotated_counts_for_nothing_as_if_it_had_been_cut_away(loss: Loss) -> None:
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 4, 4, 6, requires_grad=True), torch.randint(0, 3, (2, 4, 4, 6))
+    label[..., 4:] = -1
+    found = loss(logits, label)
+    assert found.item() == pytest.approx(loss(logits[..., :4], label[..., :4]).item(), abs=1e-6)
+    found.backward()
+    assert logits.grad is not None and not logits.grad[..., 4:].any() and logits.grad[..., :4].all()
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_batch_without_any_annotation_moves_nothing(loss: Loss) -> None:
+    logits = torch.randn(1, 3, 2, 2, 2, requires_grad=True)
+    loss(logits, torch.full((1, 2, 2, 2), -1)).backward()
+    assert logits.grad is not None and not logits.grad.any()
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+def test_cross_entropy_of_a_batch_annotated_throughout_is_torchs_own(classes: int) -> None:
+    logits, label = torch.randn(2, classes, 5, 6, 7), torch.randint(0, classes, (2, 5, 6, 7))
+    expected = torch.nn.functional.cross_entropy(logits, label).item()
+    assert cross_entropy(logits, label).item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_a_loss_is_the_mean_over_samples_whatever_classes_and_voxels_each_has(loss: Loss) -> None:
+    """So ranks and micro-batches, which average, train as one batch: three classes in one sample, one in the other."""
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, 3, 4, 4, 6), torch.randint(0, 3, (2, 4, 4, 6))
+    label[1] = 0
+    label[1, 1:] = -1
+    each = [loss(logits[n : n + 1], label[n : n + 1]).item() for n in range(2)]
+    assert loss(logits, label).item() == pytest.approx(sum(each) / 2, abs=1e-6)
+
+
+def test_dice_per_class_leaves_out_what_was_not_annotated() -> None:
+    prediction, label = torch.tensor([[[0, 1, 1, 2, 2]]]), torch.tensor([[[0, 1, 2, 2, -1]]])
+    assert dice_per_class(prediction, label, 3) == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_dice_per_class_is_nan_where_a_class_is_in_neither() -> None:

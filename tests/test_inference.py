@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dae.config import InputError
 from dae.data.datalist import Item
-from dae.data.nifti import Volume, read, read_labels
+from dae.data.nifti import Volume, read, read_labels_of
 from dae.data.preprocess import Recipe, prepare, resample
 from dae.evaluation import inference
 from dae.evaluation.inference import blend, gaussian, label_map, save_like, sliding_window, window_starts
@@ -616,7 +616,7 @@ def test_labels_that_were_written_are_read_on_the_grid_of_their_image(tmp_path: 
     volume = read(source)
     labels = np.random.default_rng(0).integers(0, 9, volume.data.shape[1:], dtype=np.uint8)
     save_like(source, labels, tmp_path / "labels.nii.gz")
-    assert np.array_equal(read_labels(tmp_path / "labels.nii.gz", volume), labels)
+    assert np.array_equal(read_labels_of(tmp_path / "labels.nii.gz", volume), labels)
 
 
 def test_labels_of_another_grid_are_refused(tmp_path: Path) -> None:

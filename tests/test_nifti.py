@@ -3,6 +3,7 @@
 import struct
 from collections.abc import Callable
 from itertools import permutations, product
+from math import inf, nan
 from pathlib import Path
 
 import nibabel as nib
@@ -10,12 +11,15 @@ import numpy as np
 import pytest
 
 from dae.config import InputError
-from dae.data.nifti import read, read_channels, write
+from dae.data.nifti import read, read_channels, read_labels, read_labels_of, write
 
 SIZE = (4, 5, 6)
 SPACING = (1.5, 2.0, 3.0)
 RAS = np.diag([*SPACING, 1.0])
 LPS = np.diag([-1.5, -2.0, 3.0, 1.0])
+LABELS = np.arange(120, dtype=np.uint8).reshape(SIZE)
+READERS = pytest.mark.parametrize("read", [read, read_labels])
+Reader = Callable[[Path], object]
 NOISE = np.random.default_rng(0).normal(size=(12, 13, 14)).astype(np.float32)  # does not compress
 
 
@@ -109,33 +113,42 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 # --- what is refused
 
 
-def test_a_missing_file_is_refused_in_one_line(tmp_path: Path) -> None:
+@READERS
+def test_a_missing_file_is_refused_in_one_line(read: Reader, tmp_path: Path) -> None:
     assert "no such file" in refusal(lambda: read(tmp_path / "a.nii.gz"), tmp_path / "a.nii.gz")
 
 
+@READERS
 @pytest.mark.parametrize("name", ["a.nii", "a.nii.gz", "a.txt"])
-def test_a_text_file_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_a_text_file_is_refused_in_one_line(read: Reader, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("This is not a volume.\n" * 100)
     refusal(lambda: read(tmp_path / name), tmp_path / name)
 
 
+@READERS
 @pytest.mark.parametrize("affine", [RAS, LPS], ids=["ras", "lps"])
 @pytest.mark.parametrize("name, keep", [("a.nii.gz", k) for k in (0, 1, 15, 200, 0.5, -100)] + [("a.nii", -1)])
-def test_a_truncated_file_is_refused_in_one_line(name: str, keep: float, affine: np.ndarray, tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_in_one_line(
+    read: Reader, name: str, keep: float, affine: np.ndarray, tmp_path: Path
+) -> None:
     path = saved(tmp_path / name, NOISE, affine)
     content = path.read_bytes()
     path.write_bytes(content[: int(keep * len(content)) if 0 < keep < 1 else int(keep)])
     refusal(lambda: read(path), path)
 
 
+@READERS
 @pytest.mark.parametrize("offset, form, value", [(70, "<h", 4096), (108, "<f", 207)], ids=["type", "start of voxels"])
-def test_a_damaged_header_is_refused_in_one_line(offset: int, form: str, value: int, tmp_path: Path) -> None:
+def test_a_damaged_header_is_refused_in_one_line(
+    read: Reader, offset: int, form: str, value: int, tmp_path: Path
+) -> None:
     path = patched(saved(tmp_path / "a.nii", NOISE), offset, form, value)
     refusal(lambda: read(path), path)
 
 
+@READERS
 @pytest.mark.parametrize("name", ["a.mgz", "a.gii"])
-def test_another_format_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+def test_another_format_is_refused_in_one_line(read: Reader, name: str, tmp_path: Path) -> None:
     mesh = nib.gifti.GiftiImage()
     nib.save(mesh if name == "a.gii" else nib.freesurfer.MGHImage(NOISE, RAS), tmp_path / name)
     refusal(lambda: read(tmp_path / name), tmp_path / name)
@@ -162,14 +175,17 @@ def test_what_has_not_three_axes_is_refused_with_its_size(shape: tuple[int, ...]
     assert " x ".join(map(str, shape)) in refusal(lambda: read(path), path)
 
 
-def test_colours_are_refused(tmp_path: Path) -> None:
+@READERS
+def test_colours_are_refused(read: Reader, tmp_path: Path) -> None:
     path = saved(tmp_path / "a.nii", np.zeros(SIZE, dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")]))
     assert "only integers and floats" in refusal(lambda: read(path), path)
 
 
-def test_a_singular_affine_is_refused(tmp_path: Path) -> None:
-    path = saved(tmp_path / "a.nii", NOISE)
-    refusal(lambda: read(patched(path, 296, "<4f", 1.5, 0, 0, 0)), path)  # srow_y, now the same as srow_x
+@READERS
+@pytest.mark.parametrize("row", [(1.5, 0, 0, 0), (0, 0, 0, 0), (0, nan, 0, 0)], ids=["as srow_x", "zeros", "nan"])
+def test_a_singular_affine_is_refused(read: Reader, row: tuple[float, ...], tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii", LABELS)
+    refusal(lambda: read(patched(path, 296, "<4f", *row)), path)  # srow_y
 
 
 # --- channels in files of their own
@@ -189,3 +205,60 @@ def test_channels_on_different_grids_are_refused(other: str, tmp_path: Path) -> 
     b = saved(tmp_path / "b.nii", NOISE[:-1] if other == "shape" else NOISE, affine)
     paths = [saved(tmp_path / "a.nii", NOISE), b]
     assert "not on the grid" in refusal(lambda: read_channels(paths), b)
+
+
+# --- labels
+
+
+@pytest.mark.parametrize("axes", list(permutations(range(3))), ids=str)
+def test_labels_come_back_in_ras_order_with_their_own_spacing(axes: tuple[int, ...], tmp_path: Path) -> None:
+    for signs in product((1, -1), repeat=3):
+        turned = nib.Nifti1Image(LABELS, RAS).as_reoriented([[axis, sign] for axis, sign in zip(axes, signs)])
+        nib.save(turned, tmp_path / "a.nii")
+        found = read_labels(tmp_path / "a.nii")
+        assert np.array_equal(found.labels, LABELS)
+        assert found.spacing == SPACING and np.allclose(found.affine, RAS)
+
+
+@pytest.mark.parametrize("kind", ["uint8", "int16", ">i2", "int32", "int64", "float32", "float64"])
+def test_whole_numbers_are_labels_however_they_are_stored(kind: str, tmp_path: Path) -> None:
+    image = nib.Nifti1Image(LABELS.astype(kind), RAS, dtype=np.dtype(kind))
+    nib.save(image, tmp_path / "a.nii.gz")
+    found = read_labels(tmp_path / "a.nii.gz")
+    assert np.array_equal(found.labels, LABELS) and found.labels.dtype == np.uint8
+
+
+def test_an_empty_map_is_a_label_map(tmp_path: Path) -> None:
+    assert not read_labels(saved(tmp_path / "a.nii.gz", np.zeros(SIZE, np.uint8))).labels.any()
+
+
+def test_large_and_negative_labels_survive_to_the_last_digit(tmp_path: Path) -> None:
+    """float32, in which images are read, has 16,777,216 and 16,777,218."""
+    labels = np.array([-1, 0, 40_000, 16_777_217], np.int32).reshape(1, 1, 4)
+    assert read_labels(saved(tmp_path / "a.nii", labels)).labels.tolist() == labels.tolist()
+
+
+@pytest.mark.parametrize("content, reason", [
+    (np.full(SIZE, 0.5, np.float32), "holds 0.5, but labels are whole numbers"),
+    (np.full(SIZE, nan, np.float32), "holds nan, but labels are whole numbers"),
+    (np.full(SIZE, -inf, np.float32), "holds -inf, but labels are whole numbers"),
+    (np.full(SIZE, 1e30, np.float32), "holds 1e+30, but labels are whole numbers"),
+    (np.ones((3, 3, 3, 2), np.uint8), "labels of size 3 x 3 x 3 x 2; a label map has three axes"),
+    (np.ones((3, 3), np.uint8), "labels of size 3 x 3; a label map has three axes"),
+    (np.ones(SIZE, np.complex64), "voxels of type complex64"),
+])  # fmt: skip
+def test_what_is_not_a_label_map_is_refused_by_name(content: np.ndarray, reason: str, tmp_path: Path) -> None:
+    path = saved(tmp_path / "a.nii", content)
+    assert reason in refusal(lambda: read_labels(path), path)
+
+
+def test_labels_of_an_image_lie_on_its_grid_and_in_0_to_255(tmp_path: Path) -> None:
+    image, path = read(saved(tmp_path / "image.nii", NOISE)), tmp_path / "a.nii"
+    whole = np.full(NOISE.shape, 255, np.int16)
+    for off in (0, 0.005):
+        assert read_labels_of(saved(path, whole, RAS + off * np.eye(4)), image).dtype == np.uint8
+    for labels, affine in ((whole[1:], RAS), (whole, RAS + 0.02 * np.eye(4))):
+        assert "not on the grid" in refusal(lambda: read_labels_of(saved(path, labels, affine), image), path)  # noqa: B023
+    for strange in (-1, 256):
+        whole[0] = strange
+        assert f"{strange}" in refusal(lambda: read_labels_of(saved(path, whole), image), path)

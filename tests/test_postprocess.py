@@ -279,6 +279,15 @@ def test_what_helps_is_kept_and_nothing_else():
     assert {line["name"] for line in table} == {"kidney", "liver", "spleen"}
 
 
+def test_a_plan_is_chosen_on_what_was_annotated():
+    """The cavity of the liver was not annotated, so that filling it is no gain; and a wrong island there no loss."""
+    case = noisy(0)
+    truth = box(case.truth.copy(), 9, (6, 16, 16), (9, 19, 19))
+    plan, table = choose([case._replace(truth=truth, ignore=9)], NAMES)
+    assert plan == {1: [{"do": "largest_components", "keep": 2}]}
+    assert {line["dice_before"] for line in table if line["name"] == "liver"} == {1}
+
+
 def test_the_table_says_by_how_much_dice_changed():
     cases = [noisy(0), noisy(3)]
     _, table = choose(cases, NAMES)

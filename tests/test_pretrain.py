@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import command, environment, same_weights, train
+from conftest import command, environment, events, interrupt, same_weights, train
 
 from dae.config import InputError, PretrainConfig
 from dae.pretext.methods import METHODS
@@ -29,10 +29,6 @@ Interruptible = tuple[PretrainConfig, dict[str, Any]]
 
 def weights(folder: str | Path, name: str = "last.pt") -> dict[str, Any]:
     return dict(checkpoint.load(Path(folder) / name)["model"])
-
-
-def events(config: PretrainConfig, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
 
 
 def test_a_run_leaves_its_folder_as_promised(tiny: Config) -> None:
@@ -277,18 +273,6 @@ def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_checkpoint_before(t
     assert done.returncode == 2
     assert done.stderr.strip().split("\n")[-1].startswith("train_pretrain.py: ") and "untouched" in done.stderr
     assert (Path(config.out) / "last.pt").read_bytes() == before
-
-
-def interrupt(config: PretrainConfig, number: signal.Signals, *, after_step: int, ranks: int = 0) -> int:
-    """Start a run, send a signal once it has logged a step, and give the exit code."""
-    process = subprocess.Popen(
-        command(config, ranks=ranks), stderr=subprocess.DEVNULL, env=environment(), start_new_session=True
-    )
-    path = Path(config.out) / "log.jsonl"
-    while process.poll() is None and not (path.exists() and any(e.get("step", 0) >= after_step for e in read(path))):
-        time.sleep(0.05)
-    os.killpg(process.pid, number)  # as schedulers do: the workers that read ahead are hit as well
-    return process.wait(timeout=60)
 
 
 @pytest.fixture

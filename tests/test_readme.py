@@ -1,15 +1,20 @@
 """README.md: its Python runs, and its tree names every file."""
 
+import importlib
 import re
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 from dae.config import PretrainConfig
+from dae.config_seg import SegConfig
 from train_pretrain import main
 
+OTHERS = {"help", "nnodes", "rdzv_endpoint", "finetune_choice"}  # argparse's, torchrun's, the authors'
+CONFIGS = importlib.import_module("eval").CONFIGS
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
@@ -34,3 +39,17 @@ def test_every_file_or_its_folder_is_in_the_tree(path: Path) -> None:
     if path.name != "__init__.py":
         inside = str(path.relative_to(ROOT))
         assert inside in TEXT or str(path.parent.relative_to(ROOT)) + "/ " in TEXT
+
+
+LEDGER = (ROOT / "docs/paper-vs-code.md").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", LEDGER))))
+def test_every_test_that_the_ledger_names_is_there(name: str) -> None:
+    assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w-]+)[ `]", TEXT + LEDGER))))
+def test_every_flag_that_readme_and_ledger_name_is_one(flag: str) -> None:
+    known = {f.name for config in (PretrainConfig, SegConfig, *CONFIGS.values()) for f in fields(config)}
+    assert flag.removeprefix("--no-").removeprefix("--").replace("-", "_") in known | OTHERS

@@ -1,8 +1,7 @@
 """dae/evaluation/scoring.py: a prediction meets its own label, on one grid, in mm, or one line says why it cannot."""
 
 import struct
-from itertools import permutations, product
-from math import inf, isnan, nan, sqrt
+from math import inf, isnan, sqrt
 from pathlib import Path
 
 import nibabel as nib
@@ -20,7 +19,6 @@ from dae.evaluation.scoring import (
     classes_in,
     diagonals,
     pair,
-    read_labels,
     read_scores,
     score,
     score_case,
@@ -123,59 +121,6 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     refusal(lambda: pair(tmp_path, [("b", lost)]), "the list: no label for case a")
     refusal(lambda: pair(tmp_path, [("a", lost), ("b", lost)]), tmp_path, "no prediction for case b")
     refusal(lambda: pair(tmp_path, [("a", lost), ("a", lost)]), "case a more than once")
-
-
-# What is in a file
-
-
-@pytest.mark.parametrize("axes", list(permutations(range(3))), ids=str)
-def test_labels_come_back_in_ras_order_with_their_own_spacing(axes, tmp_path):
-    labels = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)
-    for signs in product((1, -1), repeat=3):
-        ornt = [[axis, sign] for axis, sign in zip(axes, signs)]
-        path = tmp_path / "a.nii"
-        nib.save(nib.Nifti1Image(labels, AFFINE).as_reoriented(ornt), path)
-        found = read_labels(path)
-        assert np.array_equal(found.labels, labels)
-        assert found.spacing == (3.0, 1.0, 2.0) and np.allclose(found.affine, AFFINE)
-
-
-@pytest.mark.parametrize("kind", ["uint8", "int16", ">i2", "int32", "int64", "float32", "float64"])
-def test_whole_numbers_are_labels_however_they_are_stored(kind, tmp_path):
-    found = read_labels(saved(tmp_path / "a.nii.gz", two_boxes().astype(kind)))
-    assert np.array_equal(found.labels, two_boxes()) and found.labels.dtype == np.uint8
-
-
-def test_an_empty_prediction_is_a_label_map(tmp_path):
-    assert not read_labels(saved(tmp_path / "a.nii.gz", np.zeros((4, 4, 4), np.uint8))).labels.any()
-
-
-def test_large_and_negative_numbers_survive(tmp_path):
-    labels = np.array([-1, 0, 40_000], np.int32).reshape(1, 1, 3)
-    assert read_labels(saved(tmp_path / "a.nii", labels)).labels.tolist() == [[[-1, 0, 40_000]]]
-
-
-@pytest.mark.parametrize("content, reason", [
-    (np.full((3, 3, 3), 0.5, np.float32), "holds 0.5, but labels are whole numbers"),
-    (np.full((3, 3, 3), nan, np.float32), "holds nan, but labels are whole numbers"),
-    (np.full((3, 3, 3), inf, np.float32), "holds inf, but labels are whole numbers"),
-    (np.ones((3, 3, 3, 2), np.uint8), "labels of size 3 x 3 x 3 x 2; a label map has three axes"),
-    (np.ones((3, 3), np.uint8), "labels of size 3 x 3; a label map has three axes"),
-    (np.ones((3, 3, 3), np.complex64), "voxels of type complex64"),
-])  # fmt: skip
-def test_what_is_not_a_label_map_is_refused_by_name(content, reason, tmp_path):
-    path = saved(tmp_path / "a.nii", content)
-    refusal(lambda: read_labels(path), path, reason)
-
-
-def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path):
-    path = tmp_path / "a.nii.gz"
-    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
-    path.write_text("nothing of the kind")
-    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
-    noise = np.random.default_rng(0).integers(0, 255, (20, 20, 20), dtype=np.uint8)
-    path.write_bytes(saved(path, noise).read_bytes()[:4000])
-    refusal(lambda: read_labels(path), path, "not a readable NIfTI file")
 
 
 def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):

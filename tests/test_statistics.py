@@ -272,7 +272,8 @@ def test_a_case_mean_is_over_the_classes_that_have_a_score():
 def test_a_summary_counts_every_status_and_has_intervals():
     rows = [row("s0", 1, 0.9, 2.0), row("s1", 1, 0.0, inf, "missed"), row("s2", 1, nan, nan, "absent"),
             row("s3", 1, 0.7, 4.0), row("s0", 2, 0.5, 6.0), row("s3", 2, 0.0, inf, "spurious")]  # fmt: skip
-    summary = summarise(rows, definition="medpy", tolerance=2.0)
+    summary = summarise(rows, definition="medpy", tolerance=2.0, ignore=9)
+    assert summary["ignore"] == 9 and summarise(rows)["ignore"] is None
     one = summary["classes"][1]
     assert one["status"] == {"ok": 2, "missed": 1, "spurious": 0, "absent": 1} and set(one["status"]) == set(STATUSES)
     assert (summary["cases"], summary["definition"], summary["policy"], summary["tolerance_mm"]) == (

@@ -11,55 +11,24 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import NETWORK, same_weights
+from conftest import events, same_weights
 
-from dae.config import InputError, PretrainConfig
+from dae.config import InputError
 from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, SegConfig, TuneConfig
-from dae.data.phantom import CT_LABELS, write_phantoms
+from dae.data.phantom import CT_LABELS
 from dae.training import checkpoint
-from dae.training.log import read
-from train_pretrain import main as pretrain
 from train_seg import main
 
 evaluate = importlib.import_module("eval")
 Config = Callable[..., SegConfig]
 
 
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phantoms of 32^3, and a checkpoint pre-trained on them for two steps."""
-    folder = tmp_path_factory.mktemp("seg")
-    write_phantoms(folder / "phantoms", subjects=3, size=(32, 32, 32))
-    pretrain(PretrainConfig(
-        data=str(folder / "phantoms/pretrain.json"), out=str(folder / "pre"), cache_dir=str(folder / "cache"),
-        crop=(16, 16, 16), **NETWORK, steps=2, workers=0, device="cpu", amp="off", validate_crops=1,
-    ))  # fmt: skip
-    return folder
-
-
-@pytest.fixture
-def tiny(pretrained: Path, tmp_path: Path) -> Config:
-    def config(**given: Any) -> SegConfig:
-        defaults: dict[str, Any] = {
-            "data": str(pretrained / "phantoms/ct_seg.json"), "pretrained": str(pretrained / "pre/last.pt"),
-            "out": str(tmp_path / "run"), "cache_dir": str(pretrained / "cache"), "crop": (16, 16, 16), "steps": 4,
-            "batch_size": 2, "workers": 0, "device": "cpu", "amp": "off", "log_every": 1, "validate_every": 1000,
-        }  # fmt: skip
-        return SegConfig(**{**defaults, **given})
-
-    return config
-
-
-def events(config: SegConfig, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
-
-
 def weights(config: SegConfig, name: str = "last.pt") -> dict[str, Any]:
     return dict(checkpoint.load(Path(config.out) / name)["model"])
 
 
-def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny: Config, pretrained: Path) -> None:
-    config = tiny(lr=0.0)
+def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny_seg: Config, pretrained: Path) -> None:
+    config = tiny_seg(lr=0.0)
     main(config)
     before = checkpoint.load(pretrained / "pre/last.pt")["model"]
     after = weights(config)
@@ -71,8 +40,8 @@ def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny: Config, pr
     assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [1, 2]  # kidneys name a side
 
 
-def test_from_scratch_is_the_same_run_without_the_weights(tiny: Config, tmp_path: Path) -> None:
-    with_weights, scratch = tiny(lr=0.0), tiny(lr=0.0, from_scratch=True, out=str(tmp_path / "scratch"))
+def test_from_scratch_is_the_same_run_without_the_weights(tiny_seg: Config, tmp_path: Path) -> None:
+    with_weights, scratch = tiny_seg(lr=0.0), tiny_seg(lr=0.0, from_scratch=True, out=str(tmp_path / "scratch"))
     main(with_weights)
     main(scratch)
     a, b = weights(with_weights), weights(scratch)
@@ -81,8 +50,8 @@ def test_from_scratch_is_the_same_run_without_the_weights(tiny: Config, tmp_path
 
 
 @pytest.mark.parametrize("schedule", ["plain", "warmup", "frozen-encoder", "decoder-first"])
-def test_each_schedule_moves_what_it_should(tiny: Config, pretrained: Path, schedule: str) -> None:
-    config = tiny(schedule=schedule, steps=30, stop_after=2)
+def test_each_schedule_moves_what_it_should(tiny_seg: Config, pretrained: Path, schedule: str) -> None:
+    config = tiny_seg(schedule=schedule, steps=30, stop_after=2)
     main(config)
     before, after = checkpoint.load(pretrained / "pre/last.pt")["model"], weights(config)
     moved = {k.split(".")[0] for k in before if not k.startswith("head") and bool((before[k] != after[k]).any())}
@@ -90,8 +59,8 @@ def test_each_schedule_moves_what_it_should(tiny: Config, pretrained: Path, sche
     assert ("encoder" in moved) == (schedule in ("plain", "warmup"))
 
 
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny: Config, tmp_path: Path) -> None:
-    straight, broken = tiny(), tiny(out=str(tmp_path / "broken"), stop_after=2)
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_seg: Config, tmp_path: Path) -> None:
+    straight, broken = tiny_seg(), tiny_seg(out=str(tmp_path / "broken"), stop_after=2)
     main(straight)
     main(broken)
     main(replace(broken, stop_after=0, resume=True))
@@ -118,11 +87,11 @@ def test_folds_partition_the_subjects_and_small_label_fractions_lie_in_larger_on
     ({"feature_size": 24}, "--feature-size 24"),
     ({"crop": (16, 20, 16)}, "16 20 16"),
 ])  # fmt: skip
-def test_bad_input_is_one_line_and_leaves_nothing(tiny: Config, given: dict[str, Any], word: str) -> None:
+def test_bad_input_is_one_line_and_leaves_nothing(tiny_seg: Config, given: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError) as error:
-        main(tiny(**given))
+        main(tiny_seg(**given))
     assert word in str(error.value) and "\n" not in str(error.value)
-    assert not Path(tiny().out).exists()
+    assert not Path(tiny_seg().out).exists()
 
 
 def broken_list(pretrained: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], None]) -> str:
@@ -160,20 +129,58 @@ def fewer_classes(folder: Path, content: dict[str, Any]) -> None:
     content["labels"] = {"0": "background", "1": "spleen"}
 
 
+def a_negative_class(folder: Path, content: dict[str, Any]) -> None:
+    content["labels"] |= {"-1": "void"}
+
+
+def a_class_too_many(folder: Path, content: dict[str, Any]) -> None:
+    content["labels"] |= {"256": "thumb"}
+
+
 @pytest.mark.parametrize("change, word", [
-    (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds other values"),
+    (a_negative_class, "none above 255"), (a_class_too_many, "none above 255"),
+    (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds 0.5, but labels are whole numbers"),
     (four_axes, "four.nii.gz: labels of size"), (without_label, 'has no "label"'),
     (fewer_classes, "is not among the classes"),
 ])  # fmt: skip
 def test_labels_that_do_not_fit_are_refused_by_file(
-    tiny: Config, pretrained: Path, tmp_path: Path, change: Any, word: str
+    tiny_seg: Config, pretrained: Path, tmp_path: Path, change: Any, word: str
 ) -> None:
     with pytest.raises(InputError, match=word):
-        main(tiny(data=broken_list(pretrained, tmp_path, change)))
+        main(tiny_seg(data=broken_list(pretrained, tmp_path, change)))
 
 
-def test_predict_score_tune_and_compare_make_what_they_promise(tiny: Config, tmp_path: Path) -> None:
-    config = tiny(loss="dice_ce", lr=1e-2, steps=6)
+def test_what_was_not_annotated_is_no_class_and_changes_no_weight(
+    tiny_seg: Config, pretrained: Path, tmp_path: Path
+) -> None:
+    """One list ignores label 7; another one's label files say 200 there, which may as well be anything."""
+
+    def seven_is_ignored(folder: Path, content: dict[str, Any]) -> None:
+        content["labels"] |= {"7": "ignore"}
+
+    def also_as_200(folder: Path, content: dict[str, Any]) -> None:
+        content["labels"] = {k: name for k, name in content["labels"].items() if k != "7"} | {"200": "ignore"}
+        for n, entry in enumerate(content["training"] + content["validation"]):
+            label = nib.load(entry["label"])
+            values = np.asarray(label.dataobj)
+            nib.save(nib.Nifti1Image(np.where(values == 7, 200, values).astype(np.uint8), label.affine, label.header),
+                     folder / f"{n}.nii.gz")  # fmt: skip
+            entry["label"] = str(folder / f"{n}.nii.gz")
+
+    runs = []
+    for name, change in (("a", seven_is_ignored), ("b", also_as_200)):
+        (tmp_path / name).mkdir()
+        runs.append(tiny_seg(data=broken_list(pretrained, tmp_path / name, change), out=str(tmp_path / name / "run"),
+                         loss="dice_ce"))  # fmt: skip
+        main(runs[-1])
+    plan = checkpoint.load(Path(runs[0].out) / "last.pt")["plan"]
+    assert "7" not in plan["classes"] and plan["out_channels"] == len(CT_LABELS) - 1
+    assert same_weights(*map(weights, runs))
+    assert events(runs[0], "validation")[-1]["dice"] == events(runs[1], "validation")[-1]["dice"]
+
+
+def test_predict_score_tune_and_compare_make_what_they_promise(tiny_seg: Config, tmp_path: Path) -> None:
+    config = tiny_seg(loss="dice_ce", lr=1e-2, steps=6)
     main(config)
     best = f"{config.out}/best.pt"
     common: dict[str, Any] = {"data": config.data, "split": "test"}

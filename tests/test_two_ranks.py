@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NETWORK, ROOT, command, environment, same_weights, train
-from test_pretrain import Config, events, interrupt, weights
+from conftest import NETWORK, ROOT, command, environment, events, interrupt, same_weights, train
+from test_pretrain import Config, weights
 from torch.nn.parallel import DistributedDataParallel
 
 from dae.config import PretextConfig

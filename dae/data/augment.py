@@ -51,10 +51,15 @@ def random_crop(volume: Cached, size: Size3, rng: Generator, *, foreground: floa
 
 
 def labelled_crop(
-    volume: Cached, size: Size3, rng: Generator, *, positive: float
+    volume: Cached, size: Size3, rng: Generator, *, positive: float, ignore: int | None = None
 ) -> tuple[Array, NDArray[np.uint8]]:  # fmt: skip
-    """A crop and its labels. With probability `positive` it is centred on a labelled voxel, else it lies anywhere."""
+    """A crop and its labels. With probability `positive` it is centred on a labelled voxel, else it lies anywhere.
+
+    A voxel whose label is `ignore` has none.
+    """
     grid, places = volume.shape[1:], volume.foreground()
+    if ignore is not None:
+        places = places[volume.label()[tuple(places.T)] != ignore]
     on_label = rng.random() < positive and len(places) > 0
     corner = corner_around(rng.choice(places), grid, size) if on_label else random_corner(grid, size, rng)
     label = crop(volume.label()[None], corner, size, [0])[0]

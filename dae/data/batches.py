@@ -75,9 +75,10 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(x), self.kinds[index], int(rng.integers(2**63))
 
 
-def places_of(label: NDArray[np.uint8], classes: Sequence[int]) -> NDArray[np.int64]:
-    """Label values -> their places in the ordered `classes`, which is what a network is trained on."""
-    return np.searchsorted(np.asarray(classes), label)
+def places_of(label: NDArray[np.uint8], classes: Sequence[int], ignore: int | None = None) -> NDArray[np.int64]:
+    """Label values -> their places in the ordered `classes`, which is what a network is trained on; `ignore` -> -1."""
+    places = np.searchsorted(np.asarray(classes), label)
+    return places if ignore is None else np.where(label == ignore, -1, places)
 
 
 class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
@@ -85,19 +86,19 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self, volumes: Sequence[Cached], classes: Sequence[int], config: SegConfig, *, global_batch: int,
-        flip_axes: Sequence[int], swap: Sequence[tuple[int, int]],
+        flip_axes: Sequence[int], swap: Sequence[tuple[int, int]], ignore: int | None = None,
     ) -> None:  # fmt: skip
         self.volumes, self.classes, self.config, self.global_batch = volumes, classes, config, global_batch
-        self.flip_axes, self.swap = flip_axes, swap
+        self.flip_axes, self.swap, self.ignore = flip_axes, swap, ignore
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """x (c, d, h, w) float32, label (d, h, w) int64."""
+        """x (c, d, h, w) float32, label (d, h, w) int64; -1 where there is none."""
         (step, j), config = address, self.config
         index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed)
         rng = np.random.default_rng([config.seed, step, j])
-        x, label = labelled_crop(self.volumes[index], config.crop, rng, positive=config.positive)
+        x, label = labelled_crop(self.volumes[index], config.crop, rng, positive=config.positive, ignore=self.ignore)
         x, label = augment(x, label, rng, config, flip_axes=self.flip_axes, swap=self.swap)
-        return torch.from_numpy(x), torch.from_numpy(places_of(label, self.classes))
+        return torch.from_numpy(x), torch.from_numpy(places_of(label, self.classes, self.ignore))
 
 
 def by_turns(kinds: Sequence[int]) -> list[int]:

@@ -5,15 +5,18 @@ A list is a JSON file, Decathlon style, with paths relative to its own folder:
     {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz", "fold": 0}, ...],
      "validation": [...], "test": [...], "labels": {"0": "background", "1": "spleen"}, "modalities": {"pet": "zscore"}}
 
-An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. Instead of a list
-an nnU-Net raw folder (dataset.json, imagesTr) may be given. Keys that are not known are left alone.
+An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. A label by the
+name "ignore" is no class: it marks what was not annotated. `tolerance_mm` gives classes, by number or by name, their
+own tolerance of NSD: {"1": 2.0, "liver": 3.0}. Instead of a list an nnU-Net raw folder (dataset.json, imagesTr) may be
+given. Keys that are not known are left alone.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,8 @@ class DataList:
     test: tuple[Item, ...]
     labels: dict[int, str]
     swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
+    tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
+    ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
 
     def fingerprint(self) -> str:
         """Of what is trained and validated on and in which order, wherever the list's folder lies."""
@@ -85,8 +90,12 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     }
     if not splits["training"]:
         raise InputError(f"{path}: no training items")
-    return DataList(**splits, labels=_labels(_object(content, "labels", path)),
-                    swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])))  # fmt: skip
+    labels = _labels(_object(content, "labels", path))
+    ignore = next((label for label, name in labels.items() if name == "ignore"), None)
+    labels = {label: name for label, name in labels.items() if label != ignore}
+    return DataList(**splits, labels=labels, swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])),
+                    tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
+                    ignore=ignore)  # fmt: skip
 
 
 def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
@@ -108,7 +117,7 @@ def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList
     if not held or len(held) == len(items.training):
         raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
     training = tuple(item for n, item in enumerate(items.training) if n not in held)
-    return DataList(training, tuple(items.training[n] for n in sorted(held)), items.test, items.labels, items.swap)
+    return replace(items, training=training, validation=tuple(items.training[n] for n in sorted(held)))
 
 
 def check_labels(items: DataList, data: str) -> None:
@@ -116,8 +125,8 @@ def check_labels(items: DataList, data: str) -> None:
     for item in (*items.training, *items.validation):
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {data}')
-    if len(items.labels) < 2 or 0 not in items.labels:
-        raise InputError(f'{data}: "labels" must name the background, 0, and at least one class')
+    if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
+        raise InputError(f'{data}: "labels" must name the background, 0, and at least one class, none above 255')
 
 
 def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
@@ -201,8 +210,22 @@ def _several(value: Any) -> list[str]:
 
 def _labels(labels: Mapping[str, Any]) -> dict[int, str]:
     """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's."""
-    pairs = [(k, v) if str(k).isdigit() else (v, k) for k, v in labels.items()]
-    return {int(number): str(name) for number, name in pairs if str(number).isdigit()}
+    pairs = [(k, v) if _is_whole(k) else (v, k) for k, v in labels.items()]
+    return {int(number): str(name) for number, name in pairs if _is_whole(number)}
+
+
+def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) -> dict[int, float]:
+    numbers = {name: label for label, name in labels.items()} | {str(label): label for label in labels}
+    for key, mm in given.items():
+        if not numbers.get(key):
+            raise InputError(f'{path}: "tolerance_mm" names {key!r}, which is no class of its "labels"')
+        if not isinstance(mm, int | float) or not 0 <= mm < inf:
+            raise InputError(f'{path}: "tolerance_mm" of {key!r} is {mm!r}; it must be 0 mm or more')
+    return {numbers[key]: float(mm) for key, mm in given.items()}
+
+
+def _is_whole(value: Any) -> bool:
+    return re.fullmatch(r"-?\d+", str(value)) is not None
 
 
 def _from_nnunet(folder: Path) -> Mapping[str, Any]:
@@ -219,7 +242,8 @@ def _from_nnunet(folder: Path) -> Mapping[str, Any]:
             raise InputError(f"{file}: nnU-Net's images end in _0000{ending}; for other folders write a data list")
         cases.setdefault(named[1], []).append(f"imagesTr/{file.name}")
     training = [_nnunet_case(folder, case, files, modality, ending) for case, files in cases.items()]
-    return {"training": training, "labels": dataset.get("labels", {}), "modalities": dataset.get("modalities", {})}
+    ours = {key: dataset[key] for key in ("labels", "modalities", "swap", "tolerance_mm") if key in dataset}
+    return {"training": training, **ours}
 
 
 def _nnunet_case(folder: Path, case: str, files: list[str], modality: list[str], ending: str) -> dict[str, Any]:

@@ -19,18 +19,30 @@ from numpy.typing import NDArray
 from dae.config import InputError
 
 Array = NDArray[np.float32]
+Affine = NDArray[np.float64]  # (4, 4), voxel of the RAS grid -> mm
+SAME_PLACE = 1e-2  # of two affines: more than headers lose by storing float32, less than anyone would see
 
 
 class Volume(NamedTuple):
     """One image: values, and where they lie."""
 
     data: Array  # (c, d, h, w), scl_slope and scl_inter applied
-    affine: NDArray[np.float64]  # (4, 4), voxel of the RAS grid -> mm
+    affine: Affine
 
     @property
     def spacing(self) -> tuple[float, float, float]:
-        d, h, w = voxel_sizes(self.affine)
-        return float(d), float(h), float(w)
+        return _spacing(self.affine)
+
+
+class LabelMap(NamedTuple):
+    """One label file: whole numbers, and where they lie."""
+
+    labels: NDArray[np.integer[Any]]  # (d, h, w), in the smallest type that holds them
+    affine: Affine
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        return _spacing(self.affine)
 
 
 def read(path: Path) -> Volume:
@@ -39,30 +51,45 @@ def read(path: Path) -> Volume:
     shape = image.shape
     if len(shape) not in (3, 4) or min(shape) < 1 or min(shape[:3]) < 2:
         raise InputError(f"{path}: an image of size {_by(shape)}; a volume has three axes of two voxels and more")
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read")
-    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
-    image = _canonical(path, image)
-    values = _values(path, image)
+    with _readable(path):
+        image = nib.as_closest_canonical(image)
+        values = np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
     data = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
     _check_values(path, data)
     return Volume(data, np.asarray(image.affine, dtype=np.float64))
 
 
-def read_labels(path: Path, image: Volume | None = None) -> NDArray[np.uint8]:
-    """An integer label map (d, h, w) in RAS order, on the grid of `image`. Raises InputError on anything else."""
-    opened = _open(path)
-    if len(opened.shape) != 3:
-        raise InputError(f"{path}: labels of size {_by(opened.shape)}; a label map has three axes")
-    opened = _canonical(path, opened)
-    values, affine = _values(path, opened), opened.affine
-    labels = np.clip(values, 0, 255).astype(np.uint8)
-    if not np.array_equal(labels, values):
-        raise InputError(f"{path}: holds other values than the whole numbers 0 to 255")
-    if image is not None and (labels.shape != image.data.shape[1:] or not np.allclose(affine, image.affine, atol=1e-2)):
-        raise InputError(f"{path}: not on the grid of its image: {_by(labels.shape)}, {_by(image.data.shape[1:])}")
-    return labels
+def read_labels(path: Path) -> LabelMap:
+    """A 3D file of whole numbers, stored as integers or floats. Raises InputError on anything else."""
+    image = _open(path)
+    if len(image.shape) != 3:
+        raise InputError(f"{path}: labels of size {_by(image.shape)}; a label map has three axes")
+    with _readable(path):
+        image = nib.as_closest_canonical(image)
+        values = np.asanyarray(image.dataobj)  # not through float32, which has no 16,777,217
+    if values.dtype.kind == "f":
+        uneven = values[~(np.abs(values) < 2**53) | (values != np.rint(values))]  # nan and infinity among them
+        if len(uneven):
+            raise InputError(f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?")
+    low, high = int(values.min(initial=0)), int(values.max(initial=0))
+    smallest = np.result_type(np.min_scalar_type(low), np.min_scalar_type(high))
+    return LabelMap(values.astype(smallest), np.asarray(image.affine, dtype=np.float64))
+
+
+def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
+    """Labels 0 to 255 (d, h, w) on the grid of `image`. Raises InputError on anything else."""
+    labels, affine = read_labels(path)
+    if labels.dtype != np.uint8:
+        raise InputError(f"{path}: holds labels from {labels.min()} to {labels.max()}; they must lie in 0 to 255")
+    grid = image.data.shape[1:]
+    if labels.shape != grid or apart(affine, image.affine) > SAME_PLACE:
+        raise InputError(f"{path}: not on the grid of its image: {_by(labels.shape)}, {_by(grid)}")
+    return labels.astype(np.uint8, copy=False)
+
+
+def apart(a: Affine, b: Affine) -> float:
+    """The largest difference between the entries of two affines."""
+    return float(np.abs(a - b).max())
 
 
 def read_channels(paths: Sequence[Path]) -> Volume:
@@ -70,17 +97,18 @@ def read_channels(paths: Sequence[Path]) -> Volume:
     volumes = [read(path) for path in paths]
     for path, volume in zip(paths, volumes):
         same_grid = volume.data.shape[1:] == volumes[0].data.shape[1:]
-        if not same_grid or not np.allclose(volume.affine, volumes[0].affine, atol=1e-2):
+        if not same_grid or apart(volume.affine, volumes[0].affine) > SAME_PLACE:
             raise InputError(f"{path}: not on the grid of {paths[0]}; channels must be registered and resampled first")
     return Volume(np.concatenate([v.data for v in volumes]), volumes[0].affine)
 
 
-def write(path: Path, data: NDArray[Any], affine: NDArray[np.float64]) -> None:
+def write(path: Path, data: NDArray[Any], affine: Affine) -> None:
     """A (d, h, w) array and its affine as a .nii or .nii.gz file, in the array's own type."""
     nib.save(nib.Nifti1Image(data, affine), path)
 
 
 def _open(path: Path) -> Any:
+    """The file with its header read and found sound, its voxels not."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -89,18 +117,11 @@ def _open(path: Path) -> Any:
         raise InputError(f"{path}: not a readable NIfTI file ({_short(error)})") from error
     if not isinstance(image, nib.Nifti1Image):
         raise InputError(f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read")
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read")
+    if not np.isfinite(image.affine).all() or abs(np.linalg.det(image.affine[:3, :3])) < 1e-9:
+        raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
     return image
-
-
-def _canonical(path: Path, image: Any) -> Any:
-    """The image with its axes turned to RAS."""
-    with _readable(path):
-        return nib.as_closest_canonical(image)
-
-
-def _values(path: Path, image: Any) -> Array:
-    with _readable(path):
-        return np.asarray(image.get_fdata(dtype=np.float32, caching="unchanged"))
 
 
 @contextmanager
@@ -118,6 +139,11 @@ def _check_values(path: Path, data: Array) -> None:
     for channel in data:
         if channel.min() == channel.max():
             raise InputError(f"{path}: every voxel is {channel.flat[0]:g}; leave it out of the list")
+
+
+def _spacing(affine: Affine) -> tuple[float, float, float]:
+    d, h, w = map(float, voxel_sizes(affine))
+    return d, h, w
 
 
 def _short(error: BaseException) -> str:

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from dae.config import DataConfig, InputError
 from dae.data.datalist import Item
-from dae.data.nifti import Array, Volume, read_channels, read_labels
+from dae.data.nifti import Array, Volume, read_channels, read_labels_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Prepared(NamedTuple):
 def prepare(item: Item, recipe: Recipe) -> Prepared:
     """Read an item and its label, and `normalise` them. Raises InputError naming the file."""
     volume = read_channels(item.image)
-    label = read_labels(item.label, volume) if item.label else None
+    label = read_labels_of(item.label, volume) if item.label else None
     try:
         return normalise(volume, item, recipe, label)
     except InputError as error:

@@ -217,7 +217,7 @@ def outcome(
     """The mean Dice of every class over the cases that have it, and what is met of `cls`."""
     scored, dice, met = [each for each in classes if each], list[list[float]](), set[tuple[int, int]]()
     for n, (labels, case, its) in enumerate(zip(maps, cases, organs)):
-        counts = count_voxels(labels, case.truth, scored)
+        counts = count_voxels(labels[case.annotated], case.truth[case.annotated], scored)
         dice.append([2 * both / (predicted + true) if predicted + true else nan for predicted, true, both in counts])
         if its:
             met |= {(n, part) for part in np.unique(its.parts[labels[its.box] == cls]).tolist() if part}

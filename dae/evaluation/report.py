@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from dae.data.nifti import read
+from dae.config import InputError
+from dae.data.nifti import SAME_PLACE, LabelMap, apart, read, read_labels
 from dae.data.phantom import put
 from dae.evaluation.metrics import Row
 from dae.evaluation.postprocess import box_of
-from dae.evaluation.scoring import Case, Pair, read_labels, write_csv
+from dae.evaluation.scoring import Case, Pair, write_csv
 from dae.evaluation.statistics import HIGHER_IS_BETTER, case_means, worst_cases
 
 SHOWN = {"dice": "Dice", "hd95": "HD95, mm", "assd": "ASSD, mm", "nsd": "NSD"}  # where people read
@@ -44,21 +45,35 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
 
 
 def figures(
-    rows: Sequence[Row], pairs: Sequence[Pair], folder: Path, *, images: Mapping[str, Path] | None = None
-) -> dict[str, bytes]:
-    """`distribution` and `worst-<case>`, both also .png in `folder`; `images` lie under the latter if on its grid."""
+    rows: Sequence[Row], pairs: Sequence[Pair], folder: Path, *, images: Mapping[str, Path] = {},
+    ignore: int | None = None,
+) -> dict[str, bytes]:  # fmt: skip
+    """`distribution` and `worst-<case>`, both also .png in `folder`; `images` lie under the latter.
+
+    What is labelled `ignore` is drawn as background, in the prediction as well.
+    """
     pictures = {"distribution": distribution(rows)}
     for case in worst_cases(rows):
         _, prediction, label = next(pair for pair in pairs if pair.case == case)
-        true, image = read_labels(label), read(images[case]) if images and case in images else None
-        fits = image and image.data.shape[1:] == true.labels.shape and np.allclose(image.affine, true.affine, atol=1e-2)
-        both = Case(case, read_labels(prediction).labels, true.labels, true.spacing)
+        true = read_labels(label)
+        annotated = true.labels != ignore
+        both = Case(case, read_labels(prediction).labels * annotated, true.labels * annotated, true.spacing)
         classes = dict.fromkeys(row["class"] for row in rows)
-        pictures[f"worst-{case}"] = overlay(both, classes, image.data[0] if image and fits else None)
+        pictures[f"worst-{case}"] = overlay(both, classes, beneath(images[case], true) if case in images else None)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in pictures.items():
         put(folder / f"{name}.png", content)
     return pictures
+
+
+def beneath(path: Path, true: LabelMap) -> Any:
+    """An image's first channel (d, h, w), or None where it can't be read or has another grid: scores need no image."""
+    try:
+        image = read(path)
+    except InputError:
+        return None
+    on_grid = image.data.shape[1:] == true.labels.shape and apart(image.affine, true.affine) <= SAME_PLACE
+    return image.data[0] if on_grid else None
 
 
 def distribution(rows: Sequence[Row]) -> bytes:
@@ -140,7 +155,9 @@ td::first-line,pre b::first-line{color:var(--ink)}th[colspan]{text-align:center}
 def write_page(rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mapping[str, bytes], path: Path) -> None:
     """One HTML file of what `summarise` and `figures` gave, for light and dark, with nothing outside itself."""
     names, means = {row["class"]: row["name"] for row in rows}, summary["mean_of_cases"]
-    definition, policy, tolerance = (escape(str(summary[key])) for key in ("definition", "policy", "tolerance_mm"))
+    definition, policy = (escape(str(summary[key])) for key in ("definition", "policy"))
+    tolerance = escape(in_words(summary["tolerance_mm"], names))
+    unknown = "" if summary["ignore"] is None else f"What is labelled {summary['ignore']} counts for nothing. "
     page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Segmentation scores</title><style>{STYLE}
 </style><meta name="viewport" content="width=device-width"><main><h1>Segmentation scores</h1><div class="soft">
 {summary["cases"]} cases, {len(names)} classes; surfaces by definition {definition}, averages by policy {policy}
@@ -151,12 +168,22 @@ def write_page(rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mappin
 <p class="soft">Truth filled, prediction a line; in each direction the plane with most wrong voxels.
 {"".join(f'<i style="background:{c}"></i>{escape(name)}' for name, c in zip(names.values(), cycle(COLOURS)))}</p>
 <h2>Dice of every case</h2>{case_table(rows, names)}<h2>What the numbers are</h2>
-<p>Surfaces are {escape(summary["surfaces"])}. The outside of a volume is background. Distances are in mm, on the grid
-of the labels. ASSD is the mean over both surfaces, NSD the share of both within {tolerance} mm of the other. A class is
-missed if it is in the truth alone, spurious if in the prediction alone, absent if in neither. Absent ones count
-nowhere; {escape(summary["empty"])}. The numbers on top and the last line of the table are of each case's mean over its
-classes. Small print under a mean is its 95 % interval, a percentile bootstrap over cases.</p></main>"""
+<p>{unknown}Surfaces are {escape(summary["surfaces"])}. The outside of a volume is background. Distances are in mm, on
+the grid of the labels. ASSD is the mean over both surfaces, NSD the share of both within {tolerance} mm of the other.
+A class is missed if it is in the truth alone, spurious if in the prediction alone, absent if in neither. Absent ones
+count nowhere; {escape(summary["empty"])}. The numbers on top and the last line of the table are of each case's mean
+over its classes. Small print under a mean is its 95 % interval, a percentile bootstrap over cases.</p></main>"""
     put(path, page.encode())
+
+
+def in_words(tolerance: float | Mapping[int, float], names: Mapping[int, str]) -> str:
+    """One tolerance, or each with the classes that have it: "1.5 (liver, spleen), 3 (aorta)"."""
+    if not isinstance(tolerance, Mapping):
+        return f"{tolerance:g}"
+    classes = defaultdict(list)
+    for cls, name in names.items():
+        classes[tolerance[cls]].append(name)
+    return ", ".join(f"{mm:g} ({', '.join(its)})" for mm, its in sorted(classes.items()))
 
 
 def number(value: float, metric: str) -> str:

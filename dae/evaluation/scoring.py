@@ -7,7 +7,6 @@ order, so that two files may store one grid along different axes. What cannot be
 
 import csv
 import io
-import zlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,29 +15,17 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 from nibabel.affines import voxel_sizes
-from nibabel.filebasedimages import ImageFileError
-from nibabel.orientations import OrientationError
-from nibabel.spatialimages import HeaderDataError
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dae.config import InputError
+from dae.data.nifti import SAME_PLACE, apart, read_labels
 from dae.data.phantom import put
 from dae.evaluation.metrics import METRICS, DefinitionName, Labels, Row, diagonal, score_labels
 
 ENDINGS = (".nii.gz", ".nii")
 COLUMNS = ("case", "class", "name", "status", *METRICS, "volume_truth_ml", "volume_prediction_ml")
-SAME_PLACE = 1e-2  # of two affines: more than headers lose by storing float32, less than anyone would see
 Classes = Mapping[int, str] | Sequence[int]
 Spacing = tuple[float, float, float]
-
-
-class LabelMap(NamedTuple):
-    """One label file, its axes turned to RAS."""
-
-    labels: Labels  # (d, h, w), in the smallest type that holds them
-    affine: NDArray[np.float64]  # (4, 4), voxel -> mm
-    spacing: Spacing  # mm
 
 
 class Pair(NamedTuple):
@@ -54,6 +41,12 @@ class Case(NamedTuple):
     prediction: Labels
     truth: Labels
     spacing: Spacing
+    ignore: int | None = None  # the label, of the truth alone, of what was not annotated
+
+    @property
+    def annotated(self) -> Any:
+        """What picks the annotated voxels out of a map: all of it, or a mask."""
+        return ... if self.ignore is None else self.truth != self.ignore
 
 
 # --- which file belongs to which -------------------------------------------------------------------------------------
@@ -66,7 +59,7 @@ def case_name(image: Path) -> str:
 
 
 def case_names(images: Sequence[Path]) -> list[str]:
-    """A name for each: that of its file, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
+    """A name for each: its own, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
 
     Raises InputError where one file is named twice.
     """
@@ -75,7 +68,7 @@ def case_names(images: Sequence[Path]) -> list[str]:
     while repeated := {name for name, times in Counter(names).items() if times > 1}:
         for n, name in enumerate(names):
             if name in repeated:
-                refuse(not folders[n], f"{images[n]}: named twice; each image is a case of its own")
+                refuse(not folders[n], f"{images[n]}: named twice; each is a case of its own")
                 names[n] = f"{folders[n].pop()}_{name}"
     return names
 
@@ -121,31 +114,6 @@ def several(names: Sequence[str], kind: str = "case") -> str:
 # --- what is in a file -----------------------------------------------------------------------------------------------
 
 
-def read_labels(path: Path) -> LabelMap:
-    """A 3D file of whole numbers, stored as integers or floats. Raises InputError on anything else."""
-    try:
-        image = nib.load(path)
-        shape = " x ".join(map(str, image.shape))
-        refuse(len(image.shape) != 3, f"{path}: labels of size {shape}; a label map has three axes")
-        image = nib.as_closest_canonical(image)
-        values = np.asanyarray(image.dataobj)
-    except (ImageFileError, HeaderDataError, OrientationError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({' '.join(str(error).split())[:120]})") from error
-    refuse(values.dtype.kind not in "iuf", f"{path}: voxels of type {values.dtype}; labels are whole numbers")
-    if values.dtype.kind == "f":
-        uneven = values[~np.isfinite(values) | (values != np.rint(values))]
-        if len(uneven):
-            raise InputError(f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?")
-    d, h, w = map(float, voxel_sizes(image.affine))
-    return LabelMap(smallest(values), np.asarray(image.affine, np.float64), (d, h, w))
-
-
-def smallest(values: NDArray[Any]) -> Labels:
-    """The same whole numbers in the smallest integer type: scoring is bound by memory."""
-    low, high = int(values.min(initial=0)), int(values.max(initial=0))
-    return values.astype(np.result_type(np.min_scalar_type(low), np.min_scalar_type(high)))
-
-
 def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | None = None) -> Case:
     """Both files of one case. Raises InputError where they lie on different grids or hold labels beyond `classes`.
 
@@ -154,11 +122,11 @@ def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | 
     predicted, true = read_labels(prediction), read_labels(label)
     shapes = [" x ".join(map(str, each.labels.shape)) for each in (predicted, true)]
     refuse(shapes[0] != shapes[1], f"{prediction} and {label} lie on different grids: {shapes[0]} and {shapes[1]}")
-    off = float(np.abs(predicted.affine - true.affine).max())
-    refuse(not off <= SAME_PLACE, f"{prediction} and {label} lie on different grids: their affines are {off:.3g} apart")
+    off = apart(predicted.affine, true.affine)
+    refuse(off > SAME_PLACE, f"{prediction} and {label} lie on different grids: their affines are {off:.3g} apart")
     check_values(prediction, predicted.labels, {0, *classes} - {ignore})
     check_values(label, true.labels, {0, *classes, *([] if ignore is None else [ignore])})
-    return Case(case_name(prediction), predicted.labels, true.labels, true.spacing)
+    return Case(case_name(prediction), predicted.labels, true.labels, true.spacing, ignore)
 
 
 def check_values(path: Path, labels: Labels, known: Collection[int]) -> None:
@@ -188,7 +156,7 @@ def score_case(
     case = read_case(prediction, label, classes, ignore=ignore)
     names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
     scored = {value: name for value, name in names.items() if value not in (0, ignore)}
-    hidden = None if ignore is None else case.truth == ignore
+    hidden = None if ignore is None else ~case.annotated
     try:
         rows = score_labels(
             case.prediction, case.truth, case.spacing, scored,

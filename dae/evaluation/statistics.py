@@ -85,11 +85,13 @@ def worst_cases(rows: Iterable[Row], n: int = 3) -> list[str]:
 def summarise(
     rows: Sequence[Row], *, policy: Policy = "exclude", diagonals: Mapping[str, float] | None = None,
     definition: DefinitionName = "default", tolerance: float | Mapping[int, float] = 1.0,
+    ignore: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """`metrics.aggregate` of all cases, with the interval of each class's means and of the means over cases.
 
     `diagonals`, mm by case, stand for the distances of missed and spurious classes if the policy is "diagonal". They,
-    the definition and the tolerance that the rows were scored by are noted, so that the numbers can be told apart.
+    the definition, the tolerance and the ignored label that the rows were scored by are noted, so that the numbers can
+    be told apart.
     """
     lengths = [(diagonals or {}).get(row["case"], nan) for row in rows]
     counted = penalised(rows, lengths) if policy == "diagonal" else rows
@@ -101,7 +103,7 @@ def summarise(
         its = mean_interval(case_means(counted, metric).values())
         summary["mean_of_cases"][metric] |= {"low": its.low, "high": its.high}
     words = {"definition": definition, "surfaces": SURFACES[definition], "empty": EMPTY[policy]}
-    facts = {"tolerance_mm": tolerance, "diagonals_mm": dict(diagonals or {})}
+    facts = {"tolerance_mm": tolerance, "ignore": ignore, "diagonals_mm": dict(diagonals or {})}
     return {"cases": len({row["case"] for row in rows}), **words, **summary, **facts}
 
 

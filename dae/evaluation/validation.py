@@ -20,7 +20,7 @@ from dae.training.figures import Segmented
 
 def dice_of_volumes(
     predict: Callable[[Tensor], Tensor], volumes: Sequence[Cached], classes: Mapping[int, str], *, window: Size3,
-    overlap: float, ranks: Ranks,
+    overlap: float, ranks: Ranks, ignore: int | None = None,
 ) -> tuple[dict[str, Any], list[Segmented]]:  # fmt: skip
     """Mean Dice over cases for each class, then over classes; and this rank's first volumes as pictures."""
     started, found, pictures = time.perf_counter(), list[tuple[int, list[float]]](), list[Segmented]()
@@ -29,10 +29,10 @@ def dice_of_volumes(
         slabs = sliding_window(image, predict, window=window, classes=len(classes), overlap=overlap,
                                device=ranks.device, background=volumes[n].background)  # fmt: skip
         prediction = torch.cat([slab.max(0).indices.to(torch.uint8).cpu() for slab in slabs])
-        label = torch.from_numpy(places_of(volumes[n].label(), list(classes)))
+        label = torch.from_numpy(places_of(volumes[n].label(), list(classes), ignore))
         found.append((n, dice_per_class(prediction, label, len(classes))))
         if len(pictures) < 3:
-            pictures.append(Segmented(volumes[n].path.name, image[0], label.numpy(), prediction.numpy()))
+            pictures.append(Segmented(volumes[n].path.name, image[0], label.clamp(min=0).numpy(), prediction.numpy()))
     cases = [
         dice for _, dice in sorted((one for part in gather_objects(found) for one in part), key=lambda one: one[0])
     ]

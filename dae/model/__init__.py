@@ -24,9 +24,13 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dae.model.conv import check_size
+from dae.model.unet import UNet
 from dae.model.unetr import MONAI, SwinUNETR
+from dae.model.vit import ViTUNETR
 
-__all__ = ["BACKBONES", "MONAI", "Backbone", "SwinUNETR", "arguments_of", "backbone_named", "check_size"]
+__all__ = [
+    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named", "check_size",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -42,7 +46,7 @@ class Backbone(Protocol):
     def decode(self, states: Sequence[Tensor], image: Tensor) -> Tensor: ...
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR}
+BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR, "unet": UNet, "vit_unetr": ViTUNETR}
 
 
 def backbone_named(name: str) -> type[nn.Module]:

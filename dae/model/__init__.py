@@ -29,7 +29,8 @@ from dae.model.unetr import MONAI, SwinUNETR
 from dae.model.vit import ViTUNETR
 
 __all__ = [
-    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named", "check_size",
+    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named", "check_facts",
+    "check_size",
 ]  # fmt: skip
 
 
@@ -67,6 +68,13 @@ def backbone_named(name: str) -> type[nn.Module]:
     if not (methods and inspect.isclass(found) and issubclass(found, nn.Module)):
         raise ValueError(f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward")
     return found
+
+
+def check_facts(network: nn.Module, name: str) -> None:
+    """Raises ValueError where a network that --backbone named lacks one of the five facts."""
+    facts = ("stride", "divisor", "embed_dim", "encoder", "head")
+    if lacking := [fact for fact in facts if not hasattr(network, fact)]:
+        raise ValueError(f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md")
 
 
 def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:

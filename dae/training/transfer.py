@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dae.config import InputError, NetworkConfig
-from dae.model import arguments_of, backbone_named
+from dae.config import InputError, NetworkConfig, asked_for
+from dae.config_seg import PredictConfig
+from dae.model import BACKBONES, arguments_of, backbone_named
 
 
 @dataclass
@@ -33,15 +34,31 @@ class Report:
         )
 
 
+def backbone_of(plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, path: Path) -> type[nn.Module]:
+    """The class of a checkpoint's network. Code is imported where the command line names it, never because a file does.
+
+    Ours come with the checkpoint. Raises InputError where --backbone says another, or the network is not ours and
+    --backbone does not name it.
+    """
+    made, asked = plan["backbone"], config.backbone if asked_for(config, "backbone") else ""
+    if asked != made and (asked or made not in BACKBONES):
+        remedy = "leave the flag out" if made in BACKBONES else f"name it: --backbone {made}"
+        raise InputError(f"{f'--backbone {asked}: ' if asked else ''}{path} was made with {made}; {remedy}")
+    try:
+        return backbone_named(made)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
     """Constructor arguments of the checkpoint's network. Raises InputError where a flag asks for another one."""
-    backbone, defaults = backbone_named(plan["backbone"]), NetworkConfig()
+    backbone, defaults = backbone_of(plan, config, path), NetworkConfig()
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
     for name, asked in arguments_of(backbone, config).items():
-        if asked not in (getattr(defaults, name), arguments[name]) and name != "checkpointing":
+        if asked not in (getattr(defaults, name, None), arguments[name]) and name != "checkpointing":
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} {asked}: {path} was made with {arguments[name]}; leave the flag out")
-    return {**arguments, "checkpointing": config.checkpointing}
+    return arguments | ({"checkpointing": config.checkpointing} if "checkpointing" in arguments else {})
 
 
 def belongs(name: str, parts: str) -> bool:

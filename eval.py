@@ -56,10 +56,10 @@ from dae.data.preprocess import Recipe, normalise
 from dae.evaluation import postprocess, report, scoring, statistics
 from dae.evaluation.inference import label_map, save_like, sliding_window
 from dae.evaluation.metrics import Labels
-from dae.model import backbone_named
 from dae.training import checkpoint
 from dae.training.distributed import start
 from dae.training.precision import autocast, autocast_type
+from dae.training.transfer import backbone_of
 
 
 def predict(config: PredictConfig) -> list[Path]:
@@ -70,7 +70,7 @@ def predict(config: PredictConfig) -> list[Path]:
     if not saved:
         raise InputError("--checkpoint: give the best.pt of a fine-tuning run, or several")
     plan = one_plan(saved, config)
-    networks = [network_of(state, device) for state in saved]
+    networks = [network_of(state, device, config, name) for state, name in zip(saved, config.checkpoint)]
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     items = images_of(config, plan) if config.images else cases_of(config, config.modality)[1]
@@ -177,10 +177,10 @@ def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[
     return dict(first)
 
 
-def network_of(state: Mapping[str, Any], device: torch.device) -> nn.Module:
+def network_of(state: Mapping[str, Any], device: torch.device, config: PredictConfig, name: str) -> nn.Module:
     plan = state["plan"]
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
-    network = backbone_named(plan["backbone"])(plan["in_channels"], plan["out_channels"], **arguments)
+    network = backbone_of(plan, config, Path(name))(plan["in_channels"], plan["out_channels"], **arguments)
     network.load_state_dict(state["model"])
     return network.to(device).eval()
 

@@ -30,7 +30,7 @@ from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
-from dae.model import arguments_of, backbone_named, check_size
+from dae.model import arguments_of, backbone_named, check_facts, check_size
 from dae.pretext.methods import Pretext
 from dae.training import checkpoint
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
@@ -225,6 +225,7 @@ def build(config: PretrainConfig, channels: int, device: torch.device | None = N
         backbone = backbone_named(config.backbone)
         with device or nullcontext():
             network: Any = backbone(channels, channels, **arguments_of(backbone, config))
+            check_facts(network, config.backbone)
             check_size(config.crop, network.divisor)
             return Pretext(network, config.method, config)
     except ValueError as error:

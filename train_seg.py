@@ -42,7 +42,7 @@ from dae.training.figures import overlay_sheet, seg_curve
 from dae.training.log import Log, dice_in_words, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
-from dae.training.transfer import Report, arguments_from, parts_to_transfer, transfer, with_plan
+from dae.training.transfer import Report, arguments_from, backbone_of, parts_to_transfer, transfer, with_plan
 from dae.weights import files
 from dae.weights.files import Weights
 
@@ -237,7 +237,7 @@ def build(
     """The network of the given weights, or without them the flags', with a head of `classes`. Raises InputError."""
     path = Path(config.pretrained)
     try:
-        backbone = backbone_named(given.plan["backbone"] if given else config.backbone)
+        backbone = backbone_of(given.plan, config, path) if given else backbone_named(config.backbone)
         arguments = arguments_from(given.plan, config, path) if given else arguments_of(backbone, config)
         with device or nullcontext():
             network: Any = backbone(channels, classes, **arguments)

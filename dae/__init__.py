@@ -8,6 +8,8 @@ only what stands above it.
     model/conv.py             residual convolutions and instance norm
     model/swin.py             windows, shift mask, position bias, attention, patch merging, the encoder
     model/unetr.py            Swin UNETR in three visible stages: tokenize, encode, decode
+    model/unet.py             a port: a residual U-Net, convolutions alone
+    model/vit.py              a port: UNETR on timm's transformer blocks
     model/__init__.py         BACKBONES: name -> class, and what a backbone must offer
 
   what it is learned from

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Size3 = tuple[int, int, int]
 Presets = dict[str, dict[str, Any]]
 METHOD_NAMES = ("dae", "noise", "downsample", "local_mask", "mae")
-BACKBONE_NAMES = ("swin_unetr",)
+BACKBONE_NAMES = ("swin_unetr", "unet", "vit_unetr")
 
 
 class InputError(Exception):
@@ -73,8 +73,8 @@ class NetworkConfig:
 
     backbone: str = opt("swin_unetr", f"{', '.join(BACKBONE_NAMES)}, or your own as module:Class from the folder where "
                         "the command runs (docs/porting.md); sec. 2, 'Network and Training'")  # fmt: skip
-    feature_size: int = opt(48, "channels of a token", low=1)
-    depths: tuple[int, ...] = opt((2, 2, 2, 2), "blocks of each stage; 2 to 4 stages", low=1)
+    feature_size: int = opt(48, "channels of a token; vit: of the decoder at full resolution", low=1)
+    depths: tuple[int, ...] = opt((2, 2, 2, 2), "blocks of each stage; 2 to 4 stages, unet: 2 to 7", low=1)
     heads: tuple[int, ...] = opt((3, 6, 12, 24), "attention heads of each stage", low=1)
     window: Size3 = opt((7, 7, 7), "tokens of an attention window along d h w", low=1)
     stem: str = opt("patch", "2x2x2 patches, or the authors' two 3x3x3 convolutions", choices=("patch", "conv"))
@@ -82,6 +82,10 @@ class NetworkConfig:
     clipped_bias: str = opt("rebuilt", "position bias of a window that the grid clips", choices=("rebuilt", "sliced"))
     normalize_hidden: bool = opt(True, "layer norm on the states that go to the decoder")
     stage_conv: bool = opt(False, "a residual convolution before each stage (SwinUNETR-V2)")
+    vit_channels: int = opt(768, "vit: channels of a token; a multiple of 6 and of the heads", low=1)
+    vit_depth: int = opt(12, "vit: blocks of the transformer", low=1)
+    vit_heads: int = opt(12, "vit: attention heads of each block", low=1)
+    vit_patch: int = opt(16, "vit: voxels of a patch along each axis, 8 or 16", low=1)
     checkpointing: bool = opt(False, "recompute the blocks in the backward pass: less memory, more time")
 
 

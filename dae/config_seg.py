@@ -97,6 +97,7 @@ class PredictConfig(CasesConfig):
     """prediction"""
 
     checkpoint: tuple[str, ...] = opt((), "checkpoints of train_seg.py; several are an ensemble")
+    backbone: str = opt("", "module:Class of the checkpoints' network, where it is your own (docs/porting.md)")
     images: tuple[str, ...] = opt((), "image files or folders, in place of --data")
     modality: str = opt("", "modality of --images, if the checkpoint knows several")
     overlap: float = opt(0.5, "of the windows", low=0, high=0.9)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from conftest import NETWORK
 
-from dae.config import PretrainConfig
-from dae.model import BACKBONES, Backbone, SwinUNETR, arguments_of, check_size
+from dae.model import SwinUNETR, check_size
 from dae.model.conv import InstanceNorm
 
 
@@ -31,12 +30,6 @@ def test_every_number_of_stages_gives_its_states_and_an_output_on_the_grid_of_th
     assert [s.shape for s in states] == halved
     assert model.decode(states, x).shape == (1, 3, *size)
     assert torch.equal(model(x), model.decode(states, x))
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_a_backbone_offers_the_three_methods_and_four_facts(name: str) -> None:
-    backbone = BACKBONES[name](1, 1, **arguments_of(BACKBONES[name], PretrainConfig(**NETWORK)))
-    assert isinstance(backbone, Backbone)
 
 
 def test_tokens_stay_channels_last_from_the_stem_to_the_decoder() -> None:

@@ -24,9 +24,14 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from dae.model.conv import check_size
+from dae.model.unet import UNet
 from dae.model.unetr import MONAI, SwinUNETR
+from dae.model.vit import ViTUNETR
 
-__all__ = ["BACKBONES", "MONAI", "Backbone", "SwinUNETR", "arguments_of", "backbone_named", "check_size"]
+__all__ = [
+    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named", "check_facts",
+    "check_size",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -42,7 +47,7 @@ class Backbone(Protocol):
     def decode(self, states: Sequence[Tensor], image: Tensor) -> Tensor: ...
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR}
+BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR, "unet": UNet, "vit_unetr": ViTUNETR}
 
 
 def backbone_named(name: str) -> type[nn.Module]:
@@ -63,6 +68,13 @@ def backbone_named(name: str) -> type[nn.Module]:
     if not (methods and inspect.isclass(found) and issubclass(found, nn.Module)):
         raise ValueError(f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward")
     return found
+
+
+def check_facts(network: nn.Module, name: str) -> None:
+    """Raises ValueError where a network that --backbone named lacks one of the five facts."""
+    facts = ("stride", "divisor", "embed_dim", "encoder", "head")
+    if lacking := [fact for fact in facts if not hasattr(network, fact)]:
+        raise ValueError(f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md")
 
 
 def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dae.config import InputError, NetworkConfig, asked_for, check_values
-from dae.config_seg import SegConfig
-from dae.model import arguments_of, backbone_named
+from dae.config_seg import PredictConfig, SegConfig
+from dae.model import BACKBONES, arguments_of, backbone_named
 
 PARTS = ("encoder", "decoder", "head")
 PLANNED = ("crop", "spacing", "ct_window", "mr_intensity")  # of a run, what its weights were trained with
@@ -54,13 +54,29 @@ def with_plan(config: SegConfig, plan: Mapping[str, Any]) -> SegConfig:
     return config
 
 
+def backbone_of(plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, path: Path) -> type[nn.Module]:
+    """The class of a checkpoint's network. Code is imported where the command line names it, never because a file does.
+
+    Ours come with the checkpoint. Raises InputError where --backbone says another, or the network is not ours and
+    --backbone does not name it.
+    """
+    made, asked = plan["backbone"], config.backbone if asked_for(config, "backbone") else ""
+    if asked != made and (asked or made not in BACKBONES):
+        remedy = "leave the flag out" if made in BACKBONES else f"name it: --backbone {made}"
+        raise InputError(f"{f'--backbone {asked}: ' if asked else ''}{path} was made with {made}; {remedy}")
+    try:
+        return backbone_named(made)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
     """Constructor arguments of the weights' network. Raises InputError where a flag asks for another one."""
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
-    for name, asked in arguments_of(backbone_named(plan["backbone"]), config).items():
+    for name, asked in arguments_of(backbone_of(plan, config, path), config).items():
         if asked_for(config, name) and asked != arguments[name] and name != "checkpointing":
             raise InputError(f"{flag(name, asked)}: {path} was made with {arguments[name]}; leave the flag out")
-    return {**arguments, "checkpointing": config.checkpointing}
+    return arguments | ({"checkpointing": config.checkpointing} if "checkpointing" in arguments else {})
 
 
 def check_same_network(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> None:

@@ -1,0 +1,526 @@
+"""dae/model: one suite that every backbone passes, ours and the reader's own of docs/porting.md.
+
+Each is tiny here. What is particular to one of the ports stands at the end.
+"""
+
+import csv
+import importlib
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import NETWORK, same_weights
+from test_porting import block
+from torch import Tensor, nn
+
+from dae.config import InputError, NetworkConfig, PretextConfig, PretrainConfig
+from dae.config_seg import PredictConfig, ScoreConfig, SegConfig
+from dae.data.phantom import write_phantoms
+from dae.model import BACKBONES, Backbone, UNet, ViTUNETR, arguments_of, backbone_named
+from dae.model.conv import InstanceNorm
+from dae.model.vit import ViTEncoder, places
+from dae.pretext.methods import METHODS, Pretext, Step
+from dae.training import checkpoint
+from dae.training.transfer import backbone_of
+from train_pretrain import main as pretrain
+from train_seg import main as fine_tune
+
+evaluate = importlib.import_module("eval")
+MINE = "mynet:MyNet"
+TINY: dict[str, dict[str, Any]] = {
+    "swin_unetr": NETWORK,
+    "unet": {"feature_size": 6, "depths": (1, 2, 1)},
+    "vit_unetr": {"feature_size": 4, "vit_channels": 24, "vit_depth": 3, "vit_heads": 2, "vit_patch": 8},
+    MINE: {"feature_size": 6},
+}
+every = pytest.mark.parametrize("name", TINY)
+BLIND = "unet"  # its decoder does not look at the image
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_pictures() -> Iterator[None]:
+    """They take two thirds of a tiny run's time, and other tests hold them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reconstruction_sheet", "loss_curve"):
+            patch.setattr(f"train_pretrain.{name}", lambda *_: None)
+        for name in ("overlay_sheet", "seg_curve"):
+            patch.setattr(f"train_seg.{name}", lambda *_: None)
+        patch.setattr(evaluate.report, "figures", lambda *_, **__: defaultdict(bytes))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mynet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The page's network, where --backbone mynet:MyNet finds it."""
+    folder = tmp_path_factory.mktemp("mynet")
+    (folder / "mynet.py").write_text(block("python"))
+    sys.path.insert(0, str(folder))
+    yield
+    sys.path.remove(str(folder))
+    sys.modules.pop("mynet", None)
+
+
+def network(name: str, c_in: int = 1, c_out: int = 1, **given: Any) -> Any:
+    torch.manual_seed(0)
+    return backbone_named(name)(c_in, c_out, **{**TINY[name], **given})
+
+
+def crops(*, batch: int = 2, channels: int = 1, size: tuple[int, ...] = (16, 16, 16), seed: int = 0) -> Tensor:
+    """Rough at the scale of a voxel and at that of a patch."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(batch, channels, *(n // 4 for n in size), generator=generator)
+    fine = torch.randn(batch, channels, *size, generator=generator)
+    return torch.nn.functional.interpolate(coarse, size, mode="trilinear") + 0.3 * fine
+
+
+def step(net: Pretext, x: Tensor) -> Step:
+    result = net(x, torch.tensor([0, 1]), [1, 2])
+    assert isinstance(result, Step)
+    return result
+
+
+def watch(net: Pretext, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    """What reaches `encode`; it is handed `change` of it."""
+    seen: list[Tensor] = []
+    encode = net.backbone.encode
+
+    def encode_and_tell(tokens: Tensor) -> list[Tensor]:
+        seen.append(tokens)
+        return encode(change(tokens))  # type: ignore[no-any-return]
+
+    net.backbone.encode = encode_and_tell
+    return seen
+
+
+# --- the three methods and five facts
+
+
+def test_the_suite_knows_every_backbone() -> None:
+    assert set(TINY) == {*BACKBONES, MINE}
+
+
+@every
+@pytest.mark.parametrize("channels", [1, 2, 4])
+def test_shapes_are_as_promised_on_a_grid_of_three_different_sides(name: str, channels: int) -> None:
+    model = network(name, channels, 3)
+    assert isinstance(model, Backbone)
+    size = (2 * model.divisor, model.divisor, 3 * model.divisor)
+    x = crops(batch=1, channels=channels, size=size)
+    tokens = model.tokenize(x)
+    assert tokens.shape == (1, model.embed_dim, *(n // model.stride for n in size))
+    states = model.encode(tokens)
+    assert all(s.ndim == 5 and len(s) == 1 for s in states) and len(states) > 1
+    assert min(states, key=lambda s: s[0, 0].numel()).shape[2:] == states[-1].shape[2:]  # the bottleneck is the last
+    y = model.decode(states, x)
+    assert y.shape == (1, 3, *size) and torch.equal(model(x), y)
+
+
+@every
+def test_tokenize_and_encode_use_the_weights_called_encoder_and_decode_uses_the_others(name: str) -> None:
+    model, x = network(name), crops(batch=1)
+    states = model.encode(model.tokenize(x))
+    sum(s.square().mean() for s in states).backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached == {n for n, _ in model.named_parameters() if n.startswith("encoder.")}
+    model.zero_grad(set_to_none=True)
+    model.decode([s.detach() for s in states], x).square().mean().backward()
+    reached = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert reached == {n for n, _ in model.named_parameters() if not n.startswith("encoder.")}
+
+
+@every
+def test_the_options_of_the_command_line_reach_the_constructor(name: str) -> None:
+    config = NetworkConfig(backbone=name, **TINY[name])
+    assert TINY[name].items() <= arguments_of(backbone_named(name), config).items()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
+    model = network(name)
+    with pytest.raises(ValueError, match=f"multiple of {model.divisor}"):
+        model.tokenize(torch.zeros(1, 1, 2 * model.divisor, 2 * model.divisor, 2 * model.divisor - 1))
+    with pytest.raises(ValueError, match="would fit"):
+        model.tokenize(torch.zeros(1, 1, *[model.divisor] * 3))  # one voxel at the bottleneck
+
+
+# --- as the method uses them
+
+
+@every
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name: str) -> None:
+    net = Pretext(network(name), "dae")
+    step(net, crops()).loss.backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None or not 0 < p.grad.abs().sum() < math.inf] == []
+
+
+@every
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("z", ["pooled", "flat"])
+def test_every_method_gives_a_finite_loss_and_gradient(name: str, method: str, z: str) -> None:
+    net = Pretext(network(name), method, PretextConfig(method=method, mask_block=8, z=z))
+    result = step(net, crops())
+    result.loss.backward()
+    assert result.loss.isfinite() and result.x_rec.shape == (2, 1, 16, 16, 16)
+    reached = [p for p in net.parameters() if p.grad is not None]
+    assert all(p.grad.isfinite().all() for p in reached) and sum(p.grad.abs().sum() for p in reached) > 0
+
+
+@every
+def test_masked_channels_reach_encode_as_zeros_and_pass_no_gradient_back(name: str) -> None:
+    net = Pretext(network(name), "dae")
+    tokenize, kept = net.backbone.tokenize, []
+
+    def tokenize_and_keep(x: Tensor) -> Tensor:
+        kept.append(tokenize(x))
+        kept[-1].retain_grad()
+        return kept[-1]  # type: ignore[no-any-return]
+
+    net.backbone.tokenize = tokenize_and_keep
+    seen = watch(net, lambda tokens: tokens)
+    step(net, crops()).loss.backward()
+    tokens, gradient = seen[-1], kept[-1].grad
+    masked = (tokens == 0).all(dim=(2, 3, 4))
+    assert masked.sum(dim=1).tolist() == [round(0.6 * net.backbone.embed_dim)] * 2
+    assert gradient is not None
+    assert bool((gradient[masked] == 0).all()) and bool((gradient[~masked].abs().amax(dim=(1, 2, 3)) > 0).all())
+
+
+@every
+def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_it_is_shown(name: str) -> None:
+    model, image = network(name), crops(seed=9)
+    outputs = []
+    for seed in (1, 2):
+        tokens = model.tokenize(crops(seed=seed))
+        outputs.append(model.decode(model.encode(torch.zeros_like(tokens)), image))
+    assert torch.equal(*outputs)
+
+
+@every
+@pytest.mark.parametrize("method", ["local_mask", "mae"])
+@pytest.mark.parametrize("skip", ["auto", "input"])
+def test_the_full_resolution_skip_does_not_leak_the_target(name: str, method: str, skip: str) -> None:
+    """With the way through the tokens cut, the output depends on the target only where --skip input asks for it."""
+    net = Pretext(network(name), method, PretextConfig(method=method, mask_block=8, skip=skip))
+    watch(net, Tensor.detach)
+    x = crops().requires_grad_()
+    (leak,) = torch.autograd.grad(step(net, x).x_rec.square().sum(), x, allow_unused=True)
+    assert (leak is not None and bool(leak.any())) == (skip == "input" and name != BLIND)
+
+
+@every
+def test_residual_starts_as_x_hat(name: str) -> None:
+    result = step(Pretext(network(name), "dae", PretextConfig(recon="residual")), crops())
+    assert torch.equal(result.x_rec, result.x_hat)
+
+
+@every
+def test_bf16_is_float32_within_its_rounding(name: str) -> None:
+    """bf16 keeps 8 bits, so every layer rounds by up to 2^-8 = 0.4 % and a dozen in a row by some four times that.
+
+    Measured over three volumes each: 0.9 to 1.3 % of the output's std. 3 % leaves room for other CPUs' kernels.
+    """
+    model, x = network(name).eval(), crops()
+    with torch.no_grad():
+        exact = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(x)
+    assert (rough.float() - exact).square().mean().sqrt() < 0.03 * exact.std()
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_checkpointing_recomputes_the_blocks_and_changes_no_gradient(name: str) -> None:
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        model = network(name, checkpointing=checkpointing)
+        blocks = [m for m in model.encoder.modules() if type(m).__name__ in ("SwinBlock", "ResidualUnit", "Block")]
+        count: list[int] = []
+        for module in blocks:
+            module.register_forward_pre_hook(lambda *_, count=count: count.append(1))
+        model(crops()).square().mean().backward()
+        gradients.append([p.grad for p in model.parameters()])
+        calls.append(len(count) / len(blocks))
+    assert calls == [1, 2]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+# --- as the scripts use them
+
+
+@every
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    name: str, tiny: Callable[..., PretrainConfig], tmp_path: Path
+) -> None:
+    straight = replace(tiny(out=str(tmp_path / "a"), steps=3, recon="residual"), backbone=name, **TINY[name])
+    broken = replace(straight, out=str(tmp_path / "b"), stop_after=1)
+    for config in (straight, broken, replace(broken, stop_after=0, resume=True)):
+        pretrain(config)
+    a, b = (checkpoint.load(Path(config.out) / "last.pt") for config in (straight, broken))
+    assert same_weights(a["model"], b["model"]) and (a["step"], b["step"]) == (3, 3)
+    for one, two in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
+        assert all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("backbones")
+    write_phantoms(folder / "phantoms", subjects=1, size=(32, 32, 32))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(phantoms: Path, mynet: None) -> Callable[[str], Path]:
+    """The checkpoint of two steps of pre-training with a backbone."""
+
+    def made(name: str) -> Path:
+        out = phantoms / name.replace(":", "_")
+        if not out.exists():
+            pretrain(PretrainConfig(
+                data=str(phantoms / "phantoms/pretrain.json"), out=str(out), cache_dir=str(phantoms / "cache"),
+                crop=(16, 16, 16), backbone=name, **TINY[name], steps=2, workers=0, device="cpu", amp="off",
+                validate_crops=1,
+            ))  # fmt: skip
+        return out / "last.pt"
+
+    return made
+
+
+def fine_tuning(phantoms: Path, given: Path, out: Path, **keys: Any) -> SegConfig:
+    return SegConfig(
+        data=str(phantoms / "phantoms/ct_seg.json"), pretrained=str(given), out=str(out), overlap=0.0,
+        cache_dir=str(phantoms / "cache"), crop=(16, 16, 16), steps=2, batch_size=2, workers=0, device="cpu", amp="off",
+        **keys,
+    )  # fmt: skip
+
+
+def named(name: str) -> dict[str, str]:
+    """Ours come with the checkpoint; one's own is named."""
+    return {"backbone": name} if name == MINE else {}
+
+
+@every
+@pytest.mark.parametrize("parts", ["encoder", "both"])
+def test_what_is_pretrained_is_fine_tuned(
+    name: str, parts: str, phantoms: Path, pretrained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    config = fine_tuning(phantoms, pretrained(name), tmp_path, transfer=parts, lr=0.0, **named(name))
+    fine_tune(config)
+    before, after = (checkpoint.load(path)["model"] for path in (pretrained(name), tmp_path / "best.pt"))
+    same = {n for n in before if torch.equal(before[n], after[n])}
+    assert same >= {n for n in before if n.startswith("encoder.") or (parts == "both" and not n.startswith("head."))}
+    drawn = {n for n in before if before[n].ndim == 5 and not n.startswith("encoder.") and n not in same}
+    assert (drawn == {"head.weight"}) == (parts == "both") and "head.weight" not in same
+
+
+@every
+def test_and_predicts_and_is_scored(
+    name: str, phantoms: Path, pretrained: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fine_tune(fine_tuning(phantoms, pretrained(name), tmp_path / "seg", lr=1e-2, **named(name)))
+    common: dict[str, Any] = {"data": str(phantoms / "phantoms/ct_seg.json"), "split": "test"}
+    evaluate.predict(PredictConfig(
+        **common, checkpoint=(str(tmp_path / "seg/best.pt"),), out=str(tmp_path / "a"), overlap=0.0, device="cpu",
+        amp="off", **named(name),
+    ))  # fmt: skip
+    evaluate.score(ScoreConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "scores")))
+    rows = list(csv.DictReader((tmp_path / "scores/scores.csv").open()))
+    assert len(rows) == 7 and all(0 <= float(row["dice"]) <= 1 for row in rows)
+
+
+# --- what a reader gets wrong
+
+
+@pytest.mark.parametrize("written, name, words", [
+    ("", "unett", "unett: take swin_unetr, unet, vit_unetr, or your own as module:Class"),
+    ("", "nomodule:Net", "--backbone nomodule:Net: No module named 'nomodule'"),
+    ("", "theirs:Nothing", "--backbone theirs:Nothing: module 'theirs' has no attribute 'Nothing'"),
+    ("class Net: pass", "theirs:Net", "must be an nn.Module class with tokenize, encode, decode and forward"),
+    ("Net = 3", "theirs:Net", "must be an nn.Module class"),
+    ("from torch import nn\nclass Net(nn.Module): pass", "theirs:Net", "must be an nn.Module class with tokenize"),
+    ("from mynet import MyNet\nclass Net(MyNet):\n def __init__(self, *c):\n  super().__init__(*c)\n  del self.head",
+     "theirs:Net", "--backbone theirs:Net: the network has no head; see docs/porting.md"),
+])  # fmt: skip
+def test_a_name_that_leads_to_no_backbone_is_one_line(
+    written: str, name: str, words: str, tiny: Callable[..., PretrainConfig], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from dae.config import check_values
+
+    (tmp_path / "theirs.py").write_text(written)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "theirs", raising=False)
+    with pytest.raises(InputError) as error:
+        check_values(tiny(backbone=name))
+        pretrain(tiny(backbone=name))
+    assert words in str(error.value) and "\n" not in str(error.value)
+    sys.modules.pop("theirs", None)
+
+
+def test_code_is_never_imported_because_a_checkpoint_says_so(
+    phantoms: Path, pretrained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = pretrained(MINE)
+    saved = checkpoint.load(given)
+    state = {**saved, "plan": {**saved["plan"], "backbone": "trap:Net"}}
+    checkpoint.save(tmp_path / "trap.pt", state)
+    (tmp_path / "trap.py").write_text("raise SystemExit('the checkpoint has run code')")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
+        fine_tune(fine_tuning(phantoms, tmp_path / "trap.pt", tmp_path / "run"))
+    with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
+        evaluate.network_of(state, torch.device("cpu"), PredictConfig(), "trap.pt")
+    assert "trap" not in sys.modules and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("made, asked, words", [
+    ("unet", "swin_unetr", "--backbone swin_unetr: a.pt was made with unet; leave the flag out"),
+    ("unet", MINE, f"--backbone {MINE}: a.pt was made with unet; leave the flag out"),
+    (MINE, "unet", f"--backbone unet: a.pt was made with {MINE}; name it: --backbone {MINE}"),
+    ("gone:Net", "gone:Net", "--backbone gone:Net: No module named 'gone'"),
+])  # fmt: skip
+def test_a_backbone_that_contradicts_the_checkpoint_is_refused(made: str, asked: str, words: str) -> None:
+    for config in (NetworkConfig, SegConfig, PredictConfig):
+        given = {"given": ("backbone",)} if config is SegConfig else {}
+        if asked == "swin_unetr" and config is NetworkConfig:
+            continue  # the default: without `given` it was not asked for
+        with pytest.raises(InputError) as error:
+            backbone_of({"backbone": made}, config(backbone=asked, **given), Path("a.pt"))
+        assert str(error.value) == words
+
+
+def test_of_ours_the_checkpoint_decides() -> None:
+    for config in (SegConfig(), SegConfig(backbone="unet", given=("backbone",)), PredictConfig(backbone="unet")):
+        assert backbone_of({"backbone": "unet"}, config, Path("a.pt")) is UNet
+
+
+# --- the U-Net
+
+
+def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_for_resenc_l() -> None:
+    """102 M is nnU-Net's ResEnc L at six stages, whose convolutions have biases and whose decoder has more heads."""
+    widths, depths = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
+
+    def unit(c_in: int, c_out: int) -> int:
+        mixed = c_in * c_out + 2 * c_out if c_in != c_out else 0
+        return 27 * c_in * c_out + 27 * c_out**2 + 4 * c_out + mixed
+
+    stem = 27 * 32 + 2 * 32
+    firsts = sum(unit(a, b) for a, b in zip((32, *widths), widths))
+    others = sum((depth - 1) * unit(c, c) for c, depth in zip(widths, depths))
+    ups = sum(8 * b * a + 27 * 2 * a * a + 2 * a for a, b in pairwise(widths))
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in UNet(1, 1).parameters())
+    assert counted == stem + firsts + others + ups + 33
+    assert round(counted / 1e6) == 102
+
+
+def test_the_u_net_s_bottleneck_sees_as_far_as_its_kernels_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stem 3, first block 7, strided block 9 and at twice the step 13, third block 21; without norms, which see all."""
+    monkeypatch.setattr(InstanceNorm, "forward", lambda self, x: x)
+    model = UNet(1, 1, feature_size=4, depths=(1, 2))
+    x = torch.randn(1, 1, 32, 32, 32, requires_grad=True)
+    model.encode(model.tokenize(x))[-1][0, 0, 8, 8, 8].backward()
+    assert x.grad is not None
+    seen = x.grad[0, 0].nonzero()
+    assert (seen.amax(0) - seen.amin(0) + 1).tolist() == [21, 21, 21]
+
+
+def test_the_u_net_takes_two_to_seven_stages_and_stays_within_320_channels() -> None:
+    for stages in range(2, 8):
+        with torch.device("meta"):
+            model = UNet(1, 1, feature_size=32, depths=(1,) * stages)
+            assert model.divisor == 2 ** (stages - 1)
+            assert model.encoder.stages[-1][0].conv2.weight.shape[0] == min(320, 32 * model.divisor)
+
+
+def test_the_u_net_does_not_look_at_the_image() -> None:
+    model = network("unet")
+    states = model.encode(model.tokenize(crops()))
+    assert torch.equal(model.decode(states, crops(seed=1)), model.decode(states, crops(seed=2)))
+
+
+@pytest.mark.parametrize("wrong", [{"depths": (2,)}, {"depths": (1,) * 8}, {"depths": (1, 0)}, {"feature_size": 400}])
+def test_the_u_net_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"stages|feature size"):
+        UNet(1, 1, **wrong)
+
+
+# --- UNETR
+
+
+def test_unetr_has_the_published_number_of_parameters() -> None:
+    """92.58 M (Table 4 of the paper) with learned places, here fixed; and as counted by hand."""
+    c, f = 768, 16
+    transformer = 12 * (3 * c * c + c * c + c + 8 * c * c + 5 * c + 4 * c) + (16**3 * c + c) + 2 * c
+
+    def residual(a: int, b: int) -> int:
+        return 27 * a * b + 27 * b * b + (a * b if a != b else 0)
+
+    raised = sum(8 * c * f * k + n * (8 * (f * k) ** 2 + residual(f * k, f * k)) for k, n in ((2, 2), (4, 1), (8, 0)))
+    ups = sum(8 * a * b + residual(2 * b, b) for a, b in ((c, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f)))
+    with torch.device("meta"):
+        counted = sum(p.numel() for p in ViTUNETR(1, 14).parameters())
+    assert counted == transformer + raised + ups + residual(1, f) + 14 * f + 14
+    assert abs(counted / 92.58e6 - 1) < 0.001
+
+
+def test_the_states_are_those_after_a_third_two_thirds_and_all_of_the_blocks_or_after_each_quarter() -> None:
+    with torch.device("meta"):
+        taken = [ViTEncoder(1, 24, depth=12, heads=2, patch=p, checkpointing=False).taken for p in (8, 16)]
+    assert taken == [[4, 8, 12], [3, 6, 9, 12]]
+
+
+@pytest.mark.parametrize("patch", [8, 16])
+def test_the_transformer_is_torch_s_own_on_the_same_weights(patch: int) -> None:
+    model = network("vit_unetr", vit_patch=patch, vit_depth=4).eval()
+    tokens = model.tokenize(crops(batch=1, size=(2 * patch, patch, 2 * patch)))
+    x = tokens.flatten(2).transpose(1, 2) + places(tokens.shape[-3:], 24)
+    states = [s.flatten(2).transpose(1, 2) for s in model.encode(tokens)]
+    for n, block_ in enumerate(model.encoder.blocks, start=1):
+        layer = nn.TransformerEncoderLayer(24, 2, 96, 0.0, "gelu", block_.norm1.eps, batch_first=True, norm_first=True)
+        own = block_.state_dict()
+        own["attn.qkv.bias"] = torch.zeros(72)
+        names = {
+            "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.",
+            "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2.",
+        }  # fmt: skip
+        layer.load_state_dict({a + k: own[b + k] for a, b in names.items() for k in ("weight", "bias")})
+        x = layer.train()(x)
+        if n in model.encoder.taken[:-1]:
+            assert torch.allclose(states[model.encoder.taken.index(n)], x, atol=1e-5)
+    assert torch.allclose(states[-1], nn.functional.layer_norm(x, (24,)), atol=1e-5)
+
+
+def test_a_token_is_made_of_its_patch_and_every_state_of_all_patches() -> None:
+    model = network("vit_unetr").eval()
+    x = crops(batch=1, size=(16, 16, 24)).requires_grad_()
+    tokens = model.tokenize(x)
+    (gradient,) = torch.autograd.grad(tokens[0, :, 1, 0, 2].sum(), x, retain_graph=True)
+    where = gradient[0, 0].nonzero()
+    assert (where.amin(0).tolist(), where.amax(0).tolist()) == ([8, 0, 16], [15, 7, 23])
+    (gradient,) = torch.autograd.grad(model.encode(tokens)[0][0, 0, 0, 0, 0], x)
+    assert bool((gradient != 0).all())
+
+
+def test_every_place_has_a_code_of_its_own_the_same_in_every_grid() -> None:
+    codes = places((5, 4, 6), 24)
+    assert codes.shape == (1, 120, 24) and len(codes[0].unique(dim=0)) == 120
+    assert torch.pdist(codes[0]).min() > 0.1
+    assert torch.equal(codes[0, (2 * 4 + 1) * 6 + 3], places((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3])
+
+
+def test_a_code_is_sines_and_cosines_of_d_then_h_then_w() -> None:
+    by_hand = [wave(n / 100**k) for n in (2, 1, 3) for wave in (math.sin, math.cos) for k in (0, 1)]
+    assert torch.allclose(places((3, 2, 4), 12)[0, -1], torch.tensor(by_hand))
+
+
+@pytest.mark.parametrize("wrong", [{"vit_patch": 4}, {"vit_heads": 5}, {"vit_channels": 28}, {"vit_depth": 2}])
+def test_unetr_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"vit (patch|channels|depth)"):
+        network("vit_unetr", **wrong)

@@ -1,0 +1,54 @@
+"""docs/porting.md: its network and its commands, run as they stand in an empty folder."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from dae.data.phantom import write_phantoms
+from dae.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/porting.md").read_text()
+TINY = "--cache-dir cache --crop 16 16 16 --steps 2 --workers 0"
+SMALL = {  # what is appended, so that a command takes seconds
+    "train_pretrain.py": f"--data runs/demo/phantoms/pretrain.json {TINY}",
+    "train_seg.py": f"--data runs/demo/phantoms/ct_seg.json {TINY}",
+    "eval.py predict": "--overlap 0 --device cpu",
+    "eval.py score": "",
+}
+
+
+def block(language: str) -> str:
+    """The page's one block of this language."""
+    found = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, flags=re.M | re.S)
+    assert len(found) == 1
+    return str(found[0])
+
+
+def commands() -> list[tuple[str, str]]:
+    """Each command of the page, with the script (and its command) that it calls."""
+    called = (re.match(r"python \$DAE/(eval\.py \w+|\w+\.py) .*", line) for line in block("sh").strip().split("\n"))
+    return [(match[1], match[0]) for match in called if match]
+
+
+def test_the_page_s_network_pretrains_fine_tunes_predicts_and_is_scored_from_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(block("python"))
+    write_phantoms(tmp_path / "runs/demo/phantoms", subjects=1, size=(32, 32, 32))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "DAE": str(ROOT), "PATH": path, "OMP_NUM_THREADS": "1"}
+    assert [script for script, _ in commands()] == list(SMALL)
+    for script, line in commands():
+        done = subprocess.run(["sh", "-c", f"{line} {SMALL[script]}"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    plan = checkpoint.load(tmp_path / "runs/demo_seg/best.pt")["plan"]
+    assert (plan["backbone"], plan["arguments"]) == ("mynet:MyNet", {"feature_size": 16})
+    made = ("runs/demo/figures/reconstruction.png", "runs/demo_seg/figures/overlay.png", "scores/report.html")
+    assert all((tmp_path / name).stat().st_size > 0 and name in PAGE for name in made)
+
+
+def test_the_page_s_network_is_about_forty_lines_and_imports_nothing_of_this_repository() -> None:
+    code = block("python")
+    assert len([line for line in code.split("\n") if line.strip()]) <= 45 and "dae" not in code

@@ -30,7 +30,7 @@ from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
-from dae.model import arguments_of, backbone_named, check_facts, check_size
+from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import Pretext
 from dae.training import checkpoint
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
@@ -166,6 +166,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    items = datalist.channels_apart(items) if config.channels == "apart" else items
     items = datalist.hold_out(items, fold=config.fold, split_seed=config.split_seed)
     crops, fixed = crops_of(config, recipe, items, ranks)
 
@@ -225,8 +226,7 @@ def build(config: PretrainConfig, channels: int, device: torch.device | None = N
         backbone = backbone_named(config.backbone)
         with device or nullcontext():
             network: Any = backbone(channels, channels, **arguments_of(backbone, config))
-            check_facts(network, config.backbone)
-            check_size(config.crop, network.divisor)
+            check_backbone(network, config.backbone, config.crop)
             return Pretext(network, config.method, config)
     except ValueError as error:
         raise InputError(str(error)) from error

@@ -34,7 +34,7 @@ from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
 from dae.evaluation.validation import dice_of_volumes
-from dae.model import arguments_of, backbone_named, check_size
+from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import checkpoint
 from dae.training.dice import LOSSES
 from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
@@ -178,8 +178,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     network = network.to(ranks.device)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, given, items, crops, classes), "data": items.fingerprint(),
-        "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
+        "config": to_json(config), "plan": plan_of(config, given, items, crops, classes),
+        "data": items.fingerprint(labels=True), "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken)
     resume(run, left)
@@ -241,7 +241,7 @@ def build(
         arguments = arguments_from(given.plan, config, path) if given else arguments_of(backbone, config)
         with device or nullcontext():
             network: Any = backbone(channels, classes, **arguments)
-            check_size(config.crop, network.divisor)
+            check_backbone(network, config.backbone, config.crop)
             return network  # type: ignore[no-any-return]
     except ValueError as error:
         raise InputError(str(error)) from error

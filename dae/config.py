@@ -172,7 +172,10 @@ DEMO: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataConfig):
-    """One pre-training run."""
+    """images of several channels"""
+
+    channels: str = opt("together", "all of an image are seen at once, or each apart, as a volume of its own",
+                        choices=("together", "apart"))  # fmt: skip
 
     presets: ClassVar[Presets] = {"paper": PAPER, "official": OFFICIAL, "demo": DEMO}
 

@@ -11,12 +11,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import events, same_weights
 
 from dae.config import InputError
 from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, SegConfig, TuneConfig
 from dae.data.phantom import CT_LABELS
+from dae.model import SwinUNETR
 from dae.training import checkpoint
+from dae.weights.layouts import to_monai
 from train_seg import main
 
 evaluate = importlib.import_module("eval")
@@ -38,6 +41,37 @@ def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny_seg: Config
     assert set(report["new"]) == set(report["dropped"]) == {"head.weight", "head.bias"} and not report["adapted"]
     plan = checkpoint.load(Path(config.out) / "best.pt")["plan"]
     assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [1, 2]  # kidneys name a side
+
+
+def test_files_of_others_are_fine_tuned_as_they_were_made(tiny_seg: Config, tmp_path: Path) -> None:
+    """model_swinvit.pt holds an encoder alone, and is of the time before MONAI 1.5."""
+    size: dict[str, Any] = {"feature_size": 4, "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1), "window": (2, 2, 2)}
+    theirs = to_monai(SwinUNETR(1, 1, **size).state_dict())
+    inside = {k.removeprefix("swinViT."): v for k, v in theirs.items() if k.startswith("swinViT.")}
+    torch.save({"state_dict": {f"module.{k.replace('linear', 'fc')}": v for k, v in inside.items()}}, tmp_path / "w.pt")
+    given: dict[str, Any] = {"pretrained": str(tmp_path / "w.pt"), "crop": (32, 32, 64), "steps": 1, "batch_size": 1}
+    with pytest.raises(InputError, match="has no decoder; take --transfer encoder"):
+        main(tiny_seg(**given))
+    assert not Path(tiny_seg().out).exists()
+    config = tiny_seg(**given, transfer="encoder", lr=0.0)
+    main(config)
+    saved = checkpoint.load(Path(config.out) / "last.pt")
+    assert saved["plan"]["arguments"].items() >= {"merge_order": "legacy", "clipped_bias": "sliced"}.items()
+    key = "encoder.stages.0.blocks.0.mlp.fc1.weight"
+    assert torch.equal(saved["model"][key], inside["layers1.0.blocks.0.mlp.linear1.weight"])
+    other = tiny_seg(**given, transfer="encoder", merge_order="monai", out=str(tmp_path / "other"))
+    main(other)
+    assert checkpoint.load(Path(other.out) / "last.pt")["plan"]["arguments"]["merge_order"] == "monai"
+
+
+def test_a_run_is_not_resumed_with_other_labels(tiny_seg: Config, pretrained: Path, tmp_path: Path) -> None:
+    def rename(folder: Path, content: dict[str, Any]) -> None:
+        content["labels"]["1"] = "milt"
+
+    config = tiny_seg(stop_after=1)
+    main(config)
+    with pytest.raises(InputError, match="the data list is not what it was"):
+        main(replace(config, resume=True, data=broken_list(pretrained, tmp_path, rename)))
 
 
 def test_from_scratch_is_the_same_run_without_the_weights(tiny_seg: Config, tmp_path: Path) -> None:

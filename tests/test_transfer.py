@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import NETWORK
 
-from dae.config import InputError, NetworkConfig
+from dae.config import InputError, NetworkConfig, parse
+from dae.config_seg import SegConfig
 from dae.model import SwinUNETR, arguments_of
-from dae.training.transfer import arguments_from, parts_to_transfer, transfer
+from dae.training.transfer import arguments_from, check_same_network, parts_to_transfer, transfer, with_plan
 
 PATH = Path("a/best.pt")
 BOTH = ("encoder", "decoder")
@@ -55,6 +56,55 @@ def test_one_channel_spreads_over_several_and_equal_channels_give_what_one_gave(
     x = torch.randn(1, 1, 16, 16, 16)
     one, several = given.encode(given.tokenize(x)), network.encode(network.tokenize(x.expand(-1, 3, -1, -1, -1)))
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, several))
+
+
+def test_several_channels_give_their_sum_to_one() -> None:
+    network, given = networks(channels=3)
+    report = transfer(network, given.state_dict(), BOTH, PATH)
+    assert {"encoder.stem.proj.weight", "image_block.conv1.weight"} <= set(report.adapted)
+    x = torch.randn(1, 1, 16, 16, 16)
+    one, several = network.encode(network.tokenize(x)), given.encode(given.tokenize(x.expand(-1, 3, -1, -1, -1)))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(one, several))
+
+
+def test_two_channels_do_not_fit_three() -> None:
+    two, three = SwinUNETR(2, 1, **NETWORK), SwinUNETR(3, 1, **NETWORK)
+    with pytest.raises(InputError, match=r"encoder\.stem\.proj\.weight does not fit"):
+        transfer(three, two.state_dict(), BOTH, PATH)
+
+
+def test_a_transfer_that_changes_nothing_and_a_part_that_is_not_there_are_refused() -> None:
+    given, network = networks()
+    transfer(network, given.state_dict(), BOTH, PATH)
+    with pytest.raises(InputError, match="had these very values before"):
+        transfer(network, given.state_dict(), BOTH, PATH)
+    encoder = {k: v for k, v in given.state_dict().items() if k.startswith("encoder.")}
+    with pytest.raises(InputError, match=r"--transfer both: a/best\.pt has no decoder; take --transfer encoder"):
+        parts_to_transfer("both", encoder, PATH)
+
+
+def test_crop_spacing_and_intensities_are_the_weights_where_nothing_else_was_asked_for() -> None:
+    plan = {
+        "crop": [32, 48, 32],
+        "spacing": [2.0, 2.0, 3.0],
+        "ct_window": [-300.0, 500.0],
+        "mr_intensity": "percentile",
+    }
+    bare, preset = (parse(SegConfig, argv, prog="", description="") for argv in ([], ["--preset", "btcv"]))
+    flagged = parse(SegConfig, ["--crop", "96", "96", "96"], prog="", description="")  # the default, but asked for
+    assert with_plan(bare, plan).crop == (32, 48, 32) and with_plan(bare, plan).spacing == (2, 2, 3)
+    assert with_plan(bare, plan).ct_window == (-300, 500) and with_plan(bare, plan).mr_intensity == "percentile"
+    assert with_plan(preset, plan).ct_window == (-175, 250) and with_plan(preset, plan).mr_intensity == "percentile"
+    assert with_plan(flagged, plan).crop == (96, 96, 96)
+    assert with_plan(bare, {}) == bare
+
+
+def test_continued_pretraining_names_the_flags_that_the_weights_need() -> None:
+    plan = {"backbone": "swin_unetr", "arguments": json.loads(json.dumps(arguments_of(SwinUNETR, NetworkConfig())))}
+    check_same_network(plan, NetworkConfig(checkpointing=True), PATH)
+    plan["arguments"] |= {"merge_order": "legacy", "normalize_hidden": False, "depths": [2, 2, 6, 2]}
+    with pytest.raises(InputError, match=r"add --depths 2 2 6 2 --merge-order legacy --no-normalize-hidden$"):
+        check_same_network(plan, NetworkConfig(), PATH)
 
 
 def test_the_network_comes_with_the_checkpoint_and_a_contradicting_flag_is_refused() -> None:

@@ -59,7 +59,7 @@ def default_folder() -> Path:
 
 def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
     """Where an item's prepared volume belongs. Raises InputError if a file is missing."""
-    facts: list[object] = [FORMAT, asdict(recipe), item.intensity]
+    facts: list[object] = [FORMAT, asdict(recipe), item.intensity, item.channel]
     for path in (*item.image, *([item.label] if item.label else [])):
         if not path.is_file():
             raise InputError(f"{path}: no such file")

@@ -41,6 +41,7 @@ class Item:
     subject: str
     fold: int | None = None
     label: Path | None = None
+    channel: int | None = None  # of a file of several, where the item is one of them
 
     @property
     def kind(self) -> str:
@@ -58,12 +59,17 @@ class DataList:
     tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, labels: bool = False) -> str:
         """Of what is trained and validated on and in which order, wherever the list's folder lies."""
-        content = [
-            [[[p.name, p.stat().st_size if p.is_file() else 0] for p in item.image], item.modality, item.intensity]
-            for item in (*self.training, *self.validation)
-        ]
+
+        def facts(paths: Sequence[Path]) -> list[Any]:
+            return [[path.name, path.stat().st_size if path.is_file() else 0] for path in paths]
+
+        used = (*self.training, *self.validation)
+        content: list[Any] = [[facts(item.image), item.modality, item.intensity] for item in used]
+        if labels:
+            content += [facts([item.label]) for item in used if item.label]
+            content += [sorted(self.labels.items()), self.swap, self.ignore]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
     def kinds(self) -> list[str]:
@@ -96,6 +102,26 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     return DataList(**splits, labels=labels, swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])),
                     tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
                     ignore=ignore)  # fmt: skip
+
+
+def channels_apart(items: DataList) -> DataList:
+    """Each channel of every image as an item of its own: to pre-train on single channels of what is fine-tuned on all.
+
+    A file of several channels is taken apart where the list names a modality for each of them.
+    """
+
+    def apart(item: Item) -> list[Item]:
+        n = max(len(item.image), len(item.modality))
+        files = item.image if len(item.image) == n else item.image * n
+        kinds = zip(*(each if len(each) == n else each * n for each in (item.modality, item.intensity)))
+        channels = range(n) if len(item.image) < n else [None] * n
+        return [replace(item, image=(file,), modality=(modality,), intensity=(intensity,), channel=channel)
+                for file, (modality, intensity), channel in zip(files, kinds, channels)]  # fmt: skip
+
+    training, validation, test = (
+        tuple(one for item in split for one in apart(item)) for split in (items.training, items.validation, items.test)
+    )
+    return replace(items, training=training, validation=validation, test=test)
 
 
 def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:

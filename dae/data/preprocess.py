@@ -45,12 +45,21 @@ class Prepared(NamedTuple):
 
 def prepare(item: Item, recipe: Recipe) -> Prepared:
     """Read an item and its label, and `normalise` them. Raises InputError naming the file."""
-    volume = read_channels(item.image)
+    volume = channel_of(read_channels(item.image), item)
     label = read_labels_of(item.label, volume) if item.label else None
     try:
         return normalise(volume, item, recipe, label)
     except InputError as error:
         raise InputError(f"{item.image[0]}: {error}") from error
+
+
+def channel_of(volume: Volume, item: Item) -> Volume:
+    """The one channel that the item is, or all of them. Raises InputError where the file does not have it."""
+    if item.channel is None:
+        return volume
+    if item.channel >= len(volume.data):
+        raise InputError(f"{item.image[0]}: {len(volume.data)} channels, the list names more modalities")
+    return Volume(volume.data[item.channel : item.channel + 1], volume.affine)
 
 
 def normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None = None) -> Prepared:

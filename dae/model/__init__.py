@@ -29,8 +29,8 @@ from dae.model.unetr import MONAI, SwinUNETR
 from dae.model.vit import ViTUNETR
 
 __all__ = [
-    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named", "check_facts",
-    "check_size",
+    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named",
+    "check_backbone", "check_size",
 ]  # fmt: skip
 
 
@@ -70,11 +70,12 @@ def backbone_named(name: str) -> type[nn.Module]:
     return found
 
 
-def check_facts(network: nn.Module, name: str) -> None:
-    """Raises ValueError where a network that --backbone named lacks one of the five facts."""
+def check_backbone(network: Any, name: str, crop: Sequence[int]) -> None:
+    """Raises ValueError where a network that --backbone named lacks one of the five facts, or the crop does not fit."""
     facts = ("stride", "divisor", "embed_dim", "encoder", "head")
     if lacking := [fact for fact in facts if not hasattr(network, fact)]:
         raise ValueError(f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md")
+    check_size(crop, network.divisor)
 
 
 def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:

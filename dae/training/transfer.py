@@ -74,8 +74,8 @@ def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -
     """Constructor arguments of the weights' network. Raises InputError where a flag asks for another one."""
     arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
     for name, asked in arguments_of(backbone_of(plan, config, path), config).items():
-        if asked_for(config, name) and asked != arguments[name] and name != "checkpointing":
-            raise InputError(f"{flag(name, asked)}: {path} was made with {arguments[name]}; leave the flag out")
+        if asked_for(config, name) and asked != (made := arguments.get(name, asked)) and name != "checkpointing":
+            raise InputError(f"{flag(name, asked)}: {path} was made with {made}; leave the flag out")
     return arguments | ({"checkpointing": config.checkpointing} if "checkpointing" in arguments else {})
 
 

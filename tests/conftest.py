@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import PretrainConfig, RunConfig
+from dae.config import PretrainConfig, RunConfig, asked_for
 from dae.config_seg import SegConfig
 from dae.data.phantom import write_phantoms
 from dae.training.log import read
@@ -103,6 +103,8 @@ def flags(config: RunConfig) -> list[str]:
     """The command line that gives this configuration."""
     arguments: list[str] = []
     for name, value in vars(config).items():
+        if not asked_for(config, name):
+            continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             arguments.append(f"--{flag}" if value else f"--no-{flag}")

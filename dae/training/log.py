@@ -135,7 +135,8 @@ def dice_in_words(validation: Mapping[str, Any]) -> str:
     if not validation:
         return "nothing left to do"
     each = ", ".join(f"{name} {dice:.3f}" for name, dice in validation["dice_by_class"].items())
-    return f"validation Dice {validation['dice']:.4f} over {validation['cases']} volumes; {each}"
+    plural = "s" * (validation["cases"] != 1)
+    return f"validation Dice {validation['dice']:.4f} over {validation['cases']} volume{plural}; {each}"
 
 
 def last_words(validation: Mapping[str, Any], config: PretrainConfig, *, step: int) -> str:

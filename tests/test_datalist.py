@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dae.config import InputError
-from dae.data.datalist import DataList, five_folds, hold_out, load
+from dae.data.datalist import DataList, check_labels, five_folds, hold_out, load
 
 Load = Callable[..., DataList]
 
@@ -181,6 +181,12 @@ def test_a_list_that_cannot_be_used_is_refused_in_one_line(
     line = refusal(lambda: loaded(content))
     assert line.startswith(str(tmp_path / "list.json"))
     assert all(words in line for words in said)
+
+
+def test_regions_of_several_labels_are_refused_and_not_dropped(loaded: Load) -> None:
+    labels = {"background": 0, "whole tumor": [1, 2, 3]}
+    items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})  # pre-training has no use for them
+    assert "'whole tumor'" in refusal(lambda: check_labels(items, "list.json"))
 
 
 def test_a_path_that_leads_to_no_list_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class DataList:
     swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
     tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
+    regions: tuple[str, ...] = ()  # names of several labels at once, which pre-training need not know
 
     def fingerprint(self, *, labels: bool = False) -> str:
         """Of what is trained and validated on and in which order, wherever the list's folder lies."""
@@ -96,12 +97,12 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     }
     if not splits["training"]:
         raise InputError(f"{path}: no training items")
-    labels = _labels(_object(content, "labels", path))
+    labels, regions = _labels(_object(content, "labels", path))
     ignore = next((label for label, name in labels.items() if name == "ignore"), None)
     labels = {label: name for label, name in labels.items() if label != ignore}
     return DataList(**splits, labels=labels, swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])),
                     tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
-                    ignore=ignore)  # fmt: skip
+                    ignore=ignore, regions=regions)  # fmt: skip
 
 
 def channels_apart(items: DataList) -> DataList:
@@ -151,6 +152,8 @@ def check_labels(items: DataList, data: str) -> None:
     for item in (*items.training, *items.validation):
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {data}')
+    if items.regions:
+        raise InputError(f'{data}: "labels" gives {items.regions[0]!r} no number of its own; name single labels')
     if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
         raise InputError(f'{data}: "labels" must name the background, 0, and at least one class, none above 255')
 
@@ -234,10 +237,11 @@ def _several(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)] if value else []
 
 
-def _labels(labels: Mapping[str, Any]) -> dict[int, str]:
-    """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's."""
+def _labels(labels: Mapping[str, Any]) -> tuple[dict[int, str], tuple[str, ...]]:
+    """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's; and names that have no one number."""
     pairs = [(k, v) if _is_whole(k) else (v, k) for k, v in labels.items()]
-    return {int(number): str(name) for number, name in pairs if _is_whole(number)}
+    regions = tuple(str(name) for number, name in pairs if not _is_whole(number))
+    return {int(number): str(name) for number, name in pairs if _is_whole(number)}, regions
 
 
 def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) -> dict[int, float]:

@@ -211,7 +211,7 @@ def options_of(state_dict: Tensors) -> dict[str, Any]:
         raise ValueError("a stage lacks the position bias of its first block")
     return {
         "feature_size": stem.shape[0],
-        "depths": tuple(1 + max((b for s, b in places if s == stage), default=0) for stage in range(stages)),
+        "depths": tuple(sum(s == stage for s, _ in places) for stage in range(stages)),
         "heads": tuple(table.shape[1] for table in tables if table is not None),
         "window": cube(len(tables[0])),  # type: ignore[arg-type]
         "stem": "patch" if "encoder.stem.proj.weight" in state_dict else "conv",

@@ -12,7 +12,7 @@ Each command has its own --help.
 
 import sys
 
-from dae.config import InputError, from_command_line, run_or_explain
+from dae.config import InputError, from_command_line, run_or_explain, with_tuples
 from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 
 CONFIGS = {
@@ -73,6 +73,8 @@ def predict(config: PredictConfig) -> list[Path]:
     networks = [network_of(state, device, config, name) for state, name in zip(saved, config.checkpoint)]
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
+    if config.images and config.data:
+        raise InputError("--images: not beside --data; give one of them")
     items = images_of(config, plan) if config.images else cases_of(config, config.modality)[1]
     if lost := [path for item in items for path in item.image if not path.is_file()]:
         raise InputError(f"{lost[0]}: no such file")
@@ -112,7 +114,8 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     pictures = report.figures(rows, pairs, out / "figures", images=images, ignore=ignore)
     report.write_page(rows, summary, pictures, out / "report.html")
     dice = summary["mean_of_cases"]["dice"]
-    print(f"mean Dice {dice['mean']:.4f} over {dice['n']} cases, {len(classes)} classes; see {out / 'report.html'}")
+    cases = f"{dice['n']} case{'s' * (dice['n'] != 1)}"
+    print(f"mean Dice {dice['mean']:.4f} over {cases}, {len(classes)} classes; see {out / 'report.html'}")
     return summary
 
 
@@ -169,7 +172,7 @@ def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[
     """The plan that all checkpoints of an ensemble share. Raises InputError where they do not."""
     first = saved[0]["plan"]
     if not first["classes"]:
-        raise InputError(f"--checkpoint {config.checkpoint[0]}: was pre-trained, not fine-tuned; it has no classes")
+        raise InputError(f"--checkpoint {config.checkpoint[0]}: names no classes; fine-tune it with train_seg.py")
     for name, state in zip(config.checkpoint, saved):
         for fact in ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "flip_axes"):
             if state["plan"][fact] != first[fact]:
@@ -178,10 +181,14 @@ def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[
 
 
 def network_of(state: Mapping[str, Any], device: torch.device, config: PredictConfig, name: str) -> nn.Module:
-    plan = state["plan"]
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
-    network = backbone_of(plan, config, Path(name))(plan["in_channels"], plan["out_channels"], **arguments)
-    network.load_state_dict(state["model"])
+    plan, path = state["plan"], Path(name)
+    try:
+        network = backbone_of(plan, config, path)(
+            plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
+        )
+    except TypeError as error:  # a network of the user's own, changed since
+        raise InputError(f"{path}: {plan['backbone']} does not take its options any more ({error})") from error
+    checkpoint.load_weights(network, state["model"], path)
     return network.to(device).eval()
 
 
@@ -238,6 +245,8 @@ def truths_of(config: TruthsConfig) -> Truths:
         raise InputError(f"--predictions {config.predictions or '(none)'}: no such folder")
     if config.ignore == 0:
         raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
+    if config.labels and config.data:
+        raise InputError("--labels: not beside --data, whose list names the labels; give one of them")
     if config.labels:
         pairs, images = scoring.pair(Path(config.predictions), Path(config.labels)), dict[str, Path]()
         tolerance, ignore = dict[int, float](), config.ignore

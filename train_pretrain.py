@@ -160,7 +160,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     demo = config.preset == "demo" and not config.data
     checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo")
     # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    left = checkpoint.left_in(out, config)
+    left = checkpoint.left_in(out, resume=config.resume)
+    if left:
+        checkpoint.check_same_flags(out / "last.pt", left, config)
     given = files.read(Path(config.init), files.asked_quirks(config)) if config.init and not left else None
     dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
     fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
@@ -238,7 +240,7 @@ def fill(pretext: Pretext, config: PretrainConfig, given: Weights | None) -> Rep
         return None
     check_same_network(given.plan, config, Path(config.init))
     parts = parts_that_fit(pretext.backbone, given.tensors)
-    return transfer(pretext.backbone, given.tensors, parts, Path(config.init), given.extra)
+    return transfer(pretext.backbone, given.tensors, parts, Path(config.init), extra=given.extra, notes=given.notes)
 
 
 def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:
@@ -288,9 +290,8 @@ def begin(run: Run) -> Log:
         "validation_volumes": len(run.fixed.volumes), "modalities": run.kinds, "warmup": warmup_steps(config),
         "parameters": sum(p.numel() for p in run.pretext.parameters()),
     }  # fmt: skip
-    fresh = run.state["step"] == 0
-    ran_on = versions() if ranks.is_main else {}
-    record.event("start" if fresh else "resume", **facts, **ran_on, config=to_json(config), note=run.note)
+    kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
+    record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note)
     record.say(greeting(config, facts) + run.note)
     return record
 

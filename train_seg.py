@@ -42,7 +42,7 @@ from dae.training.figures import overlay_sheet, seg_curve
 from dae.training.log import Log, dice_in_words, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
-from dae.training.transfer import Report, arguments_from, backbone_of, parts_to_transfer, transfer, with_plan
+from dae.training.transfer import Report, parts_to_transfer, transfer, with_plan
 from dae.weights import files
 from dae.weights.files import Weights
 
@@ -95,8 +95,8 @@ def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]
             record.event("validation", step=step, **validation)
             record.say(f"step {step}: {dice_in_words(validation)}")
             draw_losses(run)
-            if validation["dice"] > state["best"]:
-                state["best"] = validation["dice"]
+            if (dice := validation["dice"] if math.isfinite(validation["dice"]) else 0.0) > state["best"]:
+                state["best"] = dice
                 save(run, "best.pt")
         if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
             save(run, "last.pt")
@@ -159,26 +159,30 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     out = Path(config.out)
     demo = config.preset == "demo" and not config.data
     checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo_seg")
-    given = files.read(Path(config.pretrained), files.asked_quirks(config)) if config.pretrained else None
-    if given is None and not config.from_scratch:
+    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
+    left = checkpoint.left_in(out, resume=config.resume)
+    given = files.read(Path(config.pretrained), files.asked_quirks(config)) if config.pretrained and not left else None
+    if not (left or given or config.from_scratch):
         raise InputError("--pretrained: give a file of weights, or --from-scratch")
-    config = with_plan(config, given.plan) if given else config
+    if plan := left["plan"] if left else given.plan if given else None:
+        config = with_plan(config, plan, out / "last.pt" if left else Path(config.pretrained))
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
-    fill(build(config, given, 1, 2, torch.device("meta")), config, given)  # a rehearsal without values
+    fill(build(config, 1, 2, torch.device("meta")), config, given)  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = split(config)
     classes = dict(sorted(items.labels.items()))
     crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
-    left = checkpoint.left_in(out, config)
+    if left:
+        checkpoint.check_same_flags(out / "last.pt", left, config)
 
     torch.manual_seed(config.seed)
-    network = build(config, given, crops.volumes[0].shape[0], len(classes))
+    network = build(config, crops.volumes[0].shape[0], len(classes))
     taken = fill(network, config, given)
     network = network.to(ranks.device)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, given, items, crops, classes),
+        "config": to_json(config), "plan": plan_of(config, items, crops, classes),
         "data": items.fingerprint(labels=True), "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken)
@@ -231,16 +235,12 @@ def crops_of(
     return crops, volumes[n:], config
 
 
-def build(
-    config: SegConfig, given: Weights | None, channels: int, classes: int, device: torch.device | None = None
-) -> nn.Module:
-    """The network of the given weights, or without them the flags', with a head of `classes`. Raises InputError."""
-    path = Path(config.pretrained)
+def build(config: SegConfig, channels: int, classes: int, device: torch.device | None = None) -> nn.Module:
+    """The network of the flags, which those of given weights are among, with a head of `classes`. Raises InputError."""
     try:
-        backbone = backbone_of(given.plan, config, path) if given else backbone_named(config.backbone)
-        arguments = arguments_from(given.plan, config, path) if given else arguments_of(backbone, config)
+        backbone = backbone_named(config.backbone)
         with device or nullcontext():
-            network: Any = backbone(channels, classes, **arguments)
+            network: Any = backbone(channels, classes, **arguments_of(backbone, config))
             check_backbone(network, config.backbone, config.crop)
             return network  # type: ignore[no-any-return]
     except ValueError as error:
@@ -252,17 +252,16 @@ def fill(network: nn.Module, config: SegConfig, given: Weights | None) -> Report
     if given is None or config.from_scratch:
         return None
     path = Path(config.pretrained)
-    return transfer(network, given.tensors, parts_to_transfer(config.transfer, given.tensors, path), path, given.extra)
+    parts = parts_to_transfer(config.transfer, given.tensors, path)
+    return transfer(network, given.tensors, parts, path, extra=given.extra, notes=given.notes)
 
 
-def plan_of(
-    config: SegConfig, given: Weights | None, items: DataList, crops: LabelledCrops, classes: dict[int, str]
-) -> dict[str, Any]:
+def plan_of(config: SegConfig, items: DataList, crops: LabelledCrops, classes: dict[int, str]) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
-    backbone = given.plan["backbone"] if given else config.backbone
-    arguments = given.plan["arguments"] if given else arguments_of(backbone_named(backbone), config)
     return {
-        "backbone": backbone, "arguments": json.loads(json.dumps(arguments)), "in_channels": crops.volumes[0].shape[0],
+        "backbone": config.backbone,
+        "arguments": json.loads(json.dumps(arguments_of(backbone_named(config.backbone), config))),
+        "in_channels": crops.volumes[0].shape[0],
         "out_channels": len(classes), "classes": {str(label): name for label, name in classes.items()},
         "crop": list(config.crop), "spacing": list(config.spacing), "modalities": items.kinds(),
         "intensity": {item.kind: list(item.intensity) for item in items.training}, "ct_window": list(config.ct_window),
@@ -299,11 +298,11 @@ def begin(run: Run) -> Log:
     facts = {"step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
              "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
              "validation_volumes": len(run.held_out), "classes": run.facts["plan"]["classes"],
-             "weights": vars(run.taken) if run.taken else "from scratch"}  # fmt: skip
+             "weights": vars(run.taken) if run.taken else "left" if run.state["step"] else "from scratch"}  # fmt: skip
     record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
     flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
-    weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else "weights from scratch"
+    weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else f"weights {facts['weights']}"
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
                f"{facts['global_batch']}{flips}; {weights}")  # fmt: skip
     return record

@@ -97,14 +97,14 @@ class DataConfig:
     data_root: str = opt("", "folder that the list's paths start from; else the list's own")
     modality: str = opt("", "modality of the items that do not name one, as ct or t1")
     fold: int = opt(0, "held-out fold, where the list has folds and no validation", low=0)
-    split_seed: int = opt(0, "seed of the 5 %% of subjects held out, where the list has neither folds nor validation")
+    split_seed: int = opt(0, "seed of the 5 %% of subjects held out, where the list has neither folds nor validation",
+                          low=0)  # fmt: skip
     crop: Size3 = opt((96, 96, 96), "voxels of a crop along d h w; sec. 3.2", low=1)
     spacing: tuple[float, ...] = opt((), "resample to these mm along d h w; none: as the files are")
     ct_window: tuple[float, ...] = opt((-1000.0, 1000.0), "HU that become 0 and 1")
     mr_intensity: str = opt("zscore", "MR: z-score by the nonzero voxels; nonzero: zeros stay 0, as in the authors' "
                             "code; percentile: 0.05 and 99.95 to [0, 1]",
                             choices=("zscore", "nonzero", "percentile"))  # fmt: skip
-    foreground: float = opt(0.0, "share of the crops that are centred on foreground; else anywhere", low=0, high=1)
     cache_dir: str = opt("", "where prepared volumes are kept, shared by all ranks and runs; else ~/.cache/dae")
     workers: int = opt(2, "processes that read ahead, per rank", low=0)
 
@@ -132,12 +132,10 @@ class RunConfig:
 
     preset: str = opt("", "paper: the text; official: the authors' code; demo: phantoms on a CPU, in minutes")
     out: str = opt("runs/pretrain", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
-    init: str = opt("", "start from the weights of this checkpoint (continued pre-training)")
     resume: bool = opt(False, "continue the run in --out, or start it where there is none yet")
     stop_after: int = opt(0, "save and stop after this step; --resume goes on; 0: run to --steps", low=0)
     log_every: int = opt(10, "steps between train events in log.jsonl", low=1)
     validate_every: int = opt(0, "steps between validations; 0: a tenth of --steps", low=0)
-    validate_crops: int = opt(16, "fixed crops to validate on, spread over the held-out volumes", low=1)
     save_every: int = opt(0, "steps between checkpoints; 0: a tenth of --steps, at most 500", low=0)
     keep_every: int = opt(0, "also keep step-N.pt every so many steps; 0: none", low=0)
     device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
@@ -172,8 +170,11 @@ DEMO: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataConfig):
-    """images of several channels"""
+    """pre-training"""
 
+    init: str = opt("", "start from these weights (continued pre-training): any that dae.weights reads, whole")
+    foreground: float = opt(0.0, "share of the crops that are centred on foreground; else anywhere", low=0, high=1)
+    validate_crops: int = opt(16, "fixed crops to validate on, spread over the held-out volumes", low=1)
     channels: str = opt("together", "all of an image are seen at once, or each apart, as a volume of its own",
                         choices=("together", "apart"))  # fmt: skip
 
@@ -248,7 +249,7 @@ def _help(f: Field[Any]) -> str:
 def check_values(config: "DataclassInstance") -> None:
     """Every number finite and within the range its field declares; raises InputError with the flag's name."""
     backbone = getattr(config, "backbone", "")
-    if backbone and backbone not in BACKBONE_NAMES and not re.fullmatch(r"[\w.]+:\w+", backbone):
+    if backbone and backbone not in BACKBONE_NAMES and not re.fullmatch(r"\w+(\.\w+)*:\w+", backbone):
         raise InputError(f"--backbone {backbone}: take {', '.join(BACKBONE_NAMES)}, or your own as module:Class")
     for f in (f for f in fields(config) if f.metadata):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
@@ -276,8 +277,12 @@ def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
     known = {f.name for f in fields(cls)}
     if unknown := set(values) - known:
         raise InputError(f"configuration has unknown entries: {', '.join(sorted(unknown))}")
-    tuples: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return cls(**tuples)
+    return cls(**with_tuples(values))
+
+
+def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where a configuration, and a network's constructor, have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def differences(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,8 @@ Ensemble = Literal["softmax", "logits"]
 class TransferConfig:
     """what is fine-tuned"""
 
-    pretrained: str = opt("", "checkpoint of train_pretrain.py; its network flags come with it")
+    pretrained: str = opt("", "weights of train_pretrain.py, or any others that `python -m dae.weights inspect` reads; "
+                          "network, crop, spacing and intensities come with them where no flag differs")  # fmt: skip
     transfer: str = opt("both", "what is taken of it; the head is always new; sec. 3.2",
                         choices=("encoder", "decoder", "both"))  # fmt: skip
     from_scratch: bool = opt(False, "the same run without the weights: the network of --pretrained, newly drawn")
@@ -52,7 +53,10 @@ class AugmentConfig:
 class SegConfig(RunConfig, OptimConfig, NetworkConfig, AugmentConfig, LabelConfig, TransferConfig, DataConfig):
     """length and validation"""
 
+    preset: str = opt("", "btcv, feta: the text; official-btcv: the authors' code; demo: phantoms on a CPU, in minutes")
     out: str = opt("runs/seg", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
+    split_seed: int = opt(0, "seed of the five folds, where the list has neither folds nor validation, and of "
+                          "--label-fraction", low=0)  # fmt: skip
     epochs: int = opt(600, "passes over the training volumes, where --steps is 0; sec. 3.2", low=1)
     steps: int = opt(0, "optimiser steps; 0: as --epochs says", low=0)
     batch_size: int = opt(4, "samples per rank and micro-batch; sec. 3.2", low=1)
@@ -66,8 +70,8 @@ BTCV: dict[str, Any] = {  # sec. 3.1 and 3.2; spacing, window and crops are the 
     "batch_size": 4,
 }  # fmt: skip
 FETA: dict[str, Any] = {  # sec. 3.1 and 3.2: intensities to [0, 1], flips on all axes, noise
-    "mr_intensity": "percentile", "crop": (96, 96, 96), "epochs": 600, "lr": 4e-4, "batch_size": 4, "rotate": 0.0,
-    "zoom": 0.0, "contrast": 0.0,
+    "spacing": (), "mr_intensity": "percentile", "crop": (96, 96, 96), "epochs": 600, "lr": 4e-4, "batch_size": 4,
+    "rotate": 0.0, "zoom": 0.0, "contrast": 0.0,
 }  # fmt: skip
 OFFICIAL_BTCV: dict[str, Any] = BTCV | {  # 1000 epochs, 50 of them warm-up, each 24 volumes in 6 steps
     "steps": 6000, "lr": 8e-4, "warmup": 300, "loss": "dice_ce", "zoom": 0.0, "contrast": 0.0, "noise": 0.0,
@@ -88,7 +92,7 @@ class CasesConfig:
     data_root: str = opt("", "folder that the list's paths start from; else the list's own")
     split: str = opt("validation", "which items of the list", choices=("training", "validation", "test"))
     fold: int = opt(0, "held-out fold, where the list has folds and no validation", low=0)
-    split_seed: int = opt(0, "seed of the held-out subjects, where the list has neither folds nor validation")
+    split_seed: int = opt(0, "seed of the held-out subjects, where the list has neither folds nor validation", low=0)
     out: str = opt("", "folder for what is made")
 
 

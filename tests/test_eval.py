@@ -159,7 +159,7 @@ def test_folds_are_put_together_from_the_shell(tmp_path: Path) -> None:
 def test_folds_that_are_not_there_or_given_twice_are_one_line(tmp_path: Path) -> None:
     a = fold(tmp_path / "a", {"s0": 0.5})
     for scores, word in (((), "no scores.csv there"), ((str(tmp_path),), f"{tmp_path}: no scores.csv"),
-                         ((str(a), str(a / "scores.csv")), f"{a}: named twice")):  # fmt: skip
+                         ((str(a), str(a / "scores.csv")), f"{a}: another has its name")):  # fmt: skip
         with pytest.raises(InputError, match=word):
             evaluate.folds(FoldsConfig(scores=scores, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -278,7 +278,7 @@ def test_what_cannot_be_predicted_is_one_line(answer: Callable[..., str], tmp_pa
         (("--images", one), "--checkpoint: give"),
         (("--images", one, "--checkpoint", "none.pt"), "none.pt: no such checkpoint"),
         (("--images", one, "--checkpoint", tmp_path / "prose.pt"), "prose.pt: damaged or not one of ours"),
-        (("--images", one, "--checkpoint", pretrained), "pretrained.pt: was pre-trained, not fine-tuned"),
+        (("--images", one, "--checkpoint", pretrained), "pretrained.pt: names no classes"),
         (("--images", one, "--checkpoint", good, pretrained), "pretrained.pt: its classes differs"),
         (("--images", two, "--checkpoint", good), "two/image.nii.gz: 2 channels, the network takes 1"),
         (("--images", "none.nii.gz", "--checkpoint", good), "none.nii.gz: no such file"),

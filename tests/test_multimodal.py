@@ -43,7 +43,10 @@ def test_channels_apart_are_items_of_their_own_subject_and_modality(tmp_path: Pa
     together = datalist.load(str(brats(tmp_path)))
     apart = datalist.channels_apart(together)
     assert [item.kind for item in apart.training] == KINDS * 2
-    assert [(item.subject, item.channel) for item in apart.training[:5]] == [*(("s0", n) for n in range(4)), ("s1", 0)]
+    assert [(item.subject, item.channel) for item in apart.training[:5]] == [
+        *(("s0", (n, 4)) for n in range(4)),
+        ("s1", (0, 4)),
+    ]
     for n, item in enumerate(apart.validation):
         whole = prepare(together.validation[0], Recipe()).data
         assert np.array_equal(prepare(item, Recipe()).data[0], whole[n])
@@ -54,16 +57,15 @@ def test_files_of_one_channel_each_come_apart_by_file(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps({"training": [entry, {"image": "c.nii", "modality": "ct"}]}))
     apart = datalist.channels_apart(datalist.load(str(tmp_path / "list.json"))).training
     assert [(item.image[0].name, item.kind, item.channel) for item in apart] == [
-        ("a.nii", "t1", None), ("b.nii", "t2", None), ("c.nii", "ct", None)]  # fmt: skip
+        ("a.nii", "t1", (0, 1)), ("b.nii", "t2", (0, 1)), ("c.nii", "ct", (0, 1))]  # fmt: skip
 
 
-def test_more_modalities_than_channels_are_refused_by_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kinds", [["mr"], KINDS[:2], [*KINDS, "pd"]])
+def test_a_file_of_more_or_fewer_channels_than_modalities_does_not_come_apart(kinds: list[str], tmp_path: Path) -> None:
     path = brats(tmp_path)
-    content = json.loads(path.read_text())
-    content["modality"]["4"] = "pd"
-    path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match=r"s0\.nii: 4 channels, the list names more modalities"):
-        prepare(datalist.channels_apart(datalist.load(str(path))).training[4], Recipe())
+    path.write_text(json.dumps({**json.loads(path.read_text()), "modality": kinds}))
+    with pytest.raises(InputError, match=rf"s0\.nii: 4 channels, {len(kinds)} modalities; the list must name each"):
+        prepare(datalist.channels_apart(datalist.load(str(path))).training[0], Recipe())
 
 
 def test_single_channels_are_pretrained_and_four_fine_tuned_and_predicted(

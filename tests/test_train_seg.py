@@ -45,7 +45,7 @@ def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny_seg: Config
 
 def test_files_of_others_are_fine_tuned_as_they_were_made(tiny_seg: Config, tmp_path: Path) -> None:
     """model_swinvit.pt holds an encoder alone, and is of the time before MONAI 1.5."""
-    size: dict[str, Any] = {"feature_size": 4, "depths": (1, 1, 1, 1), "heads": (1, 1, 1, 1), "window": (2, 2, 2)}
+    size: dict[str, Any] = {"feature_size": 4, "depths": (2, 2, 2, 2), "heads": (1, 1, 1, 1), "window": (2, 2, 2)}
     theirs = to_monai(SwinUNETR(1, 1, **size).state_dict())
     inside = {k.removeprefix("swinViT."): v for k, v in theirs.items() if k.startswith("swinViT.")}
     torch.save({"state_dict": {f"module.{k.replace('linear', 'fc')}": v for k, v in inside.items()}}, tmp_path / "w.pt")
@@ -55,6 +55,12 @@ def test_files_of_others_are_fine_tuned_as_they_were_made(tiny_seg: Config, tmp_
     assert not Path(tiny_seg().out).exists()
     config = tiny_seg(**given, transfer="encoder", lr=0.0)
     main(config)
+    begun = events(config, "start")[0]
+    assert begun["config"]["merge_order"] == "legacy" and begun["config"]["feature_size"] == 4
+    assert "legacy order (as such files have it)" in " ".join(begun["weights"]["notes"])
+    (tmp_path / "w.pt").rename(tmp_path / "gone.pt")
+    main(replace(config, resume=True))  # what was left knows its own network
+    (tmp_path / "gone.pt").rename(tmp_path / "w.pt")
     saved = checkpoint.load(Path(config.out) / "last.pt")
     assert saved["plan"]["arguments"].items() >= {"merge_order": "legacy", "clipped_bias": "sliced"}.items()
     key = "encoder.stages.0.blocks.0.mlp.fc1.weight"

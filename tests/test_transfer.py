@@ -11,7 +11,7 @@ from conftest import NETWORK
 from dae.config import InputError, NetworkConfig, parse
 from dae.config_seg import SegConfig
 from dae.model import SwinUNETR, arguments_of
-from dae.training.transfer import arguments_from, check_same_network, parts_to_transfer, transfer, with_plan
+from dae.training.transfer import Report, arguments_from, check_same_network, parts_to_transfer, transfer, with_plan
 
 PATH = Path("a/best.pt")
 BOTH = ("encoder", "decoder")
@@ -36,6 +36,8 @@ def test_what_is_asked_for_is_taken_and_the_head_is_always_new(parts: str) -> No
     assert {"head.weight", "head.bias"} <= set(report.new) & set(report.dropped)
     assert str(report).split("\n")[0].split() == ["kept", "adapted", "new", "dropped"]
     assert str(report).split("\n")[-1].split() == ["head", "0", "0", "2", "2"]
+    told = str(Report(kept=["head.x"], extra=["rotation_head.weight"], notes=["of MONAI"])).split("\n")
+    assert told[0].strip() == "of MONAI" and told[-1].split() == ["other", "1"]
 
 
 def test_a_missing_or_ill_fitting_tensor_is_refused_by_name() -> None:
@@ -85,6 +87,8 @@ def test_a_transfer_that_changes_nothing_and_a_part_that_is_not_there_are_refuse
 
 def test_crop_spacing_and_intensities_are_the_weights_where_nothing_else_was_asked_for() -> None:
     plan = {
+        "backbone": "swin_unetr",
+        "arguments": {"depths": [1, 1]},
         "crop": [32, 48, 32],
         "spacing": [2.0, 2.0, 3.0],
         "ct_window": [-300.0, 500.0],
@@ -92,11 +96,19 @@ def test_crop_spacing_and_intensities_are_the_weights_where_nothing_else_was_ask
     }
     bare, preset = (parse(SegConfig, argv, prog="", description="") for argv in ([], ["--preset", "btcv"]))
     flagged = parse(SegConfig, ["--crop", "96", "96", "96"], prog="", description="")  # the default, but asked for
-    assert with_plan(bare, plan).crop == (32, 48, 32) and with_plan(bare, plan).spacing == (2, 2, 3)
-    assert with_plan(bare, plan).ct_window == (-300, 500) and with_plan(bare, plan).mr_intensity == "percentile"
-    assert with_plan(preset, plan).ct_window == (-175, 250) and with_plan(preset, plan).mr_intensity == "percentile"
-    assert with_plan(flagged, plan).crop == (96, 96, 96)
-    assert with_plan(bare, {}) == bare
+    assert with_plan(bare, plan, PATH).crop == (32, 48, 32) and with_plan(bare, plan, PATH).spacing == (2, 2, 3)
+    assert (
+        with_plan(bare, plan, PATH).ct_window == (-300, 500)
+        and with_plan(bare, plan, PATH).mr_intensity == "percentile"
+    )
+    assert (
+        with_plan(preset, plan, PATH).ct_window == (-175, 250)
+        and with_plan(preset, plan, PATH).mr_intensity == "percentile"
+    )
+    assert with_plan(flagged, plan, PATH).crop == (96, 96, 96)
+    assert with_plan(bare, plan, PATH).depths == (1, 1)
+    feta = parse(SegConfig, ["--preset", "feta"], prog="", description="")
+    assert with_plan(feta, plan, PATH).spacing == ()  # as the files are, says the preset
 
 
 def test_continued_pretraining_names_the_flags_that_the_weights_need() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dae.config import InputError
-from dae.model import MONAI, SwinUNETR
+from dae.model import MONAI, SwinUNETR, UNet
+from dae.model.swin import offsets
 from dae.training import checkpoint
 from dae.weights.files import Weights, for_monai, read
 from dae.weights.layouts import reads_twice, reorder, to_monai
@@ -29,7 +30,8 @@ def key_list(name: str) -> Tensors:
     """A file of full size at random values: its names and shapes were read off the original."""
     lines = (GOLDENS / f"keys_{name}.tsv").read_text().split("\n")
     shapes = {key: tuple(map(int, shape.split("x"))) for key, shape in (line.split("\t") for line in lines if line)}
-    return {k: torch.zeros(s, dtype=torch.int64) if k.endswith("_index") else torch.randn(s) for k, s in shapes.items()}
+    index = offsets((7, 7, 7), (7, 7, 7))
+    return {k: index.clone() if k.endswith("_index") else torch.randn(s) for k, s in shapes.items()}
 
 
 def network(weights: Weights) -> SwinUNETR:
@@ -124,6 +126,39 @@ def test_the_encoder_of_model_swinvit_gives_the_bottleneck_of_legacy_monai(tmp_p
     x = torch.from_numpy(np.random.default_rng(1003).standard_normal((1, 1, 64, 64, 64)).astype(np.float32))
     bottleneck = model.encode(model.tokenize(x))[-1].numpy()
     assert np.abs(bottleneck - golden["legacy_64/hidden4"]).max() < 2e-4
+
+
+def test_a_network_is_found_however_deep_it_lies_and_whatever_lies_beside_it(tmp_path: Path) -> None:
+    tensors = monai_weights(SwinUNETR(1, 2, **SMALL))
+    lightning = {f"model.{k}": v for k, v in tensors.items()} | {"loss.weight": torch.ones(3)}
+    numbers = {"best": np.float32(0.8), "step": np.int32(3), "name": np.str_("a"), "ok": np.bool_(True)}
+    beside: list[Any] = [
+        {"net": tensors}, {"network_weights": tensors, **numbers}, {"state_dict": {"model": tensors}},
+        {"state_dict": {}, "model": tensors}, {"state_dict": lightning}, {"ema": {"student.x": tensors}},
+    ]  # fmt: skip
+    for content in beside:
+        weights = read(saved(tmp_path / "w.pt", content))
+        assert len(weights.tensors) == 151
+    assert read(saved(tmp_path / "w.pt", lightning)).extra[0] == "loss.weight"
+
+
+def test_self_supervised_heads_beside_the_encoder_and_four_channels_are_read(tmp_path: Path) -> None:
+    """A checkpoint of Swin UNETR's own pre-training script; and a fine-tuned one of BraTS."""
+    tensors = monai_weights(SwinUNETR(4, 3, **SMALL))
+    encoder = {k: v for k, v in tensors.items() if k.startswith("swinViT.")}
+    heads = {f"{head}.weight": torch.ones(2) for head in ("rotation_head", "contrastive_head", "conv.0", "norm")}
+    weights = read(saved(tmp_path / "w.pt", {"state_dict": {f"module.{k}": v for k, v in (encoder | heads).items()}}))
+    assert weights.plan["in_channels"] == 4 and {k.split(".")[0] for k in weights.tensors} == {"encoder"}
+    whole = read(saved(tmp_path / "w.pt", {"state_dict": tensors, "epoch": 3}))
+    assert (whole.plan["in_channels"], whole.plan["out_channels"]) == (4, 3)
+
+
+@pytest.mark.parametrize("window", [(2, 2, 3), (1, 2, 5), (4, 2, 3)])
+def test_the_position_index_says_which_window_it_is(window: tuple[int, int, int], tmp_path: Path) -> None:
+    model = SwinUNETR(1, 2, **{**TINY, "window": window})
+    weights = read(saved(tmp_path / "w.pt", to_monai(model.state_dict(), window)))
+    assert tuple(weights.plan["arguments"]["window"]) == window
+    network(weights)
 
 
 def test_ssl_pretrained_weights_and_the_authors_files_are_told_apart(tmp_path: Path) -> None:
@@ -228,10 +263,20 @@ def misshapen(tensors: Tensors) -> Any:
 @pytest.mark.parametrize("spoil, words", [
     (renamed, r"1 tensors are missing, first encoder\.stages\.1\.blocks\.0\.norm1\.weight; 1 tensors are unknown"),
     (misshapen, r"up_blocks\.2\.block\.conv1\.weight is \(24, 48, 3, 3, 1\), its network has \(24, 48, 3, 3, 3\)"),
-    (lambda t: {f"module.module.{k}": v for k, v in t.items()}, "every name begins with 'module.' twice"),
-    (lambda t: {f"swinViT.{k}": v for k, v in t.items()}, "no layout of a Swin UNETR"),
-    (lambda t: dict(list(t.items())[: len(t) // 2]), r"missing, first"),
-    (lambda t: {k: v for k, v in t.items() if "layers3" not in k}, "position bias"),
+    (lambda t: {f"module.module.{k}": v for k, v in t.items()}, r"names begin with 'module\.module\.', a prefix that"),
+    (lambda t: {f"swinViT.{k}": v for k, v in t.items()}, r"names begin with 'swinViT\.', a prefix that"),
+    (lambda t: {k if k.startswith("decoder1") else f"module.{k}": v for k, v in t.items()},
+     r"decoder1\.\S+ stands outside the prefix 'module\.'"),
+    (lambda t: dict(list(t.items())[: len(t) // 2]), "missing"),
+    (lambda t: {k: v for k, v in t.items() if "layers3" not in k}, "is missing"),
+    (lambda t: {k: v for k, v in as_swinvit(t).items() if "layers3" not in k and "layers4" not in k},
+     r"has stages of \(2, 2\) blocks, and such files have \(2, 2, 2, 2\)"),
+    (lambda t: {k: v for k, v in as_swinvit(t).items() if "layers3.0.blocks.1" not in k}, r"stages of \(2, 2, 1, 2\)"),
+    (lambda t: {k: v.to("meta") for k, v in t.items()}, "has a shape and no values"),
+    (lambda t: t | {"out.conv.conv.weight": torch.tensor(1.0)}, "its last layer is"),
+    (lambda t: t | {"swinViT.patch_embed.proj.weight": torch.ones(12)}, "its stem, or the position bias"),
+    (lambda t: t | {"swinViT.layers1.0.blocks.0.attn.relative_position_bias_table": torch.ones(2197, 5)}, "heads"),
+    (lambda t: UNet(1, 2, feature_size=4, depths=(1, 1)).state_dict(), "no layout of a Swin UNETR"),
     (lambda t: {}, "holds no tensors"),
     (lambda t: {"state_dict": {}}, "holds no tensors"),
     (lambda t: {"epoch": 3}, "holds no tensors"),
@@ -287,9 +332,19 @@ def test_inspect_and_convert_answer_from_the_shell(tmp_path: Path) -> None:
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in back)
 
 
+def test_a_spoilt_file_is_one_line_and_exit_code_2_for_the_command_and_for_training(tmp_path: Path) -> None:
+    saved(tmp_path / "w.pt", renamed(monai_weights(SwinUNETR(1, 2, **SMALL))))
+    train = [sys.executable, str(ROOT / "train_seg.py"), "--data", "list.json", "--pretrained", "w.pt", "--out", "run"]
+    for told in (weights_command("inspect", "w.pt", cwd=tmp_path),
+                 subprocess.run(train, capture_output=True, text=True, cwd=tmp_path, env=environment())):  # fmt: skip
+        assert told.returncode == 2 and told.stdout == ""
+        assert len(told.stderr.splitlines()) == 1 and "w.pt: looks like MONAI's SwinUNETR, but 1 tensors" in told.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]
+
+
 @pytest.mark.parametrize("arguments, word", [
     (["inspect", "none.pt"], "none.pt: no such file"), (["inspect"], "name a file"),
-    (["show", "x"], "show: not a command"),
+    (["show", "x"], "show: not a command"), (["convert", "x.pt", "--out", "x.pt"], "another than the one that is read"),
     (["convert", "x.pt"], "--out"), (["convert", "x.pt", "--to", "jax", "--out", "y"], "--to"),
     (["inspect", "x.pt", "--merge-order", "new"], "--merge-order"),
 ])  # fmt: skip

@@ -41,7 +41,7 @@ class Item:
     subject: str
     fold: int | None = None
     label: Path | None = None
-    channel: int | None = None  # of a file of several, where the item is one of them
+    channel: tuple[int, int] | None = None  # which of how many of the file's, where the item is one alone
 
     @property
     def kind(self) -> str:
@@ -100,7 +100,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     labels, regions = _labels(_object(content, "labels", path))
     ignore = next((label for label, name in labels.items() if name == "ignore"), None)
     labels = {label: name for label, name in labels.items() if label != ignore}
-    return DataList(**splits, labels=labels, swap=tuple((int(a), int(b)) for a, b in content.get("swap", [])),
+    return DataList(**splits, labels=labels, swap=_pairs(content.get("swap", []), path),
                     tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
                     ignore=ignore, regions=regions)  # fmt: skip
 
@@ -113,11 +113,13 @@ def channels_apart(items: DataList) -> DataList:
 
     def apart(item: Item) -> list[Item]:
         n = max(len(item.image), len(item.modality))
-        files = item.image if len(item.image) == n else item.image * n
-        kinds = zip(*(each if len(each) == n else each * n for each in (item.modality, item.intensity)))
-        channels = range(n) if len(item.image) < n else [None] * n
-        return [replace(item, image=(file,), modality=(modality,), intensity=(intensity,), channel=channel)
-                for file, (modality, intensity), channel in zip(files, kinds, channels)]  # fmt: skip
+        kinds = item.modality if len(item.modality) == n else item.modality * n
+        intensities = item.intensity if len(item.intensity) == n else item.intensity * n
+        places = (
+            [(item.image[0], (k, n)) for k in range(n)] if len(item.image) == 1 else [(f, (0, 1)) for f in item.image]
+        )
+        return [replace(item, image=(file,), modality=(kind,), intensity=(intensity,), channel=place)
+                for (file, place), kind, intensity in zip(places, kinds, intensities)]  # fmt: skip
 
     training, validation, test = (
         tuple(one for item in split for one in apart(item)) for split in (items.training, items.validation, items.test)
@@ -229,6 +231,8 @@ def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapp
     label, fold = entry.get("label"), entry.get("fold")
     if not (fold is None or isinstance(fold, int)):
         raise InputError(f"{where}: fold {fold!r} is not a whole number")
+    if not (label is None or isinstance(label, str)):
+        raise InputError(f"{where}: label {label!r} is not the name of a file")
     subject = str(entry.get("subject", files[0]))  # without a name, each image is a subject of its own
     return Item(image, kinds, intensity, subject, fold, folder / label if label else None)
 
@@ -252,6 +256,13 @@ def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) 
         if not isinstance(mm, int | float) or not 0 <= mm < inf:
             raise InputError(f'{path}: "tolerance_mm" of {key!r} is {mm!r}; it must be 0 mm or more')
     return {numbers[key]: float(mm) for key, mm in given.items()}
+
+
+def _pairs(swap: Any, path: Path) -> tuple[tuple[int, int], ...]:
+    try:
+        return tuple((int(a), int(b)) for a, b in swap)
+    except (TypeError, ValueError) as error:
+        raise InputError(f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]') from error
 
 
 def _is_whole(value: Any) -> bool:

@@ -54,12 +54,13 @@ def prepare(item: Item, recipe: Recipe) -> Prepared:
 
 
 def channel_of(volume: Volume, item: Item) -> Volume:
-    """The one channel that the item is, or all of them. Raises InputError where the file does not have it."""
+    """The one channel that the item is, or all of them. Raises InputError where the file has not as many as named."""
     if item.channel is None:
         return volume
-    if item.channel >= len(volume.data):
-        raise InputError(f"{item.image[0]}: {len(volume.data)} channels, the list names more modalities")
-    return Volume(volume.data[item.channel : item.channel + 1], volume.affine)
+    place, named = item.channel
+    if named != len(volume.data):
+        raise InputError(f"{item.image[0]}: {len(volume.data)} channels, {named} modalities; the list must name each")
+    return Volume(volume.data[place : place + 1], volume.affine)
 
 
 def normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None = None) -> Prepared:

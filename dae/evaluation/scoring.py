@@ -68,7 +68,7 @@ def case_names(images: Sequence[Path]) -> list[str]:
     while repeated := {name for name, times in Counter(names).items() if times > 1}:
         for n, name in enumerate(names):
             if name in repeated:
-                refuse(not folders[n], f"{images[n]}: named twice; each is a case of its own")
+                refuse(not folders[n], f"{images[n]}: another has its name; each is a case of its own")
                 names[n] = f"{folders[n].pop()}_{name}"
     return names
 

@@ -72,16 +72,17 @@ def check_out_folder(out: Path, *, resume: bool, free: bool = False) -> None:
         raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
 
-def left_in(out: Path, config: RunConfig) -> dict[str, Any] | None:
-    """What a run to be resumed has left, or None. Raises InputError, naming the flag, if it was another run."""
+def left_in(out: Path, *, resume: bool) -> dict[str, Any] | None:
+    """What a run to be resumed has left, or None."""
     path = out / "last.pt"
-    if not config.resume or not path.is_file():
-        return None
-    saved = load(path)
+    return load(path) if resume and path.is_file() else None
+
+
+def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises InputError, naming the flag, where what was left is of another run."""
     for name in differences(config, saved["config"]):
         flag, was, now = f"--{name.replace('_', '-')}", saved["config"].get(name), to_json(config)[name]
         raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
-    return saved
 
 
 def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:

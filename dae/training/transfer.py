@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dae.config import InputError, NetworkConfig, asked_for, check_values
+from dae.config import InputError, NetworkConfig, asked_for, check_values, with_tuples
 from dae.config_seg import PredictConfig, SegConfig
 from dae.model import BACKBONES, arguments_of, backbone_named
 
@@ -29,29 +29,23 @@ class Report:
     adapted: list[str] = field(default_factory=list)  # to another number of input channels
     new: list[str] = field(default_factory=list)  # the network's own, freshly drawn
     dropped: list[str] = field(default_factory=list)  # the file's, with no place here
+    extra: Sequence[str] = ()  # what the file has beside its network, by its own names
+    notes: Sequence[str] = ()  # what the file is and how it was read
 
     def __str__(self) -> str:
-        """A table: a line for each part of the network."""
-        lines = [f"{'':8}{''.join(f'{fate:>9}' for fate in vars(self))}"]
+        """The notes, and a table with a line for each part of the network."""
+        fates = {"kept": self.kept, "adapted": self.adapted, "new": self.new, "dropped": self.dropped}
+        lines = [*(f"  {note}" for note in self.notes), f"{'':10}{''.join(f'{fate:>9}' for fate in fates)}"]
         for part in PARTS:
-            counts = [sum(part_of(name) == part for name in names) for names in vars(self).values()]
-            lines.append(f"{part:8}{''.join(f'{count:9}' for count in counts)}")
-        return "\n".join(lines)
+            counts = [sum(part_of(name) == part for name in names) for names in fates.values()]
+            lines.append(f"  {part:8}{''.join(f'{count:9}' for count in counts)}")
+        return "\n".join(lines + [f"  other   {len(self.extra):36}"] * bool(self.extra))
 
 
 def part_of(name: str) -> str:
     """Which part of a network a tensor is of, by its name: what is not `encoder` or `head` decodes."""
     first = name.partition(".")[0]
     return first if first in ("encoder", "head") else "decoder"
-
-
-def with_plan(config: SegConfig, plan: Mapping[str, Any]) -> SegConfig:
-    """The configuration with the crop, spacing and intensities of the weights where nothing else was asked for."""
-    values: dict[str, Any] = {name: plan[name] for name in PLANNED if name in plan and not asked_for(config, name)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    config = replace(config, **values)
-    check_values(config)
-    return config
 
 
 def backbone_of(plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, path: Path) -> type[nn.Module]:
@@ -72,11 +66,22 @@ def backbone_of(plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, 
 
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
     """Constructor arguments of the weights' network. Raises InputError where a flag asks for another one."""
-    arguments = {k: tuple(v) if isinstance(v, list) else v for k, v in plan["arguments"].items()}
+    arguments = with_tuples(plan["arguments"])
     for name, asked in arguments_of(backbone_of(plan, config, path), config).items():
         if asked_for(config, name) and asked != (made := arguments.get(name, asked)) and name != "checkpointing":
             raise InputError(f"{flag(name, asked)}: {path} was made with {made}; leave the flag out")
     return arguments | ({"checkpointing": config.checkpointing} if "checkpointing" in arguments else {})
+
+
+def with_plan(config: SegConfig, plan: Mapping[str, Any], path: Path) -> SegConfig:
+    """The configuration with the network of the weights, and with their crop, spacing and intensities where no preset
+    and no flag says otherwise. Raises InputError where one asks for another network.
+    """
+    network = {"backbone": plan["backbone"], **arguments_from(plan, config, path)}
+    fed = {name: plan[name] for name in PLANNED if name in plan and not asked_for(config, name)}
+    config = replace(config, **with_tuples({**{k: v for k, v in network.items() if hasattr(config, k)}, **fed}))
+    check_values(config)
+    return config
 
 
 def check_same_network(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> None:
@@ -114,14 +119,15 @@ def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[st
 
 @torch.no_grad()
 def transfer(
-    network: nn.Module, weights: Mapping[str, Tensor], parts: Sequence[str], path: Path, extra: Sequence[str] = ()
-) -> Report:
-    """Copy the named parts (encoder, decoder, head) whole; `extra` is what the file has beside its network.
+    network: nn.Module, weights: Mapping[str, Tensor], parts: Sequence[str], path: Path, *, extra: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> Report:  # fmt: skip
+    """Copy the named parts (encoder, decoder, head) whole; `extra` and `notes` are for the report.
 
     Raises InputError if any tensor is missing or does not fit, or if all values were there before. On a network
     without values (device meta) it is a rehearsal.
     """
-    report, own, changed = Report(), network.state_dict(), False
+    report, own, changed = Report(extra=extra, notes=notes), network.state_dict(), False
     if missing := [name for name in own if part_of(name) in parts and name not in weights]:
         raise InputError(f"{path}: {len(missing)} tensors of the network are not in it, first {missing[0]}")
     for name, value in own.items():
@@ -135,7 +141,7 @@ def transfer(
         (report.kept if given is weights[name] else report.adapted).append(name)
         changed = changed or value.is_meta or not torch.equal(value.cpu(), given)
         value.copy_(given)
-    report.dropped = [name for name in weights if name not in own or part_of(name) not in parts] + list(extra)
+    report.dropped = [name for name in weights if name not in own or part_of(name) not in parts]
     if not changed:
         raise InputError(f"{path}: the network had these very values before; nothing was transferred")
     return report

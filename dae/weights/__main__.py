@@ -88,8 +88,8 @@ def in_words(value: Any) -> str:
 
 def convert(path: Path, config: ConvertConfig) -> None:
     """Write a file's weights and plan for this package, or its weights for MONAI."""
-    if not config.out:
-        raise InputError("--out: name the file to write")
+    if not config.out or Path(config.out).absolute() == path.absolute():
+        raise InputError("--out: name the file to write, another than the one that is read")
     weights, notes = inspect(path, config), list[str]()
     if config.to == "dae":
         checkpoint.save(Path(config.out), {"model": weights.tensors, "plan": weights.plan})

@@ -18,8 +18,19 @@ from torch import Tensor
 from dae.config import InputError, NetworkConfig, asked_for
 from dae.model import SwinUNETR, arguments_of
 from dae.training import checkpoint
-from dae.training.transfer import part_of
-from dae.weights.layouts import LAYOUTS, Recognised, options_of, reads_twice, recognise, reorder, to_monai
+from dae.training.transfer import flag, part_of
+from dae.weights.layouts import (
+    LAYOUTS,
+    OWN_STEM,
+    STEM,
+    Recognised,
+    first_match,
+    options_of,
+    reads_twice,
+    recognise,
+    reorder,
+    to_monai,
+)
 
 QUIRKS: dict[str, Any] = {"merge_order": "all", "clipped_bias": "rebuilt", "normalize_hidden": True}
 
@@ -38,28 +49,51 @@ def read(path: Path, asked: Mapping[str, Any] | None = None) -> Weights:
 
     asked: values of QUIRKS that hold for a file of others, whose tensors do not show them, in place of what is known.
     """
+    asked = asked or {}
     if checkpoint.has_seal(path):
-        saved = checkpoint.load(path)
-        return Weights(saved["model"], saved["plan"], [f"a checkpoint of this package ({saved['plan']['method']})"])
+        return of_ours(checkpoint.load(path), asked, path)
     content = load_tensors(path)
     if "plan" in content and "format" in content:
         raise InputError(f"{path}: a checkpoint of this package without its checksum: damaged; copy it again")
-    key = next((key for key in ("state_dict", "model") if isinstance(content.get(key), dict)), "")
-    tensors = {str(name): t for name, t in (content[key] if key else content).items() if isinstance(t, Tensor)}
+    key, tensors = state_dict_in(content)
     if not tensors:
-        raise InputError(f"{path}: holds no tensors")
+        raise InputError(f"{path}: holds no tensors ({', '.join(map(str, list(content)[:6])) or 'it is empty'})")
+    if empty := [name for name, value in tensors.items() if value.is_meta]:
+        raise InputError(f"{path}: {empty[0]} has a shape and no values; save the network from a device that has them")
     try:
         found = recognise(tensors)
-        options, how = quirks_of(found, asked or {})
+        options, how = quirks_of(found, asked)
         plan = plan_of(found, options)
+        check_complete(found, plan)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
-    check_complete(found, plan, path)
     layout = LAYOUTS[found.layout]
-    what = layout.what + (f', under "{key}"' if key else "")
-    return Weights(
-        found.tensors, plan, [what, how, *([f"warning: {layout.warning}"] * bool(layout.warning))], found.extra
-    )
+    notes = [layout.what + (f", under {key}" if key else ""), how]
+    if layout.warning:
+        notes.append(f"warning: {layout.warning}")
+    return Weights(found.tensors, plan, notes, found.extra)
+
+
+def of_ours(saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> Weights:
+    """A checkpoint of this package, perhaps converted from a file of others. Raises InputError on a contradiction."""
+    plan = saved["plan"]
+    for name, value in asked.items():
+        if value != plan["arguments"].get(name, value):
+            raise InputError(f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; leave the flag out")
+    layout = LAYOUTS.get(plan["method"])
+    warnings = [f"warning: {layout.warning}"] if layout and layout.warning else []
+    return Weights(saved["model"], plan, [f"a checkpoint of this package ({plan['method']})", *warnings])
+
+
+def state_dict_in(content: Mapping[Any, Any], key: str = "") -> tuple[str, dict[str, Tensor]]:
+    """The tensors of a network, however deep they lie, and where: ("state_dict", {...}); else the first there are."""
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if first_match(STEM, tensors) or first_match(OWN_STEM, tensors):
+        return key, tensors
+    inner = [state_dict_in(value, f"{key}.{name}".lstrip(".")) for name, value in content.items()
+             if isinstance(value, dict)]  # fmt: skip
+    networks = [(k, t) for k, t in inner if first_match(STEM, t) or first_match(OWN_STEM, t)]
+    return next(iter(networks), (key, tensors) if tensors else next((each for each in inner if each[1]), (key, {})))
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -77,20 +111,20 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def numpy_numbers() -> list[Any]:
-    """What a pickled np.float64 is made by: training scripts save the best score beside the weights, as a NumPy one."""
+    """What a pickled np.float64 is made by: training scripts save their best score as one beside the weights."""
     scalar = np.float64().__reduce__()[0]
-    kinds = {type(np.dtype(kind)) for kind in (np.float64, np.float32, np.int64, np.bool_)}
+    kinds = {type(np.dtype(kind)) for kind in "?bhilqBHILQefdgFDGSU"}
     return [scalar, (scalar, "numpy.core.multiarray.scalar"), np.dtype, *kinds, codecs.encode]
 
 
 def why_refused(error: Exception) -> str:
-    named = re.search(r"GLOBAL (\S+)", str(error))
-    if named:
+    if named := re.search(r"GLOBAL (\S+)", str(error)):
         return (
             f"holds {named[1]}, which is code and not a tensor, and is not loaded; where you trust the file, "
             "torch.load it with weights_only=False and save its state dict alone"
         )
-    return f"not a whole file that torch.save has written ({type(error).__name__})"
+    why = " ".join(str(error).rpartition("error: ")[2].split())
+    return f"not a whole file that torch.save has written ({why[:80] or type(error).__name__})"
 
 
 def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
@@ -112,9 +146,11 @@ def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, An
 
 def plan_of(found: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of a file that has none. Raises ValueError where shapes and names do not tell the network."""
-    arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(found.tensors), **options}
+    arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(found), **options}
     stem = found.tensors[f"encoder.stem.{'proj' if arguments['stem'] == 'patch' else 'conv1'}.weight"]
     head = found.tensors.get("head.weight")
+    if head is not None and head.ndim != 5:
+        raise ValueError(f"its last layer is {tuple(head.shape)}, not a convolution's kernel")
     return {
         "backbone": "swin_unetr", "arguments": json.loads(json.dumps(arguments)),
         "in_channels": stem.shape[1], "out_channels": stem.shape[1] if head is None else len(head), "classes": {},
@@ -122,8 +158,11 @@ def plan_of(found: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check_complete(found: Recognised, plan: Mapping[str, Any], path: Path) -> None:
-    """Every tensor of the network is there, in its shape, and no other; a decoder or a head may be wholly missing."""
+def check_complete(found: Recognised, plan: Mapping[str, Any]) -> None:
+    """Every tensor of the network is there, in its shape, and no other; a decoder or a head may be wholly missing.
+
+    Raises ValueError.
+    """
     expected = empty_network(plan).state_dict()
     parts = {part_of(name) for name in found.tensors}
     missing = [name for name in expected if part_of(name) in parts and name not in found.tensors]
@@ -131,10 +170,10 @@ def check_complete(found: Recognised, plan: Mapping[str, Any], path: Path) -> No
     told = [f"{len(names)} tensors are {word}, first {names[0]}"
             for names, word in ((missing, "missing"), (strange, "unknown")) if names]  # fmt: skip
     if told:
-        raise InputError(f"{path}: looks like {LAYOUTS[found.layout].what}, but {'; '.join(told)}")
+        raise ValueError(f"looks like {LAYOUTS[found.layout].what}, but {'; '.join(told)}")
     for name, value in found.tensors.items():
         if value.shape != expected[name].shape:
-            raise InputError(f"{path}: {name} is {tuple(value.shape)}, its network has {tuple(expected[name].shape)}")
+            raise ValueError(f"{name} is {tuple(value.shape)}, its network has {tuple(expected[name].shape)}")
 
 
 def empty_network(plan: Mapping[str, Any]) -> SwinUNETR:

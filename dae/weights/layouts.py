@@ -12,6 +12,8 @@ MONAI stores with every block the index of its relative position bias, which is 
 
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +58,7 @@ class Layout(NamedTuple):
 
     what: str
     options: Mapping[str, Any]
+    depths: tuple[int, ...] = ()  # of all that were ever released; of others what the file has
     plan: Mapping[str, Any] = {}
     warning: str = ""
 
@@ -67,15 +70,16 @@ SCRAMBLED = (
     "the authors' network ran with its axes scrambled (docs/paper-vs-code.md); on straight axes these weights "
     "do not reconstruct, and how well they transfer is for a comparison with --from-scratch to say"
 )
+TWOS = (2, 2, 2, 2)
 LAYOUTS = {
     "ours": Layout("a Swin UNETR of this package, without a plan", {}),
     "monai": Layout("MONAI's SwinUNETR", SLICED),
-    "swinvit": Layout("the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, CROP),
+    "swinvit": Layout("the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, TWOS, CROP),
     "ssl": Layout("encoder and decoder pre-trained as in DAE (ssl_pretrained_weights.pth)",
-                  {**LEGACY, "normalize_hidden": False}, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
+                  {**LEGACY, "normalize_hidden": False}, TWOS, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
     "official": Layout("the authors' DAE pre-training (ckpt_best.pth)",
-                       {**LEGACY, "normalize_hidden": False}, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
-    "official-seg": Layout("the authors' DAE fine-tuning", LEGACY, {"crop": CROP["crop"]}),
+                       {**LEGACY, "normalize_hidden": False}, TWOS, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
+    "official-seg": Layout("the authors' DAE fine-tuning", LEGACY, TWOS, {"crop": CROP["crop"]}, SCRAMBLED),
 }  # fmt: skip
 
 # What files carry along that no network here has: heads of other tasks, a norm nothing reads, and the 1x1x1
@@ -84,7 +88,9 @@ EXTRA = re.compile(
     r"(encoder\.|swinViT\.|swin_vit\.)?(mask_token$|norm\.)|convTrans3d\.|rotation_head\.|contrastive_head\.|conv\.\d"
     r"|encoder(2|3|4|10)\.layer\.conv3\.|.*relative_position_index$"
 )
-WRAPPERS = ("module.", "backbone.", "_orig_mod.", "model.", "net.", "network.")
+NETWORK = re.compile(r"(encoder|decoder)\d+\.|out\.|layers\d|patch_embed\.")  # of a Swin UNETR by any spelling
+STEM = re.compile(r"(.*?)(swinViT\.|swin_vit\.|encoder\.|)patch_embed\.proj\.(conv1\.conv\.)?weight$")
+OWN_STEM = re.compile(r"(.*?)encoder\.stem\.(proj|conv1)\.weight$")
 
 
 def from_monai(state_dict: Tensors) -> dict[str, Tensor]:
@@ -136,40 +142,49 @@ class Recognised(NamedTuple):
     tensors: dict[str, Tensor]  # by our names
     extra: list[str]  # known to be of no use here
     unknown: list[str]
+    window: Size3
 
 
 def recognise(state_dict: Tensors) -> Recognised:
-    """Which layout this is, and its tensors by our names. Raises ValueError where no encoder is found."""
-    tensors = unwrapped(state_dict)
-    if any(name.startswith("encoder.stem.") for name in tensors):
-        return Recognised("ours", dict(tensors), [], [])
-    found = [re.match(r"(.*?)patch_embed\.proj\.(conv1\.conv\.)?weight$", name) for name in tensors]
-    stem = next((match for match in found if match), None)
-    if stem is None or stem[1] not in ("swinViT.", "swin_vit.", "encoder.", ""):
-        raise ValueError(f"no layout of a Swin UNETR has tensors of such names as {next(iter(tensors))}")
-    layout = {"encoder.": "official" if stem[2] else "ssl", "": "swinvit"}.get(stem[1], "monai")
-    layout = "official-seg" if layout == "monai" and stem[2] else layout
-    extra = [name for name in tensors if EXTRA.match(name)]
-    named = {name: monai_name(name, stem[1]) for name in tensors if name not in extra}
+    """Which layout this is, and its tensors by our names. Raises ValueError where no Swin encoder is found."""
+    if own := first_match(OWN_STEM, state_dict):
+        tensors, extra = unwrapped(state_dict, own[1])
+        return Recognised("ours", tensors, extra, [], window_of(tensors, None))
+    stem = first_match(STEM, state_dict)
+    if stem is None:
+        raise ValueError(f"no layout of a Swin UNETR has tensors of such names as {next(iter(state_dict))}")
+    tensors, extra = unwrapped(state_dict, stem[1])
+    layout = {"encoder.": "official" if stem[3] else "ssl", "": "swinvit"}.get(stem[2], "monai")
+    layout = "official-seg" if layout == "monai" and stem[3] else layout
+    extra += [name for name in tensors if EXTRA.match(name)]
     ours, unknown = dict[str, Tensor](), list[str]()
     places, parts = _turned(PLACES), _turned(PARTS)
-    for name, theirs in named.items():
+    for name in (name for name in tensors if name not in extra):
         try:
-            ours[_rename(theirs, places, parts)] = tensors[name]
+            ours[_rename(monai_name(name, stem[2]), places, parts)] = tensors[name]
         except ValueError:
             unknown.append(name)
-    return Recognised(layout, ours, extra, unknown)
+    index = next((value for name, value in tensors.items() if name.endswith(INDEX)), None)
+    return Recognised(layout, ours, extra, unknown, window_of(ours, index))
 
 
-def unwrapped(state_dict: Tensors) -> Tensors:
-    """Without the prefixes of DDP, compile and the like, each at most once. Raises ValueError on a doubled one."""
-    taken = set[str]()
-    while wrapper := next((w for w in WRAPPERS if all(name.startswith(w) for name in state_dict)), None):
-        if wrapper in taken:
-            raise ValueError(f"every name begins with {wrapper!r} twice; take one of them away")
-        taken.add(wrapper)
-        state_dict = {name.removeprefix(wrapper): value for name, value in state_dict.items()}
-    return state_dict
+def first_match(pattern: re.Pattern[str], names: Iterable[str]) -> re.Match[str] | None:
+    return next((match for match in map(pattern.match, names) if match), None)
+
+
+def unwrapped(state_dict: Tensors, wrapper: str) -> tuple[dict[str, Tensor], list[str]]:
+    """Without the prefix of DDP, compile, Lightning and the like; and names of what stands outside it.
+
+    Raises ValueError on a prefix that is doubled, and on a part of the network that stands outside.
+    """
+    levels = wrapper.split(".")
+    if any(a == b for a, b in pairwise(levels)) or {"swinViT", "swin_vit", "encoder"} & set(levels):
+        raise ValueError(f"names begin with {wrapper!r}, a prefix that stands there twice; take one away")
+    outside = [name for name in state_dict if not name.startswith(wrapper)]
+    if lost := [name for name in outside if NETWORK.match(name)]:
+        raise ValueError(f"{lost[0]} stands outside the prefix {wrapper!r} that other names have")
+    inside = {name.removeprefix(wrapper): t for name, t in state_dict.items() if name.startswith(wrapper)}
+    return inside, outside
 
 
 def monai_name(name: str, prefix: str) -> str:
@@ -200,30 +215,52 @@ def reads_twice(state_dict: Tensors) -> bool:
     return bool(shown) and all(shown)
 
 
-def options_of(state_dict: Tensors) -> dict[str, Any]:
-    """Constructor arguments that shapes and names tell; of tensors by our names. Raises ValueError on a gap."""
-    stem = next(state_dict[n] for n in ("encoder.stem.proj.weight", "encoder.stem.conv1.weight") if n in state_dict)
-    blocks = [re.match(r"encoder\.stages\.(\d)\.blocks\.(\d+)\.", name) for name in state_dict]
+def options_of(found: Recognised) -> dict[str, Any]:
+    """Constructor arguments that shapes and names tell. Raises ValueError on a gap."""
+    tensors = found.tensors
+    stem = tensors.get("encoder.stem.proj.weight", tensors.get("encoder.stem.conv1.weight"))
+    blocks = [re.match(r"encoder\.stages\.(\d)\.blocks\.(\d+)\.", name) for name in tensors]
     places = {(int(match[1]), int(match[2])) for match in blocks if match}
     stages = 1 + max((stage for stage, _ in places), default=-1)
-    tables = [state_dict.get(f"encoder.stages.{n}.blocks.0.attn.bias_table") for n in range(stages)]
-    if not stages or any(table is None or table.ndim != 2 for table in tables):
-        raise ValueError("a stage lacks the position bias of its first block")
+    tables = [tensors.get(f"encoder.stages.{n}.blocks.0.attn.bias_table") for n in range(stages)]
+    if stem is None or stem.ndim != 5 or not stages or any(table is None or table.ndim != 2 for table in tables):
+        raise ValueError("its stem, or the position bias of a stage's first block, is missing or has another shape")
+    depths = tuple(sum(s == stage for s, _ in places) for stage in range(stages))
+    wanted = LAYOUTS[found.layout].depths or (depths if found.layout == "ours" or stages == 4 else TWOS)
+    if depths != wanted:
+        raise ValueError(f"has stages of {depths} blocks, and such files have {wanted}: a part of it is missing")
     return {
-        "feature_size": stem.shape[0],
-        "depths": tuple(sum(s == stage for s, _ in places) for stage in range(stages)),
+        "feature_size": stem.shape[0], "depths": depths, "window": found.window,
         "heads": tuple(table.shape[1] for table in tables if table is not None),
-        "window": cube(len(tables[0])),  # type: ignore[arg-type]
-        "stem": "patch" if "encoder.stem.proj.weight" in state_dict else "conv",
-        "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in state_dict),
-    }
+        "stem": "patch" if "encoder.stem.proj.weight" in tensors else "conv",
+        "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in tensors),
+    }  # fmt: skip
+
+
+def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
+    """The window whose offsets have as many rows as the bias tables, of tensors by our names. Raises ValueError.
+
+    Several may have: the one that MONAI's position index, which says where each pair looks, is of; without one a cube.
+    """
+    rows = next((len(t) for name, t in tensors.items() if name.endswith("bias_table") and t.ndim), 0)
+    odd = [n for n in range(1, rows + 1, 2) if rows % n == 0]  # 2 w - 1 along an axis
+    fitting = [
+        ((a + 1) // 2, (b + 1) // 2, (rows // (a * b) + 1) // 2) for a in odd for b in odd if rows % (a * b) == 0
+    ]
+    if index is not None:
+        fitting = [w for w in fitting if prod(w) == len(index) and torch.equal(offsets(w, w), index)]
+    elif rows:
+        return cube(rows)
+    if not fitting:
+        raise ValueError(f"a bias table of {rows} rows and its position index are of no window")
+    return fitting[0]
 
 
 def cube(rows: int) -> Size3:
-    """The cubic window whose (2 w - 1)^3 offsets have so many rows."""
+    """The cubic window whose (2 w - 1)^3 offsets have so many rows. Raises ValueError."""
     w = (round(rows ** (1 / 3)) + 1) // 2
     if (2 * w - 1) ** 3 != rows:
-        raise ValueError(f"a bias table of {rows} rows is not of a cubic window; name the window")
+        raise ValueError(f"a bias table of {rows} rows is not of a cubic window, and nothing says which it is of")
     return w, w, w
 
 

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,3 +244,22 @@ def test_predict_score_tune_and_compare_make_what_they_promise(tiny_seg: Config,
     evaluate.tune(TuneConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "plan")))
     common |= {"checkpoint": (best,), "device": "cpu", "postprocess": str(tmp_path / "plan/postprocess.json")}
     evaluate.predict(PredictConfig(**common, out=str(tmp_path / "d")))
+
+
+@pytest.mark.realdata
+@pytest.mark.slow
+@pytest.mark.skipif("DAE_REALDATA" not in os.environ, reason="DAE_REALDATA names no folder of real volumes")
+def test_a_real_volume_is_learned_predicted_on_its_own_grid_and_scored(tmp_path: Path) -> None:
+    """One CT that is trained and validated on: no result, but a path that is sound from file to file."""
+    data = f"{os.environ['DAE_REALDATA']}/btcv_smoke.json"
+    still: dict[str, Any] = dict.fromkeys(("flip", "rotate", "zoom", "brightness", "contrast", "noise"), 0.0)
+    config = SegConfig(
+        data=data, from_scratch=True, out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), crop=(48, 48, 48),
+        ct_window=(-175.0, 250.0), feature_size=16, depths=(2, 2, 2), heads=(2, 4, 8), window=(4, 4, 4), steps=600,
+        batch_size=2, lr=3e-3, warmup=20, loss="dice_ce", positive=0.9, validate_every=200, amp="off", **still,
+    )  # fmt: skip
+    assert main(config)["dice"] > 0.6
+    folders = {"out": str(tmp_path / "predictions"), "data": data}
+    evaluate.predict(PredictConfig(checkpoint=(f"{config.out}/best.pt",), **folders))
+    summary = evaluate.score(ScoreConfig(data=data, predictions=folders["out"], out=str(tmp_path / "scores")))
+    assert summary["mean_of_cases"]["dice"]["mean"] > 0.6

@@ -267,7 +267,7 @@ def to_json(config: "DataclassInstance") -> dict[str, Any]:
 
 
 def asked_for(config: "DataclassInstance", name: str) -> bool:
-    """Whether a preset, a flag or the code that made the configuration has set this, or it is the default."""
+    """Whether a preset, a flag or the code that made the configuration has set this; else nobody minds its default."""
     default = next(f.default for f in fields(config) if f.name == name)
     return name in getattr(config, "given", ()) or getattr(config, name) != default
 

@@ -159,7 +159,7 @@ def test_folds_are_put_together_from_the_shell(tmp_path: Path) -> None:
 def test_folds_that_are_not_there_or_given_twice_are_one_line(tmp_path: Path) -> None:
     a = fold(tmp_path / "a", {"s0": 0.5})
     for scores, word in (((), "no scores.csv there"), ((str(tmp_path),), f"{tmp_path}: no scores.csv"),
-                         ((str(a), str(a / "scores.csv")), f"{a}: another has its name")):  # fmt: skip
+                         ((str(a), str(a / "scores.csv")), f"{a}: its name is there twice")):  # fmt: skip
         with pytest.raises(InputError, match=word):
             evaluate.folds(FoldsConfig(scores=scores, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()

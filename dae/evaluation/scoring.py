@@ -61,14 +61,14 @@ def case_name(image: Path) -> str:
 def case_names(images: Sequence[Path]) -> list[str]:
     """A name for each: its own, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
 
-    Raises InputError where one file is named twice.
+    Raises InputError where a name is there twice all the same.
     """
     names = [case_name(image) for image in images]
     folders = [list(image.absolute().parts[1:-1]) for image in images]
     while repeated := {name for name, times in Counter(names).items() if times > 1}:
         for n, name in enumerate(names):
             if name in repeated:
-                refuse(not folders[n], f"{images[n]}: another has its name; each is a case of its own")
+                refuse(not folders[n], f"{images[n]}: its name is there twice; each is a case of its own")
                 names[n] = f"{folders[n].pop()}_{name}"
     return names
 

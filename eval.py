@@ -15,6 +15,8 @@ import sys
 from dae.config import InputError, from_command_line, run_or_explain, with_tuples
 from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 
+# What all checkpoints of an ensemble must agree on.
+SHARED = ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "foreground_crop", "flip_axes")
 CONFIGS = {
     "predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig, "folds": FoldsConfig,
 }  # fmt: skip
@@ -54,7 +56,7 @@ from dae.data.datalist import DataList, Item
 from dae.data.nifti import read_channels
 from dae.data.preprocess import Recipe, normalise
 from dae.evaluation import postprocess, report, scoring, statistics
-from dae.evaluation.inference import label_map, save_like, sliding_window
+from dae.evaluation.inference import in_place, label_map, save_like, sliding_window
 from dae.evaluation.metrics import Labels
 from dae.training import checkpoint
 from dae.training.distributed import start
@@ -79,7 +81,9 @@ def predict(config: PredictConfig) -> list[Path]:
     if lost := [path for item in items for path in item.image if not path.is_file()]:
         raise InputError(f"{lost[0]}: no such file")
     names = scoring.case_names([item.image[0] for item in items])
-    recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"])
+    recipe = Recipe(
+        tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], plan.get("foreground_crop", False)
+    )
     classes = np.array([int(label) for label in plan["classes"]], dtype=np.uint8)
     written = []
     for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
@@ -93,7 +97,8 @@ def predict(config: PredictConfig) -> list[Path]:
             background=prepared.background.tolist(), flips=plan["flip_axes"] if config.tta else (),
             combine=config.ensemble,
         )  # fmt: skip
-        labels: Labels = classes[label_map(slabs, prepared.data.shape[1:], volume.data.shape[1:])]
+        slabs = in_place(slabs, prepared.box, prepared.grid) if prepared.box else slabs
+        labels: Labels = classes[label_map(slabs, prepared.grid, volume.data.shape[1:])]
         labels = postprocess.apply(labels, steps, volume.spacing) if steps else labels
         save_like(item.image[0], labels, made(out) / f"{name}.nii.gz")
         written.append(out / f"{name}.nii.gz")
@@ -174,8 +179,8 @@ def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[
     if not first["classes"]:
         raise InputError(f"--checkpoint {config.checkpoint[0]}: names no classes; fine-tune it with train_seg.py")
     for name, state in zip(config.checkpoint, saved):
-        for fact in ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "flip_axes"):
-            if state["plan"][fact] != first[fact]:
+        for fact in SHARED:
+            if state["plan"].get(fact) != first.get(fact):
                 raise InputError(f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}")
     return dict(first)
 

@@ -265,7 +265,8 @@ def plan_of(config: SegConfig, items: DataList, crops: LabelledCrops, classes: d
         "out_channels": len(classes), "classes": {str(label): name for label, name in classes.items()},
         "crop": list(config.crop), "spacing": list(config.spacing), "modalities": items.kinds(),
         "intensity": {item.kind: list(item.intensity) for item in items.training}, "ct_window": list(config.ct_window),
-        "mr_intensity": config.mr_intensity, "flip_axes": list(crops.flip_axes), "swap": [list(p) for p in items.swap],
+        "mr_intensity": config.mr_intensity, "foreground_crop": config.foreground_crop,
+        "flip_axes": list(crops.flip_axes), "swap": [list(p) for p in items.swap],
         "method": "segmentation", "recon": "plain",
     }  # fmt: skip
 

@@ -26,7 +26,7 @@ from dae.data.datalist import Item
 from dae.data.nifti import Volume, read, read_labels_of
 from dae.data.preprocess import Recipe, prepare, resample
 from dae.evaluation import inference
-from dae.evaluation.inference import blend, gaussian, label_map, save_like, sliding_window, window_starts
+from dae.evaluation.inference import blend, gaussian, in_place, label_map, save_like, sliding_window, window_starts
 
 ROOT = Path(__file__).parents[1]
 BACKGROUND = (-3.0, -2.0, -1.0)  # of the three channels
@@ -684,3 +684,13 @@ def test_14_classes_of_512_512_300_voxels_take_less_than_3_gb() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     ran = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, env=environment, check=True)
     assert 0.3 < float(ran.stdout) < 3.0
+
+
+@pytest.mark.parametrize("box", [(slice(2, 15), slice(1, 6), slice(0, 7)), (slice(0, 20), slice(0, 8), slice(2, 9))])
+def test_what_was_predicted_in_a_box_lies_there_and_all_around_is_background(box: tuple[slice, slice, slice]) -> None:
+    inside = torch.rand(3, *(each.stop - each.start for each in box))
+    whole = torch.cat(list(in_place(inside.split(4, dim=1), box, (20, 8, 9))), dim=1)
+    assert whole.shape == (3, 20, 8, 9) and torch.equal(whole[:, box[0], box[1], box[2]], inside)
+    around = torch.ones(20, 8, 9, dtype=torch.bool)
+    around[box] = False
+    assert (whole[0][around] == 1).all() and not whole[1:, around].any()

@@ -135,6 +135,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(tiny_seg: Config, given: dict[
     assert not Path(tiny_seg().out).exists()
 
 
+def test_a_volume_that_is_predicted_and_scored_has_the_dice_that_training_saw(tiny_seg: Config, tmp_path: Path) -> None:
+    """The same windows over the same foreground: files, grids and metrics change nothing on the way."""
+    config = tiny_seg(lr=1e-2, steps=20, loss="dice_ce")
+    seen = main(config)
+    last: dict[str, Any] = {"checkpoint": (f"{config.out}/last.pt",), "device": "cpu", "amp": "off"}
+    cases: dict[str, Any] = {"data": config.data, "split": "validation"}
+    evaluate.predict(PredictConfig(**last, **cases, out=str(tmp_path / "p")))
+    summary = evaluate.score(ScoreConfig(**cases, predictions=str(tmp_path / "p"), out=str(tmp_path / "s")))
+    assert seen["dice"] > 0.01
+    assert summary["mean_of_classes"]["dice"]["mean"] == pytest.approx(seen["dice"], abs=2e-3)  # float16 in the cache
+
+
 def broken_list(pretrained: Path, tmp_path: Path, change: Callable[[Path, dict[str, Any]], None]) -> str:
     content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
     for split in ("training", "validation", "test"):

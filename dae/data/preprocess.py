@@ -41,6 +41,8 @@ class Prepared(NamedTuple):
     foreground: NDArray[np.int32]  # (n, 3), some voxels of the labels, or brighter than the mean, to centre crops on
     spacing: tuple[float, float, float]  # mm
     label: NDArray[np.uint8] | None = None  # (d, h, w), on the grid of data
+    box: tuple[slice, slice, slice] | None = None  # where data lies in the grid it was cut from, if it was
+    grid: tuple[int, ...] = ()  # (d, h, w) of that grid
 
 
 def prepare(item: Item, recipe: Recipe) -> Prepared:
@@ -74,17 +76,18 @@ def normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint
     spacing = volume.spacing if not recipe.spacing else recipe.spacing
     if label is not None and recipe.spacing:
         label = ndimage.zoom(label, zoom_factors(volume, recipe.spacing), order=0, mode="nearest", grid_mode=True)
+    box, grid = None, raw.shape[1:]
     if recipe.foreground_crop:
         box = bounding_box(normalised > background[:, None, None, None])
         normalised, raw, label = normalised[:, *box], raw[:, *box], label if label is None else label[box]
     places = some_foreground(raw[0]) if label is None else some_labelled(label)
-    return Prepared(normalised, background, places, (spacing[0], spacing[1], spacing[2]), label)
+    return Prepared(normalised, background, places, (spacing[0], spacing[1], spacing[2]), label, box, grid)
 
 
 def bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
     """The smallest box of (d, h, w) that holds what is true in any channel of (c, d, h, w)."""
     along = [np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2, 3), (0, 1, 3), (0, 1, 2))]
-    d, h, w = (slice(int(a[0]), int(a[-1]) + 1) if len(a) else slice(None) for a in along)
+    d, h, w = (slice(int(a[0]), int(a[-1]) + 1) if len(a) else slice(0, n) for a, n in zip(along, mask.shape[1:]))
     return d, h, w
 
 

@@ -191,6 +191,27 @@ def cropped(slabs: Iterable[Tensor], corner: Sequence[int], size: Sequence[int])
             yield inside
 
 
+def in_place(slabs: Iterable[Tensor], box: tuple[slice, slice, slice], grid: Sequence[int]) -> Iterator[Tensor]:
+    """Slabs of a box of `grid`, in the grid: around the box all is background, the first class, without a doubt."""
+    d, h, w = box
+    shape: tuple[int, torch.device] | None = None
+
+    def blank(planes: int, classes: int, device: torch.device) -> Tensor:
+        whole = torch.zeros(classes, planes, *grid[1:], device=device)
+        whole[0] = 1
+        return whole
+
+    for slab in slabs:
+        if shape is None and d.start:
+            yield blank(d.start, len(slab), slab.device)
+        shape = len(slab), slab.device
+        whole = blank(slab.shape[1], *shape)
+        whole[:, :, h, w] = slab
+        yield whole
+    if shape is not None and d.stop < grid[0]:
+        yield blank(grid[0] - d.stop, *shape)
+
+
 # --- back to the patient's grid --------------------------------------------------------------------------------------
 
 

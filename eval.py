@@ -81,9 +81,10 @@ def predict(config: PredictConfig) -> list[Path]:
     if lost := [path for item in items for path in item.image if not path.is_file()]:
         raise InputError(f"{lost[0]}: no such file")
     names = scoring.case_names([item.image[0] for item in items])
-    recipe = Recipe(
-        tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], plan.get("foreground_crop", False)
-    )
+    cut = plan.get(
+        "foreground_crop", saved[0].get("config", {}).get("foreground_crop", False)
+    )  # older plans are silent
+    recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], cut)
     classes = np.array([int(label) for label in plan["classes"]], dtype=np.uint8)
     written = []
     for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):

@@ -67,11 +67,6 @@ def test_nothing_imports_the_scripts() -> None:
             assert not scripts & set(names) and "." not in names, path.name
 
 
-@pytest.mark.parametrize("path", [*FILES, *ROOT.glob("*.py")], ids=lambda p: p.name)
-def test_no_file_is_longer_than_350_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 350
-
-
 @pytest.mark.parametrize("folder", ["model", "pretext"])
 def test_shapes_change_by_einops_alone(folder: str) -> None:
     """`view` and `permute` hide what a pattern shows, and one of them scrambled the authors' axes."""

@@ -33,6 +33,7 @@ only what stands above it.
     training/dice.py          the losses of fine-tuning
     training/transfer.py      pre-trained weights into a network with a new head
     training/precision.py     bf16, fp16 or neither
+    training/kernels.py       layout, kernel search and TF32 of each device
     training/checkpoint.py    all of a run in one file that is whole or refused
     training/log.py           log.jsonl, the progress line, sentences
     training/figures.py       the reconstruction sheet, the loss curve
@@ -51,6 +52,9 @@ only what stands above it.
     weights/layouts.py        names of tensors in each kind of file, and what it was trained with
     weights/files.py          any file of weights: its tensors by our names, and its plan
     weights/__main__.py       the command: inspect, convert
+
+  is this machine right?
+    check.py                  gradients of a batch against those of its samples, on whatever device is there
 
 The loops themselves are train_pretrain.py and train_seg.py, above this folder.
 """

@@ -25,7 +25,7 @@ from dae.config_seg import PredictConfig, ScoreConfig, SegConfig
 from dae.data.phantom import write_phantoms
 from dae.model import BACKBONES, Backbone, UNet, ViTUNETR, arguments_of, backbone_named
 from dae.model.conv import InstanceNorm
-from dae.model.vit import ViTEncoder, places
+from dae.model.vit import ViTEncoder, position_embedding
 from dae.pretext.methods import METHODS, Pretext, Step
 from dae.training import checkpoint
 from dae.training.transfer import backbone_of
@@ -81,7 +81,7 @@ def crops(*, batch: int = 2, channels: int = 1, size: tuple[int, ...] = (16, 16,
 
 
 def step(net: Pretext, x: Tensor) -> Step:
-    result = net(x, torch.tensor([0, 1]), [1, 2])
+    result = net(x, torch.tensor([0, 1]), net.draw(x, [1, 2]))
     assert isinstance(result, Step)
     return result
 
@@ -455,7 +455,7 @@ def test_the_u_net_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
 
 
 def test_unetr_has_the_published_number_of_parameters() -> None:
-    """92.58 M (Table 4 of the paper) with learned places, here fixed; and as counted by hand."""
+    """92.58 M (Table 4 of the paper) with learned positions, here fixed; and as counted by hand."""
     c, f = 768, 16
     transformer = 12 * (3 * c * c + c * c + c + 8 * c * c + 5 * c + 4 * c) + (16**3 * c + c) + 2 * c
 
@@ -480,7 +480,7 @@ def test_the_states_are_those_after_a_third_two_thirds_and_all_of_the_blocks_or_
 def test_the_transformer_is_torch_s_own_on_the_same_weights(patch: int) -> None:
     model = network("vit_unetr", vit_patch=patch, vit_depth=4).eval()
     tokens = model.tokenize(crops(batch=1, size=(2 * patch, patch, 2 * patch)))
-    x = tokens.flatten(2).transpose(1, 2) + places(tokens.shape[-3:], 24)
+    x = tokens.flatten(2).transpose(1, 2) + position_embedding(tokens.shape[-3:], 24)
     states = [s.flatten(2).transpose(1, 2) for s in model.encode(tokens)]
     for n, block_ in enumerate(model.encoder.blocks, start=1):
         layer = nn.TransformerEncoderLayer(24, 2, 96, 0.0, "gelu", block_.norm1.eps, batch_first=True, norm_first=True)
@@ -509,15 +509,15 @@ def test_a_token_is_made_of_its_patch_and_every_state_of_all_patches() -> None:
 
 
 def test_every_place_has_a_code_of_its_own_the_same_in_every_grid() -> None:
-    codes = places((5, 4, 6), 24)
+    codes = position_embedding((5, 4, 6), 24)
     assert codes.shape == (1, 120, 24) and len(codes[0].unique(dim=0)) == 120
     assert torch.pdist(codes[0]).min() > 0.1
-    assert torch.equal(codes[0, (2 * 4 + 1) * 6 + 3], places((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3])
+    assert torch.equal(codes[0, (2 * 4 + 1) * 6 + 3], position_embedding((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3])
 
 
 def test_a_code_is_sines_and_cosines_of_d_then_h_then_w() -> None:
     by_hand = [wave(n / 100**k) for n in (2, 1, 3) for wave in (math.sin, math.cos) for k in (0, 1)]
-    assert torch.allclose(places((3, 2, 4), 12)[0, -1], torch.tensor(by_hand))
+    assert torch.allclose(position_embedding((3, 2, 4), 12)[0, -1], torch.tensor(by_hand))
 
 
 @pytest.mark.parametrize("wrong", [{"vit_patch": 4}, {"vit_heads": 5}, {"vit_channels": 28}, {"vit_depth": 2}])

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from dae.config import InputError
 from dae.model import MONAI, SwinUNETR, UNet
-from dae.model.swin import offsets
+from dae.model.swin import relative_position_index
 from dae.training import checkpoint
 from dae.weights.files import Weights, for_monai, read
 from dae.weights.layouts import reads_twice, reorder, to_monai
@@ -30,7 +30,7 @@ def key_list(name: str) -> Tensors:
     """A file of full size at random values: its names and shapes were read off the original."""
     lines = (GOLDENS / f"keys_{name}.tsv").read_text().split("\n")
     shapes = {key: tuple(map(int, shape.split("x"))) for key, shape in (line.split("\t") for line in lines if line)}
-    index = offsets((7, 7, 7), (7, 7, 7))
+    index = relative_position_index((7, 7, 7))
     return {k: index.clone() if k.endswith("_index") else torch.randn(s) for k, s in shapes.items()}
 
 

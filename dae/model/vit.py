@@ -8,6 +8,7 @@ Axis letters: b batch, c channels, D H W voxels, d h w patches.
 
 from collections.abc import Sequence
 
+import torch
 from einops import rearrange
 from timm.layers import build_fourier_pos_embed
 from timm.models.vision_transformer import Block, init_weights_vit_timm
@@ -19,17 +20,17 @@ from dae.model.conv import ResidualBlock, UpBlock, check_size
 LEVELS = {8: 3, 16: 4}  # patch -> how often its side halves, and so how many states the decoder takes
 
 
-def places(grid: Sequence[int], channels: int) -> Tensor:
-    """Where each token is: a third of the channels for each axis, sines and cosines of the index at c / 6 frequencies.
+def position_embedding(grid: Sequence[int], channels: int, device: torch.device | None = None) -> Tensor:
+    """Where each token is: a third of the channels for each axis, sines and cosines of c / 6 frequencies.
 
-    (d, h, w) -> (1, d h w, c), float32. UNETR learns a table for one grid; this has a word for every grid.
+    (d, h, w) -> (1, d h w, c), float32. UNETR learns a table for one grid; this serves every grid.
     """
-    waves = build_fourier_pos_embed(list(grid), num_bands=channels // 6, in_pixels=False)
+    waves = build_fourier_pos_embed(list(grid), num_bands=channels // 6, in_pixels=False, device=device)
     return rearrange(waves, "waves d h w axes bands -> 1 (d h w) (axes waves bands)")
 
 
 class ViTEncoder(nn.Module):
-    """Patches, their places, a transformer, and a look at its stream after each of `levels` equal parts."""
+    """Patches, their positions, a transformer, and a look at its stream after each of `levels` equal parts."""
 
     def __init__(self, c_in: int, channels: int, *, depth: int, heads: int, patch: int, checkpointing: bool) -> None:
         super().__init__()
@@ -43,11 +44,11 @@ class ViTEncoder(nn.Module):
     def forward(self, tokens: Tensor) -> list[Tensor]:
         """(b, c, d, h, w) -> as many states of the same shape as the patch has levels, the last one normed.
 
-        Places are added here, behind the masking: a masked token loses its content and keeps its address.
+        Positions are added here, after the masking: a masked token loses its content, not its position.
         """
         sizes = dict(zip("dhw", tokens.shape[-3:]))
         x = rearrange(tokens, "b c d h w -> b (d h w) c")
-        x = x + places(tokens.shape[-3:], x.shape[-1]).to(x.device)
+        x = x + position_embedding(tokens.shape[-3:], x.shape[-1], x.device)
         states = []
         for n, block in enumerate(self.blocks, start=1):
             x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
@@ -126,6 +127,6 @@ def check_arguments(channels: int, depth: int, heads: int, patch: int) -> None:
     if patch not in LEVELS:
         raise ValueError(f"vit patch {patch}: take 8 or 16")
     if heads < 1 or channels < 1 or channels % heads or channels % 6:
-        raise ValueError(f"vit channels {channels}: take a multiple of 6 (for the places) and of {heads} (heads)")
+        raise ValueError(f"vit channels {channels}: take a multiple of 6 (for the positions) and of {heads} (heads)")
     if depth < LEVELS[patch]:
         raise ValueError(f"vit depth {depth}: the decoder takes {LEVELS[patch]} states; give at least as many blocks")

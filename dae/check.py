@@ -1,0 +1,80 @@
+"""Does this machine compute right gradients?  python -m dae.check
+
+torch has had kernels whose outputs are right and whose gradients are wrong, for one layout, one batch
+size or one device alone; a run on such a machine trains on garbage and says nothing. This takes half
+a minute: run it once on a new machine or a new torch. It prints a line and ends with exit code 0, or 1
+if the gradients are wrong.
+
+For each backbone, the gradient of a batch must be the mean of the gradients of its samples, taken one
+by one, and the same with one sample repeated. In float64 on a CPU, float32 on a GPU.
+"""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dae.model import BACKBONES
+from dae.training.kernels import set_layout
+
+# Small, with padded, shifted and clipped windows.
+SMALL: dict[str, dict[str, Any]] = {
+    "swin_unetr": {"feature_size": 8, "depths": (2, 2), "heads": (2, 2), "window": (3, 3, 3)},
+    "unet": {"feature_size": 8, "depths": (1, 2, 1)},
+    "vit_unetr": {"feature_size": 4, "vit_channels": 24, "vit_depth": 3, "vit_heads": 2, "vit_patch": 8},
+}
+ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m dae.check", description=(__doc__ or "").strip())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device = torch.device(parser.parse_args().device)
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    torch.backends.cudnn.allow_tf32 = False
+
+    started = time.perf_counter()
+    found = {name: worst_difference(name, device, dtype) for name in BACKBONES}
+    worst = max(found.values())
+    right = worst < ALLOWED[dtype]
+
+    each = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
+    place = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    print(
+        f"gradients {'right' if right else 'WRONG'} on {place}, torch {torch.__version__}, {dtype}: "
+        f"a batch against its samples differs by {each} (allowed {ALLOWED[dtype]:.0e}), "
+        f"channels_last_3d and contiguous; {time.perf_counter() - started:.0f} s"
+    )
+    return 0 if right else 1
+
+
+def worst_difference(name: str, device: torch.device, dtype: torch.dtype) -> float:
+    """The largest relative difference between gradients of a batch of three and the mean of its samples'."""
+    torch.manual_seed(0)
+    network: Any = BACKBONES[name](1, 2, **SMALL[name]).to(device, dtype)
+    d, h, w = (n * network.divisor for n in (1, 3, 2))
+    x = torch.randn(3, 1, d, h, w, device=device, dtype=dtype)
+
+    differences = []
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        set_layout(network, layout)
+        together = gradients(network, x)
+        alone = [gradients(network, x[n : n + 1]) for n in range(3)]
+        for parameter, gradient in together.items():
+            mean = torch.stack([one[parameter] for one in alone]).mean(dim=0)
+            differences.append(float((gradient - mean).norm() / gradient.norm()))
+    return max(differences)
+
+
+def gradients(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of a loss that is a mean over samples, by parameter."""
+    network.zero_grad(set_to_none=True)
+    network(x).square().mean().backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""What makes one network fast on each device: memory layout, kernel search, TF32. No result depends on it
+but for the last digits.
+
+On an H100 (torch 2.11, bf16, batch 2 of 96^3) SPEED_LINE
+"""
+
+import torch
+from torch import nn
+
+
+def choose_kernels(device: torch.device, *, tf32: bool) -> None:
+    """For this process: search for the fastest convolutions of a GPU, and say whether TF32 may be used.
+
+    Crops have one size, so the search (some seconds) is done once. TF32 is for float32 alone, that is
+    for --amp off: 10 bits of mantissa in place of 23.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def lay_out(network: nn.Module, device: torch.device, *, compiled: bool) -> None:
+    """Kernels of 3D convolutions in the memory layout that is fastest with what is around them; in place.
+
+    A compiled network on a GPU keeps channels_last_3d throughout. Without the compiler torch's
+    instance norm makes everything contiguous, so the kernels are contiguous too: LAYOUT_LINE
+    On a CPU a network keeps the layout it was built with.
+    """
+    if device.type == "cuda":
+        set_layout(network, torch.channels_last_3d if compiled else torch.contiguous_format)
+
+
+def set_layout(network: nn.Module, layout: torch.memory_format) -> None:
+    """All kernels of 3D convolutions in one memory layout; in place."""
+    for weight in network.parameters():
+        if weight.ndim == 5:
+            # A clone, because a kernel of one channel counts as contiguous in either layout, and
+            # left as it is its convolution may answer in the other one.
+            weight.data = weight.data.clone(memory_format=layout)
+
+
+def advice(amp: str, dtype: torch.dtype | None, device: torch.device, *, compiled: bool) -> str:
+    """Flags that would make a run on this GPU faster, as an end of the start line; else nothing."""
+    if device.type != "cuda":
+        return ""
+    text = ""
+    if dtype is None and amp == "auto":
+        text += "; this GPU has no bf16, so autocast is off: --amp fp16 would be faster"
+    if not compiled:
+        text += "; --compile takes minutes at the start and makes a step on a GPU about twice as fast"
+    return text

@@ -1,0 +1,117 @@
+"""What only a GPU can show: kernels chosen, waits, gradients against a CPU in float64. Skipped without one."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dae.config import PretextConfig
+from dae.model import SwinUNETR
+from dae.pretext.methods import METHODS, Pretext
+from dae.training.kernels import lay_out
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+GPU = torch.device("cuda")
+# Padded grids and shifted windows in the first stage, a clipped window in the last.
+NETWORK: dict[str, Any] = {"feature_size": 16, "depths": (2, 2), "heads": (1, 2), "window": (3, 3, 3)}
+MODALITY = torch.tensor([0, 1])
+
+
+def pretext(method: str = "dae", *, compiled: bool = False, **network: Any) -> Pretext:
+    torch.manual_seed(0)
+    options = PretextConfig(method=method, mask_block=8)
+    net = Pretext(SwinUNETR(1, 1, **{**NETWORK, **network}), method, options).to(GPU)
+    lay_out(net, GPU, compiled=compiled)
+    return net
+
+
+def crops(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 1, 16, 24, 16, generator=torch.Generator().manual_seed(1)).to(GPU)
+
+
+@pytest.mark.parametrize("amp", [torch.bfloat16, torch.float32])
+def test_training_takes_a_fused_kernel_in_every_block(amp: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    attend = F.scaled_dot_product_attention
+
+    def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, False, False)
+        taken.append(torch.backends.cuda.can_use_efficient_attention(params, debug=True))
+        return attend(q, k, v, attn_mask=attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_and_tell)
+    model = SwinUNETR(1, 1, **NETWORK).to(GPU)
+    with torch.autocast("cuda", torch.bfloat16, enabled=amp is torch.bfloat16):
+        model(crops())
+    assert taken == [True] * 4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_never_waits_for_the_gpu(method: str) -> None:
+    net, x, modality = pretext(method), crops(), MODALITY.to(GPU)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+
+    def step() -> None:
+        chance = net.draw(x, [1, 2])
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = net(x, modality, chance).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    step()  # libraries set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradients_in_float32_are_those_of_a_cpu_in_float64(batch: int) -> None:
+    torch.backends.cudnn.allow_tf32 = False
+    torch.manual_seed(0)
+    there, x = SwinUNETR(1, 1, **NETWORK).double(), crops(batch)
+    torch.manual_seed(0)
+    here = SwinUNETR(1, 1, **NETWORK).to(GPU)
+    lay_out(here, GPU, compiled=False)
+    weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
+    (there(x.cpu().double()) * weight).sum().backward()
+    (here(x) * weight.to(GPU)).sum().backward()
+    for (name, a), b in zip(here.named_parameters(), there.parameters()):
+        assert a.grad is not None and b.grad is not None
+        off = (a.grad.cpu().double() - b.grad).norm() / b.grad.norm()
+        assert off < 1e-4, (name, float(off))
+
+
+def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
+    """cuDNN's kernel has NaN there (pytorch issue 196678); the bias needs a gradient, which keeps it out."""
+    net, x = pretext(window=(4, 4, 4)), crops()
+    chance = net.draw(x, [1, 2])
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = net(x, MODALITY.to(GPU), chance).loss
+    loss.backward()
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_is_one_graph_and_gives_the_same_gradients() -> None:
+    losses, gradients = [], []
+    for compiled in (False, True):
+        net, x = pretext(compiled=compiled), crops()
+        run = torch.compile(net, fullgraph=True) if compiled else net
+        loss = run(x, MODALITY.to(GPU), net.draw(x, [1, 2])).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, gradient in gradients[0].items():
+        off = (gradient - gradients[1][name]).norm() / gradient.norm()
+        assert off < 1e-3, (name, float(off))

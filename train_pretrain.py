@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dae.config import InputError, to_json
 from dae.data import datalist
@@ -33,8 +32,18 @@ from dae.data.preprocess import Recipe
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import Pretext
 from dae.training import checkpoint
-from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
+from dae.training.distributed import (
+    Ranks,
+    StopSignal,
+    finish,
+    gather_objects,
+    mean_over_ranks,
+    on_main_first,
+    parallel,
+    start,
+)
 from dae.training.figures import loss_curve, reconstruction_sheet
+from dae.training.kernels import advice, choose_kernels, lay_out
 from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import Schedule, adamw, due, warmup_steps
@@ -113,8 +122,10 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
             waited += time.perf_counter() - waiting
             alone = ranks.world == 1 or micro == config.accumulate - 1
             with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
+                chance = run.pretext.draw(batch.x, batch.seeds)
                 with autocast(run.dtype, ranks.device):
-                    result = run.net(*batch)  # disrupt, tokenize, local_mask, encode, decode, losses: methods.py
+                    # disrupt, tokenize, local_mask, encode, decode, losses: methods.py
+                    result = run.net(batch.x, batch.modality, chance)
                 run.scaler.scale(result.loss / config.accumulate).backward()
             sums += torch.stack([result.loss.detach(), result.l1, result.cmcl]) / config.accumulate
             seen.append(errors(batch, result))
@@ -174,7 +185,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
 
     torch.manual_seed(config.seed)
     channels = crops.volumes[0].shape[0]
+    choose_kernels(ranks.device, tf32=config.tf32)
     pretext = build(config, channels).to(ranks.device)
+    lay_out(pretext, ranks.device, compiled=config.compile)
     taken = fill(pretext, config, given)
     optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
@@ -184,10 +197,8 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
     run.note = f"; weights of {config.init}\n{taken}" if taken else ""
     resume(run, left)
-    run.net = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]
-    if ranks.world > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        run.net = DistributedDataParallel(run.net, device_ids=devices)
+    compiled: Any = torch.compile(pretext) if config.compile else pretext
+    run.net = parallel(compiled, ranks)
     return run
 
 
@@ -292,7 +303,8 @@ def begin(run: Run) -> Log:
     }  # fmt: skip
     kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
     record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note)
-    record.say(greeting(config, facts) + run.note)
+    faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
+    record.say(greeting(config, facts) + faster + run.note)
     return record
 
 

@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import default_collate
 
 from dae.config import InputError, to_json
@@ -37,8 +36,18 @@ from dae.evaluation.validation import dice_of_volumes
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import checkpoint
 from dae.training.dice import LOSSES
-from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
+from dae.training.distributed import (
+    Ranks,
+    StopSignal,
+    finish,
+    gather_objects,
+    mean_over_ranks,
+    on_main_first,
+    parallel,
+    start,
+)
 from dae.training.figures import overlay_sheet, seg_curve
+from dae.training.kernels import advice, choose_kernels, lay_out
 from dae.training.log import Log, dice_in_words, read, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
@@ -179,7 +188,9 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     torch.manual_seed(config.seed)
     network = build(config, crops.volumes[0].shape[0], len(classes))
     taken = fill(network, config, given)
+    choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
+    lay_out(network, ranks.device, compiled=config.compile)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
         "config": to_json(config), "plan": plan_of(config, items, crops, classes),
@@ -187,10 +198,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     }  # fmt: skip
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken)
     resume(run, left)
-    run.net = torch.compile(network) if config.compile else network  # type: ignore[assignment]
-    if ranks.world > 1:
-        devices = [ranks.device] if ranks.device.type == "cuda" else None
-        run.net = DistributedDataParallel(run.net, device_ids=devices)
+    compiled: Any = torch.compile(network) if config.compile else network
+    run.net = parallel(compiled, ranks)
     return run
 
 
@@ -303,9 +312,10 @@ def begin(run: Run) -> Log:
     record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
     flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
+    faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else f"weights {facts['weights']}"
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-               f"{facts['global_batch']}{flips}; {weights}")  # fmt: skip
+               f"{facts['global_batch']}{flips}{faster}; {weights}")  # fmt: skip
     return record
 
 

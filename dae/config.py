@@ -123,6 +123,7 @@ class OptimConfig:
     clip: float = opt(1.0, "largest norm of the gradient; 0 turns it off", low=0)
     amp: str = opt("auto", "autocast; auto: bf16 where the device is fast at it, else off",
                    choices=("auto", "bf16", "fp16", "off"))  # fmt: skip
+    tf32: bool = opt(False, "float32 products on a GPU with 10 bits of mantissa, for --amp off: faster")
     seed: int = opt(0, "seed of the weights and of every sample", low=0)
 
 

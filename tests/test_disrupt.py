@@ -1,17 +1,28 @@
 """dae/pretext/disrupt.py: each equation against a case worked out by hand; shares, independence, repeatability."""
 
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dae.pretext.disrupt import add_noise, downsample, drawn_ratio, generators, local_mask, token_mask
+from dae.pretext import disrupt
+from dae.pretext.disrupt import downsample, draw_channels, draw_cubes, draw_noise, generators, masked_share
 
 CPU = torch.device("cpu")
 
 
 def draw(*seeds: int) -> list[torch.Generator]:
     return generators(seeds, CPU)
+
+
+def add_noise(x: Tensor, draw: list[torch.Generator], **options: float) -> Tensor:
+    return disrupt.add_noise(x, draw_noise(x.shape[1:], draw), **options)  # type: ignore[arg-type]
+
+
+def local_mask(tokens: Tensor, draw: list[torch.Generator], **options: Any) -> Tensor:
+    return disrupt.local_mask(tokens, draw_channels(tokens.shape[1], tokens.shape[2:], draw, **options))
 
 
 def test_eq_1_adds_noise_of_the_given_mean_and_standard_deviation() -> None:
@@ -90,10 +101,11 @@ def test_planes_are_masked_on_request_as_the_authors_layout_bug_does() -> None:
 
 
 def test_a_range_of_ratios_is_drawn_evenly_between_its_ends() -> None:
-    drawn = torch.tensor([drawn_ratio((0.2, 0.6), g) for g in draw(*range(400))])
+    masked = [masked_share((1000,), 0, (0.2, 0.6), g).float().mean() for g in draw(*range(400))]
+    drawn = torch.stack(masked)
     assert 0.2 <= drawn.min() < 0.22 and 0.58 < drawn.max() <= 0.6
     assert drawn.mean().item() == pytest.approx(0.4, abs=0.02)
-    assert drawn_ratio((0.6,), draw(1)[0]) == 0.6
+    assert masked_share((1000,), 0, (0.6,), draw(1)[0]).sum() == 600
 
 
 def test_gradients_flow_through_the_channels_that_are_left() -> None:
@@ -107,7 +119,8 @@ def test_gradients_flow_through_the_channels_that_are_left() -> None:
 @pytest.mark.parametrize("grid", [(6, 6, 6), (5, 4, 3)])
 def test_token_masking_replaces_whole_tokens_in_cubes(grid: tuple[int, int, int]) -> None:
     mask_token = torch.tensor([7.0, 8.0])
-    masked = token_mask(torch.zeros(2, 2, *grid), draw(1, 2), ratio=(0.5,), block=2, mask_token=mask_token)
+    cubes = draw_cubes(grid, draw(1, 2), ratio=(0.5,), block=2)
+    masked = disrupt.token_mask(torch.zeros(2, 2, *grid), cubes, mask_token)
     hidden = masked[:, 0] == 7
     assert torch.equal(hidden, masked[:, 1] == 8)
     corners = list(product(*(range(0, n, 2) for n in grid)))

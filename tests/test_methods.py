@@ -1,5 +1,6 @@
 """dae/pretext/methods.py: the six lines, the rows of Table 5, and the forms of x_rec."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from dae.config import PretextConfig
 from dae.model import SwinUNETR
-from dae.pretext.methods import METHODS, Pretext, l1_of
+from dae.pretext.methods import METHODS, Pretext, Step, l1_of
 
 X = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
 MODALITY, SEEDS = torch.tensor([0, 1]), [11, 12]
@@ -20,11 +21,15 @@ def pretext(method: str = "dae", **options: Any) -> Pretext:
     return Pretext(SwinUNETR(1, 1, **NETWORK), method, PretextConfig(method=method, **options))
 
 
+def step(net: Pretext, x: Tensor = X, seeds: Sequence[int] = SEEDS) -> Step:
+    return net(x, MODALITY, net.draw(x, seeds))  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_every_parameter_that_should_have_one(method: str) -> None:
     """Where the full-resolution skip is fed zeros its block has none, by intent."""
     net = pretext(method, mask_block=8)
-    net(X, MODALITY, SEEDS).loss.backward()
+    step(net, X).loss.backward()
     without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
     blind = {n for n, _ in net.named_parameters() if n.startswith("backbone.image_block")}
     assert without == (blind if method in ("local_mask", "mae") else set())
@@ -35,8 +40,8 @@ def test_gradients_reach_every_parameter_that_should_have_one(method: str) -> No
     ("mae", False, False),
 ])  # fmt: skip
 def test_each_row_of_table_5_disrupts_what_it_is_named_for(method: str, noisy: bool, coarse: bool) -> None:
-    x_hat = pretext(method, noise_std=0.1)(X, MODALITY, SEEDS).x_hat
-    other = pretext(method, noise_std=0.1)(X, MODALITY, [13, 14]).x_hat
+    x_hat = step(pretext(method, noise_std=0.1), X).x_hat
+    other = step(pretext(method, noise_std=0.1), X, [13, 14]).x_hat
     assert torch.equal(x_hat, other) != noisy
     smooth = (x_hat[..., 1:] - x_hat[..., :-1]).abs().mean() < (X[..., 1:] - X[..., :-1]).abs().mean() / 2
     assert bool(smooth) == coarse
@@ -49,7 +54,7 @@ def masked_tokens(net: Pretext) -> tuple[Tensor, Tensor]:
     tokenize, encode = net.backbone.tokenize, net.backbone.encode
     net.backbone.tokenize = lambda x: caught.append(tokenize(x)) or caught[-1]
     net.backbone.encode = lambda tokens: caught.append(tokens) or encode(tokens)
-    net(X, MODALITY, SEEDS)
+    step(net, X)
     return caught[0], caught[1]
 
 
@@ -69,16 +74,16 @@ def test_dae_and_local_mask_zero_channels_and_mae_replaces_tokens() -> None:
 
 
 def test_order_sum_adds_the_noise_to_the_coarse_volume() -> None:
-    quiet = pretext(noise_std=0.0)(X, MODALITY, SEEDS).x_hat
-    added = pretext(noise_std=0.2, order="sum")(X, MODALITY, SEEDS).x_hat - quiet
+    quiet = step(pretext(noise_std=0.0), X).x_hat
+    added = step(pretext(noise_std=0.2, order="sum"), X).x_hat - quiet
     assert added.std().item() == pytest.approx(0.2, rel=0.03)
-    chained = pretext(noise_std=0.2)(X, MODALITY, SEEDS).x_hat - quiet
+    chained = step(pretext(noise_std=0.2), X).x_hat - quiet
     assert chained.std() < 0.12  # going down averages eight noisy voxels
 
 
 def test_residual_starts_as_x_hat_and_its_head_learns() -> None:
     net = pretext(recon="residual")
-    result = net(X, MODALITY, SEEDS)
+    result = step(net, X)
     assert torch.equal(result.x_rec, result.x_hat)
     result.loss.backward()
     assert net.backbone.head.weight.grad.abs().sum() > 0
@@ -89,14 +94,14 @@ def test_only_plain_forgets_the_intensity_of_a_crop(recon: str, follows: bool) -
     """With a patch stem the tokens know brightness, so `plain` is not blind in full; it fails to follow a scale."""
     net = pretext("dae", recon=recon, noise_std=0.0).eval()
     torch.nn.init.normal_(net.backbone.head.weight)
-    x, brighter = net(X, MODALITY, SEEDS).x_rec, net(100 * X + 500, MODALITY, SEEDS).x_rec
+    x, brighter = step(net, X).x_rec, step(net, 100 * X + 500).x_rec
     ratio = (brighter.std() / x.std()).item()
     assert (50 < ratio < 200) == follows
 
 
 def test_scaled_sees_each_crop_standardised_and_so_undoes_any_scaling_exactly() -> None:
     net = pretext("dae", recon="scaled", noise_std=0.0).eval()
-    x, brighter = net(X, MODALITY, SEEDS).x_rec, net(100 * X + 500, MODALITY, SEEDS).x_rec
+    x, brighter = step(net, X).x_rec, step(net, 100 * X + 500).x_rec
     assert torch.allclose((brighter - 500) / 100, x, atol=1e-3)
 
 
@@ -111,7 +116,7 @@ def test_the_full_resolution_skip_does_not_leak_the_target(skip: str, blind: boo
     net = pretext("local_mask", skip=skip)
     seen: list[Tensor] = []
     net.backbone.image_block.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-    net(X, MODALITY, SEEDS)
+    step(net, X)
     assert (not seen[0].any()) == blind
 
 
@@ -126,14 +131,14 @@ def test_options_that_mean_nothing_together_are_refused_by_flag(wrong: dict[str,
 
 
 def test_eq_5_is_l1_plus_alpha_times_cmcl() -> None:
-    result = pretext(alpha=0.3)(X, MODALITY, SEEDS)
+    result = step(pretext(alpha=0.3), X)
     assert result.loss.item() == pytest.approx(result.l1.item() + 0.3 * result.cmcl.item())
     assert result.l1.item() == pytest.approx((result.x_rec - X).abs().mean().item(), rel=1e-6)
 
 
 def test_crop_units_divide_the_error_by_the_std_of_x_hat() -> None:
     net = pretext(l1_units="crop", noise_std=0.0)
-    result = net(X, MODALITY, SEEDS)
+    result = step(net, X)
     unit = result.x_hat.std(dim=(1, 2, 3, 4), correction=0)
     by_hand = ((result.x_rec - X).abs().mean(dim=(1, 2, 3, 4)) / unit).mean()
     assert result.l1.item() == pytest.approx(by_hand.item(), rel=1e-5)

@@ -31,7 +31,7 @@ def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[s
     pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig(alpha=1.0))
     x = torch.randn(4, 1, 16, 16, 16)
     net = wrap(pretext)
-    net(x[part], MODALITY[part], SEEDS[part]).loss.backward()
+    net(x[part], MODALITY[part], pretext.draw(x[part], SEEDS[part])).loss.backward()
     return {name: p.grad for name, p in pretext.named_parameters() if p.grad is not None}
 
 
@@ -42,7 +42,7 @@ def trained(part: slice) -> dict[str, torch.Tensor]:
     net, optimizer = DistributedDataParallel(pretext), torch.optim.AdamW(pretext.parameters(), lr=1e-2)
     for step in range(3):
         x = torch.randn(4, 1, 16, 16, 16, generator=torch.Generator().manual_seed(step))
-        net(x[part], MODALITY[part], SEEDS[part]).loss.backward()
+        net(x[part], MODALITY[part], pretext.draw(x[part], SEEDS[part])).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return dict(pretext.state_dict())

@@ -13,14 +13,28 @@ from typing import Any, NamedTuple
 import torch
 from einops import reduce
 from timm.layers import trunc_normal_
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from dae.config import PretextConfig
 from dae.model import Backbone
 from dae.pretext.contrast import cmcl, embed, gather
-from dae.pretext.disrupt import add_noise, downsample, generators, local_mask, token_mask
+from dae.pretext.disrupt import (
+    add_noise,
+    downsample,
+    draw_channels,
+    draw_cubes,
+    draw_noise,
+    generators,
+    local_mask,
+    token_mask,
+)
 
-Draw = Sequence[Generator]
+
+class Chance(NamedTuple):
+    """What is drawn for one forward pass; None where the method has no use for it."""
+
+    noise: Tensor | None = None  # (b, c, d, h, w), standard normal, for eq. 1
+    mask: Tensor | None = None  # bool, broadcasts to the tokens: channels zeroed, or tokens hidden
 
 
 class Step(NamedTuple):
@@ -54,9 +68,29 @@ class Pretext(nn.Module):
             for parameter in backbone.head.parameters():  # x_rec starts as x_hat: training starts from doing nothing
                 nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, modality: Tensor, seeds: Sequence[int]) -> Step:
-        """x (b, c, d, h, w) clean crops, modality (b,) int64, seeds one integer per sample."""
-        return self.method(self, x, modality, generators(seeds, x.device))
+    def draw(self, x: Tensor, seeds: Sequence[int]) -> Chance:
+        """Noise and mask for crops x (b, c, d, h, w), from one seed per sample.
+
+        Apart from `forward`, so that torch.compile sees tensors only and makes one graph.
+        """
+        o, draw = self.options, generators(seeds, x.device)
+        noise = draw_noise(x.shape[1:], draw) if self.method in (dae, noise_alone) else None
+
+        grid = [n // self.backbone.stride for n in x.shape[2:]]
+        mask = None
+        if self.method in (dae, local_masking):
+            mask = draw_channels(
+                self.backbone.embed_dim, grid, draw,
+                ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along,
+            )  # fmt: skip
+        elif self.method is mae:
+            block = max(1, o.mask_block // self.backbone.stride)
+            mask = draw_cubes(grid, draw, ratio=o.mask_ratio, block=block)
+        return Chance(noise, mask)
+
+    def forward(self, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+        """x (b, c, d, h, w) clean crops, modality (b,) int64, what `draw` gave for them."""
+        return self.method(self, x, modality, chance)
 
     def own_state(self) -> dict[str, Tensor]:
         """What the method has learned beside the backbone."""
@@ -125,58 +159,60 @@ def in_crop_units(o: PretextConfig) -> bool:
     return o.l1_units == "crop" or (o.l1_units == "auto" and o.recon != "plain")
 
 
-def disrupt(x: Tensor, draw: Draw, o: PretextConfig) -> Tensor:
+def disrupt(x: Tensor, noise: Tensor, o: PretextConfig) -> Tensor:
     """Eq. 1, then eq. 2 of its result; or (--order sum) the two perturbations of x added."""
-    noisy = add_noise(x, draw, std=o.noise_std, mean=o.noise_mean)
+    noisy = add_noise(x, noise, std=o.noise_std, mean=o.noise_mean)
     if o.order == "sum":
         return downsample(x, o.downsample_factor, o.downsample_mode) + (noisy - x)
     return downsample(noisy, o.downsample_factor, o.downsample_mode)
 
 
-def dae(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
+def dae(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
     """Disruptive autoencoder: reconstruct the volume from noisy, coarse, locally masked tokens (section 2, Fig. 1)."""
-    o, backbone = net.options, net.backbone
-    x_hat = disrupt(x, draw, o)  # eq. 1, eq. 2: noise, then down and up again
-    tokens = backbone.tokenize(net.shown(x_hat))  # (b, c, d, h, w)
-    tokens = local_mask(tokens, draw, ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along)
-    states = backbone.encode(tokens)
+    assert chance.noise is not None and chance.mask is not None
+    x_hat = disrupt(x, chance.noise, net.options)  # eq. 1, eq. 2: noise, then down and up again
+    tokens = net.backbone.tokenize(net.shown(x_hat))  # (b, c, d, h, w)
+    tokens = local_mask(tokens, chance.mask)  # r c of the c embedding channels are zero
+    states = net.backbone.encode(tokens)
     x_rec = net.decode(states, x_hat)
     return net.losses(x, x_hat, x_rec, states, modality)  # eq. 3-5
 
 
-def noise(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
+def noise_alone(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
     """Table 5, "Noise": eq. 1 alone."""
-    x_hat = add_noise(x, draw, std=net.options.noise_std, mean=net.options.noise_mean)
+    assert chance.noise is not None
+    x_hat = add_noise(x, chance.noise, std=net.options.noise_std, mean=net.options.noise_mean)
     states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
-def downsampling(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
+def downsampling(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
     """Table 5, "Downsampling": eq. 2 alone."""
     x_hat = downsample(x, net.options.downsample_factor, net.options.downsample_mode)
     states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
-def local_masking(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
+def local_masking(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
     """Table 5, "Local Masking" alone. x_hat is the target here, so the full-resolution skip is fed zeros."""
-    o = net.options
-    tokens = net.backbone.tokenize(net.shown(x))
-    tokens = local_mask(tokens, draw, ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along)
+    assert chance.mask is not None
+    tokens = local_mask(net.backbone.tokenize(net.shown(x)), chance.mask)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)
 
 
-def mae(net: Pretext, x: Tensor, modality: Tensor, draw: Draw) -> Step:
+def mae(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
     """Tables 4 and 5, "MAE": whole tokens give way to a learned one (section 3.3); the skip is fed zeros here too."""
-    assert net.mask_token is not None
-    block = max(1, net.options.mask_block // net.backbone.stride)
-    tokens = net.backbone.tokenize(net.shown(x))
-    tokens = token_mask(tokens, draw, ratio=net.options.mask_ratio, block=block, mask_token=net.mask_token)
+    assert chance.mask is not None and net.mask_token is not None
+    tokens = token_mask(net.backbone.tokenize(net.shown(x)), chance.mask, net.mask_token)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)
 
 
-METHODS: dict[str, Callable[[Pretext, Tensor, Tensor, Draw], Step]] = {
-    "dae": dae, "noise": noise, "downsample": downsampling, "local_mask": local_masking, "mae": mae,
-}  # fmt: skip
+METHODS: dict[str, Callable[[Pretext, Tensor, Tensor, Chance], Step]] = {
+    "dae": dae,
+    "noise": noise_alone,
+    "downsample": downsampling,
+    "local_mask": local_masking,
+    "mae": mae,
+}

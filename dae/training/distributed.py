@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dae.config import InputError
 
@@ -51,6 +52,18 @@ def start(device: str) -> Ranks:
 def finish() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
+    """The network behind DDP, whose backward pass averages gradients over the ranks; alone as it is."""
+    if ranks.world == 1:
+        return network
+    return DistributedDataParallel(
+        network,
+        device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
+        broadcast_buffers=False,  # index tables, the same on every rank
+        gradient_as_bucket_view=True,  # gradients lie in the buffers that travel: 250 MB less
+    )
 
 
 def mean_over_ranks(values: Tensor) -> list[float]:

@@ -4,7 +4,7 @@ The rate is a pure function of the step, so a resumed run has no scheduler state
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,12 @@ def adamw(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> tor
         keeps = parameter.ndim <= 1 or name.endswith("bias_table")
         (others if keeps else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=on_a_gpu(groups))
+
+
+def on_a_gpu(groups: Sequence[dict[str, Any]]) -> bool:
+    """There AdamW runs as one kernel over all parameters; on a CPU as torch has it by default."""
+    return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 
 def adamw_in_parts(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
@@ -60,7 +65,7 @@ def adamw_in_parts(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfi
     groups: list[dict[str, Any]] = []
     for part, members in parts.items():
         groups += [{**group, "part": part} for group in adamw(iter(members), config).param_groups]
-    return torch.optim.AdamW(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, fused=on_a_gpu(groups))
 
 
 def fine_tuning_factors(kind: str, step: int, steps: int, warmup: int) -> tuple[float, float]:

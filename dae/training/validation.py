@@ -24,8 +24,9 @@ def reconstruct(
     found: list[tuple[int, list[float], Triple | None]] = []
     for n in range(ranks.rank, count, ranks.world):
         batch = collate([fixed.fixed(n)]).to(ranks.device)
+        chance = pretext.draw(batch.x, batch.seeds)
         with autocast(dtype, ranks.device):
-            result = pretext(*batch)
+            result = pretext(batch.x, batch.modality, chance)
         shown = n < len(set(fixed.kinds))  # the modalities take turns: the first few crops are one of each
         found.append((n, errors(batch, result)[0].tolist(), triple(batch, result, kinds) if shown else None))
     pretext.train()

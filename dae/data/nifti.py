@@ -1,16 +1,19 @@
-"""NIfTI volumes in and out: one orientation (RAS), lengths in mm, and one line on what is wrong with a file.
+"""NIfTI volumes in and out: one orientation (RAS), lengths in mm, and one line on what is wrong.
 
-Arrays are (c, d, h, w); d h w run to the patient's right, anterior and superior side. Spacing is in mm, in that order.
+Arrays are (c, d, h, w); d h w run to the patient's right, anterior and superior side. Spacing is in
+mm, in that order.
 
 What is taken from a header, and what is not:
 
-- Where a voxel lies: the sform where there is one, else the qform, as the NIfTI standard and nibabel say.
+- Where a voxel lies: the sform where there is one, else the qform, as the NIfTI standard and
+  nibabel say.
 - Units: metres and micrometres become mm. No unit means mm.
 - Voxels larger than 10 cm are refused: then the unit in the header is wrong.
 - No sform and no qform: left and right are a convention of the format. It is read, and said.
 - Voxel sizes (pixdim) that differ from the sform: the sform counts. It is read, and said.
-- Sheared grids (a tilted gantry): voxels are read as they are, and it is said that lengths are not exact. Scores in mm
-  are refused there (evaluation/scoring.py), since a table of distances does not carry a warning.
+- Sheared grids (a tilted gantry): voxels are read as they are, and it is said that lengths are not
+  exact. Scores in mm are refused there (evaluation/scoring.py), since a table of distances does not
+  carry a warning.
 """
 
 import os
@@ -37,7 +40,7 @@ from dae.config import InputError
 Array = NDArray[np.float32]
 Affine = NDArray[np.float64]  # (4, 4), voxel of the RAS grid -> mm
 
-SAME_GRID = 0.1  # voxels by which the corners of two grids may differ: headers lose less by rounding
+SAME_GRID = 0.1  # voxels by which corners of two grids may differ: headers lose less by rounding
 WHOLE = 1e-3  # by which a label may differ from a whole number: slopes and float32 cost less
 SHEAR = 0.01  # relative error of a length that is worth a word
 LARGEST_VOXEL = 100.0  # mm
@@ -61,12 +64,12 @@ class Grid(NamedTuple):
 
     @property
     def shear(self) -> float:
-        """By how much, relative to the true one, a distance is off that takes the axes for perpendicular: .1 is 10 %.
+        """The largest relative error of a distance that takes the axes for perpendicular: .1 is 10 %.
 
-        Along the worst direction. 0 where they are perpendicular, however the grid is rotated.
+        0 where they are perpendicular, however the grid is rotated.
         """
         axes = self.affine[:3, :3] / voxel_sizes(self.affine)
-        true = np.linalg.svd(axes, compute_uv=False)  # lengths of what is taken for 1 mm: from the largest to the least
+        true = np.linalg.svd(axes, compute_uv=False)  # lengths of what is taken for 1 mm, in order
         return float(max(1 - 1 / true[0], 1 / true[-1] - 1))
 
 
@@ -101,10 +104,10 @@ class LabelMap(NamedTuple):
 
 
 def read(path: Path, like: Affine | None = None) -> Volume:
-    """One .nii or .nii.gz file, 3D or 4D (channels last in the file). Raises InputError on anything else.
+    """One .nii or .nii.gz file, 3D or 4D (channels last in the file). Raises InputError on others.
 
-    Its axes are put in RAS order, or in the order of the grid `like` where that is given: at 45 degrees two headers
-    that differ in the seventh digit have different RAS orders.
+    Its axes are put in RAS order, or in the order of the grid `like` where that is given: at 45
+    degrees two headers that differ in the seventh digit have different RAS orders.
     """
     image = _open(path)
     shape = image.shape
@@ -118,8 +121,9 @@ def read(path: Path, like: Affine | None = None) -> Volume:
 
 
 def read_labels(path: Path, like: Affine | None = None) -> LabelMap:
-    """A file of whole numbers, stored as integers or floats, 3D or (x, y, z, 1). Raises InputError on anything else.
+    """A file of whole numbers, stored as integers or floats, 3D or (x, y, z, 1).
 
+    Raises InputError on anything else.
     `like`: as in `read`.
     """
     image = _open(path)
@@ -148,7 +152,7 @@ def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
 
 
 def read_channels(paths: Sequence[Path]) -> Volume:
-    """Several files of one grid as the channels of one volume. Raises InputError where the grids differ."""
+    """Several files of one grid as the channels of one volume. Raises InputError on other grids."""
     first = read(paths[0])
     volumes = [first, *(read(path, like=first.affine) for path in paths[1:])]
     for path, volume in zip(paths, volumes):
@@ -171,6 +175,12 @@ def read_grid(path: Path) -> Grid:
     return Grid(tuple(shape), affine @ inv_ornt_aff(order, image.shape[:3]))
 
 
+def affine_in_mm(image: Any) -> Affine:
+    """The affine of a NIfTI image of nibabel, stored voxel -> mm, whatever unit its header has."""
+    mm = MM[_unit(image)]
+    return np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+
+
 def write(path: Path, data: NDArray[Any], affine: Affine) -> None:
     """A (d, h, w) array and its affine as a .nii or .nii.gz file, in the array's own type."""
     nib.save(nib.Nifti1Image(data, affine), path)
@@ -182,8 +192,9 @@ def write(path: Path, data: NDArray[Any], affine: Affine) -> None:
 def difference(a: Grid, b: Grid) -> str:
     """What tells two grids apart, in words; empty where they are one.
 
-    They are one where all corners lie within a tenth of a voxel of each other. Entries of affines say little: a voxel
-    size that is .009 mm off moves the far end of 500 voxels by 4 mm, and a shift of .02 mm is nothing.
+    They are one where all corners lie within a tenth of a voxel of each other. Entries of affines
+    say little: a voxel size that is .009 mm off moves the far end of 500 voxels by 4 mm, and a shift
+    of .02 mm is nothing.
     """
     if a.shape != b.shape:
         return f"{_by(a.shape)} and {_by(b.shape)} voxels"
@@ -218,7 +229,7 @@ def bytes_in_words(count: float) -> str:
 
 
 def say_once(kind: str, line: str) -> None:
-    """Print a warning, the first of its kind alone: a thousand files of one scanner share their headers' flaws."""
+    """Print a warning, but only the first of its kind: files of one scanner share their flaws."""
     if kind not in said:
         said.add(kind)
         print(f"warning: {line} (other files like it are not named)", file=sys.stderr)
@@ -232,7 +243,7 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with LoggingOutputSuppressor():  # nibabel logs each odd field; what matters here is one line
+        with LoggingOutputSuppressor():  # nibabel logs odd fields; one line says enough
             image = nib.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_short(error)})") from error
@@ -266,8 +277,7 @@ def _place(path: Path, image: Any) -> Affine:
     code = int(image.header["xyzt_units"]) % 8
     if code > 3:
         raise InputError(f"{path}: its header gives lengths in unit {code}, which does not exist; set xyzt_units to mm")
-    unit = str(image.header.get_xyzt_units()[0])
-    affine = np.diag([MM[unit], MM[unit], MM[unit], 1.0]) @ np.asarray(image.affine, dtype=np.float64)
+    unit, affine = _unit(image), affine_in_mm(image)
     sizes, steps = voxel_sizes(affine), affine[:3, :3]
     if not np.isfinite(affine).all() or abs(np.linalg.det(steps)) <= 1e-3 * sizes.prod():
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
@@ -289,6 +299,10 @@ def _place(path: Path, image: Any) -> Affine:
     return affine
 
 
+def _unit(image: Any) -> str:
+    return str(image.header.get_xyzt_units()[0])
+
+
 def _is_unplaced(header: Any) -> bool:
     return int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0
 
@@ -299,7 +313,10 @@ def _unplaced(path: Path) -> str:
 
 
 def _values(path: Path, image: Any, kind: Any = None) -> NDArray[Any]:
-    """The voxels in stored order, scaled. A compressed file is read to its end, where its checksum is."""
+    """The voxels in stored order, scaled.
+
+    A compressed file is read to its end, where its checksum is.
+    """
     with _readable(path):
         if path.suffix.lower() == ".nii":
             return np.asanyarray(image.dataobj, dtype=kind)
@@ -311,13 +328,13 @@ def _values(path: Path, image: Any, kind: Any = None) -> NDArray[Any]:
 
 
 def _ordered(values: NDArray[Any], affine: Affine, like: Affine | None) -> tuple[NDArray[Any], Affine]:
-    """Values (x, y, z, ...) and their affine with axes in RAS order, or along those of the grid `like`."""
+    """Values (x, y, z, ...) and their affine, axes in RAS order or along those of `like`."""
     order = io_orientation(affine if like is None else np.linalg.inv(like) @ affine)
     return apply_orientation(values, order), affine @ inv_ornt_aff(order, values.shape[:3])
 
 
 def _whole(path: Path, values: NDArray[Any]) -> NDArray[Any]:
-    """Floats as the whole numbers they stand for. Raises InputError on others, and on nan and infinity."""
+    """Floats as the whole numbers they stand for. Raises InputError on others, nan and infinity."""
     near = np.rint(values)
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         uneven = values[~(np.abs(values) < 2**53) | ~(np.abs(values - near) <= WHOLE)]

@@ -17,7 +17,7 @@ from dae.config import DataConfig, InputError
 from dae.data.datalist import Item
 from dae.data.nifti import Array, Volume, bytes_in_words, memory, read_channels, read_labels_of, say_once
 
-STEP = 1e-3  # a grey level of what a network sees: z-scores, or shares of a window; cached floats keep no more
+STEP = 1e-3  # one grey level of z-scores, or of a window; half precision keeps little more
 FEW = 16  # grey levels; what has fewer is no picture
 HALF = float(np.finfo(np.float16).max)  # the cache keeps half precision
 
@@ -163,15 +163,16 @@ def percentile(x: Array) -> Array:
 # --- what an intensity recipe leaves ----------------------------------------------------------------------------------
 
 
-# What is refused here is far from what scanners give. A CT in HU with air around it, with metal, of a head, or cropped
-# to a lung or an abdomen, passes.
+# What is refused here is far from what scanners give. A CT in HU with air around it, with metal, of a
+# head, or cropped to a lung or an abdomen, passes.
 
 
 def check_spread(raw: Array, found: Array, how: str) -> None:
-    """Raises InputError where a channel `raw` (d, h, w) has become numbers that half precision does not hold, or
-    z-scores that are nearly all alike.
+    """Raises InputError where a channel `raw` (d, h, w) becomes numbers that half precision does not
+    hold, or z-scores that are nearly all alike.
 
-    99 % of the z-scores of a scan lie within 3 to 6 of each other. One hot voxel is enough to make them one grey.
+    99 % of the z-scores of a scan lie within 3 to 6 of each other. One hot voxel is enough to make
+    them one grey.
     """
     if not np.abs(found).max() <= HALF:  # nan as well
         raise InputError(
@@ -200,10 +201,10 @@ def check_levels(file: Array, found: Array, how: str, recipe: Recipe) -> None:
 def check_hu(file: Array, window: Sequence[float], path: Path) -> None:
     """Raises InputError where a CT (d, h, w) cannot be in HU, and says where it hardly can.
 
-    Air is -1000, fat about -100, soft tissue 0 to 100, and every scan has edges that are a mixture. So 10 to 55 % of
-    the voxels of real scans and crops lie between air and fat; where 1024 were added (the numbers as DICOM stores
-    them), none, and 15 to 60 % lie at the upper end of the widest window. Where 1024 were subtracted once more, 99.7 %
-    are darker than fat; of real scans and crops no more than 62 %.
+    Air is -1000, fat about -100, soft tissue 0 to 100, and edges are mixtures. So 10 to 55 % of the
+    voxels of real scans and crops lie between air and fat. Where 1024 were added (the numbers as
+    DICOM stores them) none do, and 15 to 60 % lie at the upper end of the widest window. Where 1024
+    were subtracted once more, 99.7 % are darker than fat; of real scans and crops at most 62 %.
     """
     if has_few_levels(file):  # a phantom, or a mask
         return
@@ -228,7 +229,7 @@ def has_few_levels(file: Array) -> bool:
 
 
 def levels(x: Array) -> int:
-    """How many grey levels a network can tell apart: multiples of `STEP`. Counting ends where there are enough."""
+    """How many grey levels a network can tell apart: multiples of `STEP`; counted up to enough."""
     found = len(np.unique(np.rint(_some(x) / STEP)))
     return found if found >= FEW else len(np.unique(np.rint(x / STEP)))
 
@@ -261,13 +262,15 @@ def zoom_factors(volume: Volume, spacing: Sequence[float]) -> list[float]:
 
 
 def resample_labels(label: NDArray[np.uint8], shape: Sequence[int]) -> NDArray[np.uint8]:
-    """The likeliest label (d', h', w') of each new voxel, where each label is resampled as `resample` does an image.
+    """The likeliest label (d', h', w') of each new voxel: each is resampled as `resample` does images.
 
-    Nearest neighbour would lie beside the image: from 1 mm to 2 mm it takes every second voxel, a quarter of a new
-    voxel off to one side. A label is interpolated within its own box, so that memory is that of two images.
+    Nearest neighbour would lie beside the image: from 1 mm to 2 mm it takes every second voxel, a
+    quarter of a new voxel off to one side. A label is interpolated within its own box, so that the
+    memory needed is that of two images, whatever the number of labels.
 
-    At even ratios many voxels are half of one label and half of another. They go to one and to the other by turns,
-    like the squares of a board: always the same would make organs smaller, or move them.
+    At even ratios many voxels are half of one label and half of another. They go to one and to the
+    other by turns, like the squares of a chessboard. If one of them always won, organs would grow,
+    shrink or move.
     """
     axes = [between(n, m) for n, m in zip(label.shape, shape)]
     new = np.zeros(tuple(shape), dtype=np.uint8)
@@ -294,14 +297,14 @@ def resample_labels(label: NDArray[np.uint8], shape: Sequence[int]) -> NDArray[n
 
 
 def between(old: int, new: int) -> Axis:
-    """For each voxel of a new axis the two old ones that its centre lies between, and the share of the second."""
+    """For each voxel of a new axis the two old ones around its centre, and the second one's share."""
     places = np.clip((np.arange(new) + 0.5) * old / new - 0.5, 0, old - 1)
     first = np.minimum(places.astype(np.int64), max(old - 2, 0))
     return first, np.minimum(first + 1, old - 1), (places - first).astype(np.float32)
 
 
 def part_of(axis: Axis, box: slice) -> tuple[slice, Axis]:
-    """The new voxels that an old box reaches, and where they lie in that box with one voxel around it."""
+    """The new voxels that an old box reaches, and where they lie in that box."""
     first, second, share = axis
     reached = np.flatnonzero((second >= box.start) & (first < box.stop))
     target = slice(int(reached[0]), int(reached[-1]) + 1) if len(reached) else slice(0, 0)
@@ -325,9 +328,10 @@ def _by(sizes: Sequence[float]) -> str:
 
 
 def some_labelled(label: NDArray[np.uint8], each: int = 512) -> NDArray[np.int32]:
-    """`each` evenly drawn voxels of every class but 0, so that small organs are met as often as large ones: (n, 3).
+    """`each` evenly drawn voxels of every class but 0: (n, 3).
 
-    An organ of fewer voxels has each of them several times.
+    An organ of fewer voxels has each of them several times, so that small organs are met as often as
+    large ones.
     """
     rng = np.random.default_rng(0)
     found = [np.flatnonzero(label == k) for k in np.unique(label[label > 0])]

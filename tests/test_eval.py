@@ -223,7 +223,7 @@ def listed(folder: Path) -> Path:
 
 @pytest.mark.parametrize("folder", ["labels", "predictions"])
 @pytest.mark.parametrize("change, affine, word", [
-    (cut, None, "different grids: "), (as_it_is, MOVED, "their affines are 5 apart"),
+    (cut, None, "different grids: "), (as_it_is, MOVED, "corners lie up to 5 mm"),
     (with_a_strange_label, None, "label 77 is not declared; declared are [0, 1, 2, 9]"),
     (halved, None, "holds 0.5, but labels are whole numbers"), (twice, None, "14 x 16 x 18 x 2; a label map has three"),
 ])  # fmt: skip

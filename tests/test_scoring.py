@@ -158,19 +158,75 @@ def test_a_prediction_stored_along_other_axes_is_on_the_same_grid(tmp_path):
     assert [row["dice"] for row in rows] == [1, 1]
 
 
-def test_other_grids_are_refused_by_both_names(tmp_path):
+def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path):
+    """Voxels of 3 x 1 x 2 mm: a tenth of one is another length along each axis."""
     label, path = saved(tmp_path / "label.nii", two_boxes()), tmp_path / "a.nii"
     saved(path, two_boxes()[:-1])
-    refusal(lambda: score_case(path, label, CLASSES), path, label, "15 x 12 x 10 and 16 x 12 x 10")
-    for off, fits in ((0.02, False), (0.005, True)):
-        for place in ((0, 0), (1, 3)):
-            affine = AFFINE.copy()
-            affine[place] += off
-            saved(path, two_boxes(), affine)
-            if fits:
-                assert score_case(path, label, CLASSES)[0]["dice"] == 1
-            else:
-                refusal(lambda: score_case(path, label, CLASSES), path, label, "affines are 0.02 apart")
+    refusal(lambda: score_case(path, label, CLASSES), path, label, "15 x 12 x 10 and 16 x 12 x 10 voxels")
+    for place, off, words in (
+        ((0, 3), 0.29, ""),
+        ((0, 3), 0.31, "up to 0.31 mm (0.103 voxels) apart"),
+        ((1, 3), 0.11, "up to 0.11 mm (0.11 voxels) apart"),
+        ((2, 2), 0.018, ""),  # ten voxels of 2.018 mm end .18 mm farther
+        ((2, 2), 0.03, "up to 0.285 mm (0.14"),  # the outer face of the last voxel: 9.5 x .03
+    ):
+        affine = AFFINE.copy()
+        affine[place] += off
+        saved(path, two_boxes(), affine)
+        if words:
+            refusal(lambda: score_case(path, label, CLASSES), path, label, words)
+        else:
+            assert score_case(path, label, CLASSES)[0]["dice"] == 1
+
+
+def rotated(degrees):
+    a, affine = np.radians(degrees), np.eye(4)
+    affine[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
+    return affine @ AFFINE
+
+
+@pytest.mark.parametrize("degrees", [30, 45])
+def test_headers_that_differ_in_the_seventh_digit_are_one_grid_at_45_degrees_too(degrees, tmp_path):
+    """There the axes of one are ordered apart from those of the other."""
+    square = np.diag([1 / 3, 1, 1, 1])  # 1 x 1 x 2 mm, so that the order hangs on the angle
+    files = [saved(tmp_path / f"{n}.nii", two_boxes(n), rotated(degrees + (2 * n - 1) * 1e-5) @ square) for n in (0, 1)]
+    for prediction, label in (files, files[::-1]):
+        liver, spleen = score_case(prediction, label, CLASSES)
+        assert liver["dice"] == pytest.approx(5 / 6) and liver["hd"] == pytest.approx(1) and spleen["dice"] == 1
+
+
+def test_a_sheared_grid_has_no_distances_in_mm_and_is_refused(tmp_path):
+    """Scores have no room for a warning, and a gantry tilt of 15 degrees costs lengths up to 16 %."""
+    tilted = AFFINE.copy()
+    tilted[:3, 2] = 0, 2 * np.sin(np.radians(15)), 2 * np.cos(np.radians(15))
+    files = saved(tmp_path / "a.nii", two_boxes(), tilted), saved(tmp_path / "b.nii", two_boxes(), tilted)
+    refusal(lambda: score_case(*files, CLASSES), files[1], "not perpendicular", "16% wrong")
+
+
+@pytest.mark.parametrize("unit, mm", [("micron", 0.001), ("meter", 1000)])
+def test_distances_volumes_and_diagonals_are_in_mm_whatever_the_unit(unit, mm, tmp_path, capsys):
+    expected = score_labels(two_boxes(2), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"})
+    for name, labels in (("a", two_boxes(2)), ("b", two_boxes())):
+        image = nib.Nifti1Image(labels, AFFINE / [mm, mm, mm, 1])
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / f"{name}.nii")
+    rows = score_case(tmp_path / "a.nii", tmp_path / "b.nii", CLASSES)
+    for row, by_hand in zip(rows, expected):
+        assert {key: row[key] for key in by_hand} == pytest.approx(by_hand)
+    (length,) = diagonals([Pair("a", tmp_path / "a.nii", tmp_path / "b.nii")]).values()
+    assert length == pytest.approx(sqrt(48**2 + 12**2 + 20**2))
+
+
+def test_labels_with_an_axis_of_one_are_scored_as_others(tmp_path):
+    """Files of (x, y, z, 1), against labels stored along other axes."""
+    turned = nib.Nifti1Image(two_boxes(), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
+    nib.save(turned, tmp_path / "b.nii")
+    prediction = saved(tmp_path / "a.nii", two_boxes(2)[..., None])
+    liver, _ = score_case(prediction, tmp_path / "b.nii", CLASSES)
+    assert liver["dice"] == pytest.approx(2 / 3) and liver["hd"] == pytest.approx(6)
+    for truth in (tmp_path / "b.nii", prediction):
+        (length,) = diagonals([Pair("a", prediction, truth)]).values()
+        assert length == pytest.approx(sqrt(48**2 + 12**2 + 20**2))
 
 
 def test_labels_beyond_the_classes_are_refused_by_file_and_value(tmp_path):

@@ -28,7 +28,7 @@ from dae.config import InputError
 from dae.data.datalist import Item
 from dae.data.preprocess import Recipe, prepare
 
-FORMAT = 2  # of the folders below; counts up when what they hold changes
+FORMAT = 3  # of the folders below; counts up when what they hold changes
 DTYPE = np.float16  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
 
 

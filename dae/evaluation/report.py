@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dae.config import InputError
-from dae.data.nifti import SAME_PLACE, LabelMap, apart, read, read_labels
+from dae.data.nifti import LabelMap, difference, read, read_labels
 from dae.data.phantom import put
 from dae.evaluation.metrics import Row
 from dae.evaluation.postprocess import box_of
@@ -57,7 +57,9 @@ def figures(
         _, prediction, label = next(pair for pair in pairs if pair.case == case)
         true = read_labels(label)
         annotated = true.labels != ignore
-        both = Case(case, read_labels(prediction).labels * annotated, true.labels * annotated, true.spacing)
+        both = Case(
+            case, read_labels(prediction, like=true.affine).labels * annotated, true.labels * annotated, true.spacing
+        )
         classes = dict.fromkeys(row["class"] for row in rows)
         pictures[f"worst-{case}"] = overlay(both, classes, beneath(images[case], true) if case in images else None)
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,11 +71,10 @@ def figures(
 def beneath(path: Path, true: LabelMap) -> Any:
     """An image's first channel (d, h, w), or None where it can't be read or has another grid: scores need no image."""
     try:
-        image = read(path)
+        image = read(path, like=true.affine)
     except InputError:
         return None
-    on_grid = image.data.shape[1:] == true.labels.shape and apart(image.affine, true.affine) <= SAME_PLACE
-    return image.data[0] if on_grid else None
+    return None if difference(image.grid, true.grid) else image.data[0]
 
 
 def distribution(rows: Sequence[Row]) -> bytes:

@@ -12,13 +12,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
-from nibabel.affines import voxel_sizes
 from tqdm import tqdm
 
 from dae.config import InputError
-from dae.data.nifti import SAME_PLACE, apart, read_labels
+from dae.data.nifti import SHEAR, difference, read_grid, read_labels
 from dae.data.phantom import put
 from dae.evaluation.metrics import METRICS, DefinitionName, Labels, Row, diagonal, score_labels
 
@@ -119,11 +117,16 @@ def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | 
 
     `ignore` is the label, of the truth alone, of what was not annotated.
     """
-    predicted, true = read_labels(prediction), read_labels(label)
-    shapes = [" x ".join(map(str, each.labels.shape)) for each in (predicted, true)]
-    refuse(shapes[0] != shapes[1], f"{prediction} and {label} lie on different grids: {shapes[0]} and {shapes[1]}")
-    off = apart(predicted.affine, true.affine)
-    refuse(off > SAME_PLACE, f"{prediction} and {label} lie on different grids: their affines are {off:.3g} apart")
+    true = read_labels(label)
+    predicted = read_labels(prediction, like=true.affine)
+    apart = difference(predicted.grid, true.grid)
+    refuse(apart, f"{prediction} and {label} lie on different grids: {apart}")
+    shear = true.grid.shear
+    refuse(
+        shear > SHEAR,
+        f"{label}: its axes are not perpendicular, so that distances in mm would be up to {shear:.0%} wrong; "
+        "resample both files to a grid that is not sheared",
+    )
     check_values(prediction, predicted.labels, {0, *classes} - {ignore})
     check_values(label, true.labels, {0, *classes, *([] if ignore is None else [ignore])})
     return Case(case_name(prediction), predicted.labels, true.labels, true.spacing, ignore)
@@ -177,8 +180,8 @@ def score(pairs: Sequence[Pair], classes: Classes, **choices: Any) -> tuple[list
 
 def diagonals(pairs: Iterable[Pair]) -> dict[str, float]:
     """The diagonal of each case's volume in mm, from the header: what policy `diagonal` puts for a missed organ."""
-    headers = {each.case: nib.load(each.label) for each in pairs}
-    return {case: diagonal(image.shape, voxel_sizes(image.affine).tolist()) for case, image in headers.items()}
+    grids = {each.case: read_grid(each.label) for each in pairs}
+    return {case: diagonal(grid.shape, grid.spacing) for case, grid in grids.items()}
 
 
 # --- scores.csv ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,8 +66,10 @@ def check_sides(items: DataList, *, test: bool = False) -> None:
     for what, names in ways:
         trained = {name: item for item in items.training for name in names(item)}
         for done, item in others:
-            if both := [name for name in names(item) if name in trained]:
-                _refuse(what, both[0], trained[both[0]], item, done)
+            for name in names(item):
+                if name in trained:
+                    here, there = trained[name].image[0], item.image[0]
+                    _refuse(f"{what} {name} is on both sides: {here} is trained on, {there} {done}")
 
 
 def check_voxels(items: Sequence[Item], contents: Sequence[Content], *, trained: int) -> None:
@@ -77,20 +79,16 @@ def check_voxels(items: Sequence[Item], contents: Sequence[Content], *, trained:
     """
     seen = {voxels: item for item, content in zip(items[:trained], contents) for voxels in content.image}
     for item, content in zip(items[trained:], contents[trained:]):
-        if both := [voxels for voxels in content.image if voxels in seen]:
-            _refuse("image", str(item.image[0]), seen[both[0]], item, "validated on")
+        for voxels in content.image:
+            if voxels in seen:
+                here, there = seen[voxels].image[0], item.image[0]
+                _refuse(f"{here}, trained on, and {there}, validated on, hold the same image")
 
 
-def _refuse(what: str, name: str, trained: Item, other: Item, done: str) -> None:
-    if what == "image" and trained.image == other.image:
-        files = f"{name} is trained on and {done} too"
-    elif what == "image":
-        files = f"{trained.image[0]}, trained on, and {other.image[0]}, {done}, hold the same image"
-    else:
-        files = f"{what} {name}: {trained.image[0]} is trained on, {other.image[0]} {done}"
+def _refuse(what: str) -> NoReturn:
     raise InputError(
-        f'{files}; keep them on one side (all images of a patient have one "subject"), or pass --allow-trained if this '
-        "is meant"
+        f'{what}; keep all images of a patient on one side, under one "subject", or pass --allow-trained if this is '
+        "meant"
     )
 
 

@@ -191,7 +191,8 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
         "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
     run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
-    run.notes, run.data_by_size = list(items.notes), items.fingerprint_by_size()
+    run.notes = list(items.notes)
+    run.data_by_size = items.fingerprint_by_size() if left else ""
     run.note = f"; weights of {config.init}\n{taken}" if taken else ""
     resume(run, left)
     run.net = torch.compile(pretext) if config.compile else pretext  # type: ignore[assignment]

@@ -184,14 +184,17 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     taken = fill(network, config, given)
     network = network.to(ranks.device)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
+    # Weights that were fine-tuned before know whom they were trained on then.
+    before = left["plan"].get("seen") if left else given.plan.get("seen") if given and taken else None
+    seen = leaks.seen_by(items, trained, fold=config.fold, split_seed=config.split_seed, before=before)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, items, crops, classes),
+        "config": to_json(config), "plan": {**plan_of(config, items, crops, classes), "seen": seen},
         "data": items.fingerprint(trained, validated, labels=True), "global_batch": crops.global_batch,
         "threads": torch.get_num_threads(),
-        "seen": leaks.seen_by(items, trained, fold=config.fold, split_seed=config.split_seed),
     }  # fmt: skip
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken,
-              list(items.notes), items.fingerprint_by_size(labels=True))  # fmt: skip
+              [*items.notes, *leaks.known_before(items, before)],
+              items.fingerprint_by_size(labels=True) if left else "")  # fmt: skip
     resume(run, left)
     run.net = torch.compile(network) if config.compile else network  # type: ignore[assignment]
     if ranks.world > 1:

@@ -19,6 +19,7 @@ from dae.config_seg import PredictConfig, ScoreConfig, SegConfig, TuneConfig
 from dae.data import datalist, leaks
 from dae.data.datalist import Content, DataList, Item
 from dae.training import checkpoint
+from dae.weights.files import read as read_weights
 from train_pretrain import main as pretrain
 from train_seg import main
 
@@ -221,6 +222,35 @@ def test_checkpoints_of_several_folds_hold_out_what_none_of_them_has_seen(
     assert "was trained on case" in refusal(lambda: predicted(runs[0], tmp_path / "p", data=data, checkpoint=both))
 
 
+def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
+    tiny_seg: Config, listed: Callable[..., str], tmp_path: Path
+) -> None:
+    data = listed(in_folds)
+    first = tiny_seg(data=data, fold=1, steps=1)
+    main(first)
+    second = tiny_seg(data=data, fold=2, steps=1, pretrained=f"{first.out}/last.pt", out=str(tmp_path / "second"))
+    main(second)
+    told = [note for note in events(second, "start")[0]["notes"] if "the weights were trained on" in note]
+    assert len(told) == 1 and "ct_002" in told[0]
+    assert "was trained on case ct_002" in refusal(lambda: predicted(second, tmp_path / "p", data=data))
+    scratch = replace(second, from_scratch=True, out=str(tmp_path / "scratch"))
+    main(scratch)
+    assert predicted(scratch, tmp_path / "q", data=data) == ["ct_002"]
+
+
+def test_converted_weights_still_know_whom_they_saw(
+    tiny_seg: Config, listed: Callable[..., str], tmp_path: Path
+) -> None:
+    data = listed(in_folds)
+    config = tiny_seg(data=data, fold=1, steps=1)
+    main(config)
+    whole = read_weights(Path(config.out) / "last.pt")
+    checkpoint.save(tmp_path / "run" / "converted.pt", {"model": whole.tensors, "plan": whole.plan})
+    given = {"checkpoint": (str(tmp_path / "run" / "converted.pt"),), "data": data}
+    assert predicted(config, tmp_path / "p", **given) == ["ct_001"]
+    assert "was trained on" in refusal(lambda: predicted(config, tmp_path / "q", **given, fold=0))
+
+
 def test_an_older_checkpoint_is_predicted_with_a_warning(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +260,7 @@ def test_an_older_checkpoint_is_predicted_with_a_warning(
     main(config)
     path = Path(config.out) / "last.pt"
     state = checkpoint.load(path)
-    del state["seen"]
+    del state["plan"]["seen"]
     checkpoint.save(path, state)
     capsys.readouterr()
     assert predicted(config, tmp_path / "p", data=data) == ["ct_001"]
@@ -341,7 +371,7 @@ def test_a_run_of_an_older_version_goes_on_with_the_data_that_it_had(tiny_seg: C
     assert state["data"].startswith(datalist.BY_VOXELS)
     items = datalist.load(config.data)
     for data in (items.fingerprint_by_size(labels=True), "0" * 20):
-        old = {key: value for key, value in state.items() if key != "seen"} | {"data": data}
+        old = {**state, "data": data, "plan": {key: v for key, v in state["plan"].items() if key != "seen"}}
         old["config"] = {key: value for key, value in old["config"].items() if key != "allow_trained"}
         checkpoint.save(path, old)
         resumed = replace(config, resume=True, stop_after=2)

@@ -140,15 +140,32 @@ def patient_of(item: Item) -> str:
 # --- what a checkpoint knows -----------------------------------------------------------------------------------------
 
 
-def seen_by(items: DataList, training: Sequence[Content], *, fold: int, split_seed: int) -> dict[str, Any]:
-    """For a checkpoint: hashes of those trained on and of those held out, and the flags that chose them."""
+def seen_by(
+    items: DataList, training: Sequence[Content], *, fold: int, split_seed: int, before: Seen | None = None
+) -> dict[str, Any]:
+    """For a checkpoint: hashes of those trained on and of those held out, and the flags that chose them.
+
+    `before` is what the weights that the run started from had seen, which they still know.
+    """
+    trained = {name_of(item.subject) for item in items.training}
+    voxels = {hashed for content in training for hashed in content.image}
     return {
         "fold": fold,
         "split_seed": split_seed,
-        "trained": sorted({name_of(item.subject) for item in items.training}),
+        "trained": sorted(trained.union((before or {}).get("trained", ()))),
         "held_out": sorted({name_of(item.subject) for item in items.validation}),
-        "voxels": sorted({voxels for content in training for voxels in content.image}),
+        "voxels": sorted(voxels.union((before or {}).get("voxels", ()))),
     }
+
+
+def known_before(items: DataList, before: Seen | None) -> list[str]:
+    """A line, or none, on those who validate and were trained on by the weights that the run starts from."""
+    known = [items.validation[n].image[0].name for n in trained_among(items.validation, before or {})]
+    told = (
+        f"warning: the weights were trained on {len(known)} of the images that validate, as {', '.join(known[:1])}: "
+        "their Dice says nothing of new ones"
+    )
+    return [told] if known else []
 
 
 def seen_of(saved: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
@@ -156,8 +173,9 @@ def seen_of(saved: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[d
 
     Also the names of those that older versions wrote, which know their fold and nobody by name.
     """
-    flags = [{name: state.get("config", {}).get(name, 0) for name in ("fold", "split_seed")} for state in saved]
-    known: list[Mapping[str, Any]] = [state.get("seen", {}) for state in saved]
+    configs: list[Mapping[str, Any]] = [state["plan"].get("seen") or state.get("config", {}) for state in saved]
+    flags = [{name: config.get(name, 0) for name in ("fold", "split_seed")} for config in configs]
+    known: list[Mapping[str, Any]] = [state["plan"].get("seen", {}) for state in saved]
     trained, voxels = ({name for one in known for name in one.get(key, ())} for key in ("trained", "voxels"))
     held = set.intersection(*(set(one.get("held_out", ())) for one in known))
     told = {**flags[0], "trained": sorted(trained), "held_out": sorted(held - trained), "voxels": sorted(voxels)}
@@ -176,7 +194,7 @@ def held_out(items: DataList, seen: Seen, *, fold: int | None = None, split_seed
     held = tuple(item for item in items.training if name_of(item.subject) in names)
     if held:
         kept = tuple(item for item in items.training if name_of(item.subject) not in names)
-        return replace(items, training=kept, validation=held, notes=("what the checkpoint held out",))
+        return replace(items, training=kept, validation=held, notes=("the cases that the checkpoint held out",))
     drawn = not datalist.has_folds(items)
     return datalist.split(items, fold=seen.get("fold", 0), split_seed=seen.get("split_seed", 0) if drawn else None)
 

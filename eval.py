@@ -241,6 +241,7 @@ def known_cases(
     config: PredictConfig, items: Sequence[Item], names: Sequence[str], seen: leaks.Seen, unknown: Sequence[str]
 ) -> set[str]:
     """Cases whose subject the checkpoints were trained on; refused without --allow-trained. Raises InputError."""
+    leaks.read_record(Path(config.out))  # that it can be added to is known before anything is predicted
     if unknown:
         print(f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on")
     if config.images:

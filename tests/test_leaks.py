@@ -178,7 +178,11 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
     assert "case ct_000 and 3 more" in refusal(lambda: predicted(config, out, data=data, split="training"))
     assert predicted(config, out, **given, allow_trained=True) == ["ct_000"]
 
-    # What was allowed once is still known when it is scored, against the list or a folder of labels.
+    # What was allowed once is still known when it is scored, against the list or a folder of labels,
+    # after other cases were predicted into the folder as well.
+    assert predicted(config, out, data=data) == ["ct_001"]
+    assert json.loads((out / leaks.RECORD).read_text())["trained"] == ["ct_000"]
+    (out / "ct_001.nii.gz").unlink()
     labels = tmp_path / "labels"
     labels.mkdir()
     shutil.copy(json.loads(Path(data).read_text())["training"][0]["label"], labels / "ct_000.nii.gz")
@@ -232,7 +236,8 @@ def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
     main(second)
     told = [note for note in events(second, "start")[0]["notes"] if "the weights were trained on" in note]
     assert len(told) == 1 and "ct_002" in told[0]
-    assert "was trained on case ct_002" in refusal(lambda: predicted(second, tmp_path / "p", data=data))
+    line = refusal(lambda: predicted(second, tmp_path / "p", data=data))
+    assert line.startswith("--data") and "was trained on case ct_002" in line  # by its subject, before anything is read
     scratch = replace(second, from_scratch=True, out=str(tmp_path / "scratch"))
     main(scratch)
     assert predicted(scratch, tmp_path / "q", data=data) == ["ct_002"]

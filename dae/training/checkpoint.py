@@ -93,14 +93,14 @@ def check_same_samples(
 
     `data_by_size` is the fingerprint of the data as older versions wrote it, for runs that they have left.
     """
-    data = "the data list"
-    if not str(saved["data"]).startswith(BY_VOXELS):
-        facts, data = (
-            {**facts, "data": data_by_size},
-            "the data list or its split, which older versions drew otherwise,",
-        )
-    for fact, what in (("data", data), ("global_batch", "ranks x --batch-size x --accumulate")):
-        if saved[fact] != facts[fact]:
+    by_voxels = str(saved["data"]).startswith(BY_VOXELS)
+    same_data = saved["data"] == (facts["data"] if by_voxels else data_by_size)
+    older = "" if by_voxels else " or its split, which older versions drew otherwise,"
+    for same, fact, what in (
+        (same_data, "data", f"the data list{older}"),
+        (saved["global_batch"] == facts["global_batch"], "global_batch", "ranks x --batch-size x --accumulate"),
+    ):
+        if not same:
             raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")
 
 

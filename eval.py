@@ -51,7 +51,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dae.config_seg import CasesConfig, TruthsConfig
-from dae.data import datalist
+from dae.data import datalist, leaks
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import read_channels
 from dae.data.preprocess import Recipe, normalise
@@ -77,10 +77,12 @@ def predict(config: PredictConfig) -> list[Path]:
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     if config.images and config.data:
         raise InputError("--images: not beside --data; give one of them")
-    items = images_of(config, plan) if config.images else cases_of(config, config.modality)[1]
+    seen, unknown = leaks.seen_of(saved, config.checkpoint)
+    items = images_of(config, plan) if config.images else cases_of(config, config.modality, seen, unknown)[1]
     if lost := [path for item in items for path in item.image if not path.is_file()]:
         raise InputError(f"{lost[0]}: no such file")
     names = scoring.case_names([item.image[0] for item in items])
+    trained = known_cases(config, items, names, seen, unknown)
     cut = plan.get(
         "foreground_crop", saved[0].get("config", {}).get("foreground_crop", False)
     )  # older plans are silent
@@ -89,6 +91,10 @@ def predict(config: PredictConfig) -> list[Path]:
     written = []
     for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
         volume = read_channels(item.image)
+        if leaks.is_trained(volume.data, seen):
+            if not config.images and not config.allow_trained:
+                leaks.refuse_trained([name], str(item.image[0]), "predict")
+            trained.add(name)
         prepared = normalise(volume, item, recipe)
         if len(prepared.data) != plan["in_channels"]:
             raise InputError(f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}")
@@ -103,6 +109,7 @@ def predict(config: PredictConfig) -> list[Path]:
         labels = postprocess.apply(labels, steps, volume.spacing) if steps else labels
         save_like(item.image[0], labels, made(out) / f"{name}.nii.gz")
         written.append(out / f"{name}.nii.gz")
+    leaks.write_record(out, seen, split="" if config.images else config.split, cases=names, trained=sorted(trained))
     print(f"{len(written)} label maps in {out}")
     return written
 
@@ -206,17 +213,43 @@ def predictor(network: nn.Module, dtype: torch.dtype | None, device: torch.devic
     return forward
 
 
-def cases_of(config: CasesConfig, modality: str) -> tuple[DataList, Sequence[Item]]:
-    """The list, and its items of --split; `validation` is what a fine-tuning run of that fold held out."""
+def cases_of(
+    config: CasesConfig, modality: str, seen: leaks.Seen, unknown: Sequence[str] = ()
+) -> tuple[DataList, Sequence[Item]]:
+    """The list, and its items of --split; `validation` is what the fine-tuning run held out, as far as it is `seen`.
+
+    `unknown` are checkpoints of older versions, which drew five folds otherwise. Raises InputError.
+    """
     items = datalist.load(config.data, root=config.data_root, modality=modality)
-    if config.split == "validation" and not items.validation:
-        folded = any(item.fold is not None for item in items.training)
-        split = datalist.hold_out if folded else datalist.five_folds
-        items = split(items, fold=config.fold, split_seed=config.split_seed)
+    if config.split == "validation":
+        drawn = not items.validation and not datalist.has_folds(items)
+        if drawn and unknown and config.fold is None and not config.allow_trained:
+            raise InputError(
+                f"--checkpoint {unknown[0]}: an older version wrote it, and drew the folds of {config.data} otherwise; "
+                'write "fold" into the list, or name another --split'
+            )
+        items = leaks.held_out(items, seen, fold=config.fold, split_seed=config.split_seed)
+        if items.notes:
+            print("; ".join(items.notes))
     chosen: Sequence[Item] = getattr(items, config.split)
     if not chosen:
         raise InputError(f"--split {config.split}: {config.data} has no such items")
     return items, chosen
+
+
+def known_cases(
+    config: PredictConfig, items: Sequence[Item], names: Sequence[str], seen: leaks.Seen, unknown: Sequence[str]
+) -> set[str]:
+    """Cases whose subject the checkpoints were trained on; refused without --allow-trained. Raises InputError."""
+    leaks.read_record(Path(config.out))  # that it can be added to is known before anything is predicted
+    if unknown:
+        print(f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on")
+    if config.images:
+        return set()  # a file has no subject; its voxels are looked at
+    trained = [names[n] for n in leaks.trained_among(items, seen)]
+    if not config.allow_trained:
+        leaks.refuse_trained(trained, f"--data {config.data}", "predict")
+    return set(trained)
 
 
 def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
@@ -253,17 +286,23 @@ def truths_of(config: TruthsConfig) -> Truths:
         raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
     if config.labels and config.data:
         raise InputError("--labels: not beside --data, whose list names the labels; give one of them")
+    record = leaks.read_record(Path(config.predictions))
     if config.labels:
         pairs, images = scoring.pair(Path(config.predictions), Path(config.labels)), dict[str, Path]()
         tolerance, ignore = dict[int, float](), config.ignore
         named = scoring.classes_in(pair.label for pair in pairs)
     else:
-        items, cases = cases_of(config, "mr")  # scoring reads no intensity; a list that names no modality will do
+        items, cases = cases_of(
+            config, "mr", record
+        )  # scoring reads no intensity; a list that names no modality will do
         names = scoring.case_names([item.image[0] for item in cases])
         pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
         images = {name: item.image[0] for name, item in zip(names, cases)}
         named, tolerance = items.labels, items.tolerance
         ignore = items.ignore if config.ignore is None else config.ignore
+    if not config.allow_trained:
+        trained = [pair.case for pair in pairs if pair.case in record.get("trained", ())]
+        leaks.refuse_trained(trained, f"--predictions {config.predictions}", "score")
     classes = {label: name for label, name in named.items() if label not in (0, ignore)}
     if not classes:
         raise InputError(f"{config.labels or config.data}: names no class to score but background and what is ignored")

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dae.config import InputError, to_json
-from dae.data import datalist
+from dae.config import InputError, if_asked_for, to_json
+from dae.data import datalist, leaks
 from dae.data.batches import Batch, Crops, addresses, by_turns, loader
 from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
@@ -72,6 +72,8 @@ class Run:
     # Done steps, lowest validation L1, validations in a row above L1(x_hat, x), and whether that was said.
     state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": math.inf, "behind": 0, "warned": False})
     note: str = ""  # what a resumed run has to say
+    notes: list[str] = field(default_factory=list)  # what was decided about the data, for the user
+    data_by_size: str = ""  # fingerprint of the data as older versions wrote it
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
@@ -180,7 +182,13 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
     items = datalist.channels_apart(items) if config.channels == "apart" else items
-    items = datalist.hold_out(items, fold=config.fold, split_seed=config.split_seed)
+    drawn = not items.validation and not datalist.has_folds(items)
+    items = datalist.hold_out(
+        items, fold=if_asked_for(config, "fold"), split_seed=if_asked_for(config, "split_seed")
+    )  # fmt: skip
+    if not config.allow_trained:
+        leaks.check_sides(items)
+    items = leaks.with_doubts(items, drawn=drawn)
     crops, fixed = crops_of(config, recipe, items, ranks)
 
     torch.manual_seed(config.seed)
@@ -191,10 +199,13 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     taken = fill(pretext, config, given)
     optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, items, channels), "data": items.fingerprint(),
+        "config": to_json(config), "plan": plan_of(config, items, channels),
+        "data": items.fingerprint([volume.content for volume in crops.volumes]),
         "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
     }  # fmt: skip
     run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
+    run.notes = list(items.notes)
+    run.data_by_size = items.fingerprint_by_size() if left else ""
     run.note = f"; weights of {config.init}\n{taken}" if taken else ""
     resume(run, left)
     compiled: Any = torch.compile(pretext) if config.compile else pretext
@@ -226,6 +237,8 @@ def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ran
     )  # fmt: skip
     kinds = [items.kinds().index(item.kind) for item in everything]
     n, turns = len(items.training), by_turns(kinds[len(items.training) :])
+    if not config.allow_trained:
+        leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
     global_batch = config.batch_size * config.accumulate * ranks.world
     train = Crops(volumes[:n], kinds[:n], config.crop, seed=config.seed, global_batch=global_batch,
                   foreground=config.foreground)  # fmt: skip
@@ -274,7 +287,7 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
         raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
     if left is None:
         return
-    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size)
     checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
     run.pretext.load_own_state(left["pretext"])
     run.optimizer.load_state_dict(left["optimizer"])
@@ -302,7 +315,9 @@ def begin(run: Run) -> Log:
         "parameters": sum(p.numel() for p in run.pretext.parameters()),
     }  # fmt: skip
     kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
-    record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note)
+    record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note, notes=run.notes)
+    for note in run.notes:
+        record.say(note)
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     record.say(greeting(config, facts) + faster + run.note)
     return record

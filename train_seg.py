@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dae.config import InputError, to_json
-from dae.data import datalist
+from dae.config import InputError, if_asked_for, to_json
+from dae.data import datalist, leaks
 from dae.data.augment import names_a_side
 from dae.data.batches import LabelledCrops, addresses, loader
 from dae.data.cache import Cached, default_folder, prepare_all
@@ -73,6 +73,8 @@ class Run:
     dtype: torch.dtype | None  # of autocast
     facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
     taken: Report | None  # what became of the pre-trained weights
+    notes: list[str] = field(default_factory=list)  # what was decided, for the user
+    data_by_size: str = ""  # fingerprint of the data as older versions wrote it
     state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": -1.0})  # done steps, highest mean Dice
 
 
@@ -182,6 +184,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     items = split(config)
     classes = dict(sorted(items.labels.items()))
     crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
+    trained, validated = ([volume.content for volume in volumes] for volumes in (crops.volumes, held_out))
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
 
@@ -192,11 +195,17 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
+    # Weights that were fine-tuned before know whom they were trained on then.
+    before = left["plan"].get("seen") if left else given.plan.get("seen") if given and taken else None
+    seen = leaks.seen_by(items, trained, fold=config.fold, split_seed=config.split_seed, before=before)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, items, crops, classes),
-        "data": items.fingerprint(labels=True), "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
+        "config": to_json(config), "plan": {**plan_of(config, items, crops, classes), "seen": seen},
+        "data": items.fingerprint(trained, validated, labels=True), "global_batch": crops.global_batch,
+        "threads": torch.get_num_threads(),
     }  # fmt: skip
-    run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken)
+    run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken,
+              [*items.notes, *leaks.known_before(items, before)],
+              items.fingerprint_by_size(labels=True) if left else "")  # fmt: skip
     resume(run, left)
     compiled: Any = torch.compile(network) if config.compile else network
     run.net = parallel(compiled, ranks)
@@ -219,10 +228,13 @@ def with_phantoms(config: SegConfig, ranks: Ranks) -> SegConfig:
 def split(config: SegConfig) -> DataList:
     """Training and validation items with labels: the list's own split, its folds, or one of five seeded ones."""
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    if not items.validation and all(item.fold is None for item in items.training):
-        items = datalist.five_folds(items, fold=config.fold, split_seed=config.split_seed)
-    items = datalist.hold_out(items, fold=config.fold)
+    drawn = not items.validation and not datalist.has_folds(items)
+    seed = if_asked_for(config, "split_seed") if config.label_fraction == 1 or drawn else None
+    items = datalist.split(items, fold=if_asked_for(config, "fold"), split_seed=seed)
+    if not config.allow_trained:
+        leaks.check_sides(items, test=True)
     datalist.check_labels(items, config.data)
+    items = leaks.with_doubts(items, drawn=drawn)
     return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
 
 
@@ -237,6 +249,8 @@ def crops_of(
         if strange := set(volume.labels) - {*classes, items.ignore}:
             raise InputError(f"{item.label}: label {min(strange)} is not among the classes that {config.data} names")
     n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
+    if not config.allow_trained:
+        leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
     config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
     sides = names_a_side(classes) and not items.swap
     crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
@@ -287,7 +301,7 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
         raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
     if left is None:
         return
-    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size)
     checkpoint.load_weights(run.network, left["model"], run.out / "last.pt")
     run.optimizer.load_state_dict(left["optimizer"])
     run.scaler.load_state_dict(left["scaler"])
@@ -305,7 +319,8 @@ def begin(run: Run) -> Log:
         (run.out / "figures").mkdir(parents=True, exist_ok=True)
         (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
     record = Log(run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main)
-    facts = {"step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
+    facts = {"step": run.state["step"], "notes": run.notes,
+             "world": ranks.world, "global_batch": run.crops.global_batch,
              "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
              "validation_volumes": len(run.held_out), "classes": run.facts["plan"]["classes"],
              "weights": vars(run.taken) if run.taken else "left" if run.state["step"] else "from scratch"}  # fmt: skip
@@ -314,6 +329,8 @@ def begin(run: Run) -> Log:
     flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else f"weights {facts['weights']}"
+    for note in run.notes:
+        record.say(note)
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
                f"{facts['global_batch']}{flips}{faster}; {weights}")  # fmt: skip
     return record

@@ -19,7 +19,10 @@ only what stands above it.
 
   what it sees
     data/nifti.py             read and write volumes; what is wrong with a file
-    data/datalist.py          data lists, nnU-Net folders, what is held out
+    data/listfile.py          a JSON file that a person wrote; keys that are almost ours
+    data/nnunet.py            an nnU-Net raw folder as the content of a list
+    data/datalist.py          data lists, folds, what is held out
+    data/leaks.py             who was trained on; nobody is on both sides of a split
     data/preprocess.py        spacing, intensity, foreground; one recipe per run
     data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
     data/augment.py           crops and augmentations

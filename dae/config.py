@@ -99,6 +99,8 @@ class DataConfig:
     fold: int = opt(0, "held-out fold, where the list has folds and no validation", low=0)
     split_seed: int = opt(0, "seed of the 5 %% of subjects held out, where the list has neither folds nor validation",
                           low=0)  # fmt: skip
+    allow_trained: bool = opt(False, "validate on images or subjects that are trained on too: to see whether a network "
+                              "learns them by heart")  # fmt: skip
     crop: Size3 = opt((96, 96, 96), "voxels of a crop along d h w; sec. 3.2", low=1)
     spacing: tuple[float, ...] = opt((), "resample to these mm along d h w; none: as the files are")
     ct_window: tuple[float, ...] = opt((-1000.0, 1000.0), "HU that become 0 and 1")
@@ -149,7 +151,7 @@ class RunConfig:
 # What may differ between a run and its resumption: nothing that a weight depends on.
 FREE_ON_RESUME = frozenset({
     "out", "resume", "stop_after", "log_every", "validate_every", "save_every", "keep_every", "workers", "cache_dir",
-    "dry_run", "data", "data_root", "preset",
+    "dry_run", "data", "data_root", "preset", "allow_trained",
 })  # fmt: skip
 
 PAPER: dict[str, Any] = {}  # the defaults are the text's
@@ -255,6 +257,8 @@ def check_values(config: "DataclassInstance") -> None:
     for f in (f for f in fields(config) if f.metadata):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
             if isinstance(number, float) and not math.isfinite(number):
                 raise InputError(f"--{f.name.replace('_', '-')} {number}: must be a number")
             if (low is not None and number < low) or (high is not None and number > high):
@@ -271,6 +275,11 @@ def asked_for(config: "DataclassInstance", name: str) -> bool:
     """Whether a preset, a flag or the code that made the configuration has set this; else nobody minds its default."""
     default = next(f.default for f in fields(config) if f.name == name)
     return name in getattr(config, "given", ()) or getattr(config, name) != default
+
+
+def if_asked_for(config: "DataclassInstance", name: str) -> Any:
+    """The value, or None where nobody has set it: for flags that are refused where they can do nothing."""
+    return getattr(config, name) if asked_for(config, name) else None
 
 
 def from_json(cls: type[C], values: Mapping[str, Any]) -> C:

@@ -91,8 +91,11 @@ class CasesConfig:
     data: str = opt("", "data list (JSON), or an nnU-Net raw folder")
     data_root: str = opt("", "folder that the list's paths start from; else the list's own")
     split: str = opt("validation", "which items of the list", choices=("training", "validation", "test"))
-    fold: int = opt(0, "held-out fold, where the list has folds and no validation", low=0)
-    split_seed: int = opt(0, "seed of the held-out subjects, where the list has neither folds nor validation", low=0)
+    fold: int | None = opt(None, "held-out fold, where the list has no validation; else the one that the checkpoint "
+                           "held out, or 0 where that is not known", low=0)  # fmt: skip
+    split_seed: int | None = opt(None, "seed of the five folds, where the list has neither folds nor validation; else "
+                                 "the checkpoint's, or 0", low=0)  # fmt: skip
+    allow_trained: bool = opt(False, "predict, score or tune on cases that the network was trained on")
     out: str = opt("", "folder for what is made")
 
 

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dae.config import InputError
 from dae.data import cache
 from dae.data.augment import random_crop
 from dae.data.cache import Cached, cached, folder_of, prepare_all
-from dae.data.datalist import Item
+from dae.data.datalist import Content, Item
 from dae.data.preprocess import Prepared, Recipe, prepare
 
 RECIPE = Recipe()
@@ -238,3 +239,57 @@ def test_a_full_disk_is_refused_and_leaves_nothing(item: Item, tmp_path: Path, m
         patch.setattr(np, "save", full)
         cached(item, RECIPE, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+# --- what was in the files
+
+
+def test_a_file_corrected_at_equal_size_and_time_is_prepared_again(tmp_path: Path) -> None:
+    """`cp -p` and `rsync -t` keep the time that a file claims; the voxels are still others."""
+    item = make_item(tmp_path)
+    label = np.zeros(SIZE, np.uint8)
+    label[2:4] = 1
+    path = tmp_path / "label.nii"
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 2.0, 3.0, 1.0])), path)
+    item = replace(item, label=path)
+    before, stat = cached(item, RECIPE, tmp_path / "cache"), path.stat()
+    label[2:4] = 2
+    nib.save(nib.Nifti1Image(label, np.diag([1.0, 2.0, 3.0, 1.0])), path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
+    after = cached(item, RECIPE, tmp_path / "cache")
+    assert np.array_equal(after.label(), label)
+    assert after.content.label != before.content.label and after.content.image == before.content.image
+
+
+def test_what_was_in_a_file_is_known_by_its_voxels_and_spacing(tmp_path: Path) -> None:
+    """Not by its name, its compression or its type; a label map by its own."""
+    x = np.random.default_rng(0).integers(1, 99, SIZE).astype(np.int16)
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+
+    def content(name: str, values: np.ndarray, affine: np.ndarray = affine) -> Content:
+        nib.save(nib.Nifti1Image(values, affine), tmp_path / name)
+        item = Item((tmp_path / name,), ("t1",), ("mr",), name)
+        made = cached(item, RECIPE, tmp_path / "cache")
+        assert made.content == cached(item, RECIPE, tmp_path / "cache").content  # as it was written and read
+        return made.content
+
+    first = content("a.nii", x)
+    assert first == content("b.nii.gz", x.astype(np.float32))
+    assert first.spacing == (1, 2, 3) and len(first.image) == 1 and first.label == ""
+    turned = nib.Nifti1Image(x, affine).as_reoriented(nib.orientations.axcodes2ornt("LSP"))
+    nib.save(turned, tmp_path / "turned.nii")
+    assert first.image == content("turned.nii", np.asarray(turned.dataobj), turned.affine).image
+    other = x.copy()
+    other[3, 3, 3] += 1
+    assert first.image != content("c.nii", other).image
+    assert first != content("d.nii", x, np.diag([1.0, 2.0, 4.0, 1.0]))
+
+
+def test_a_cache_of_before_is_made_again(item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of an older format hold no hashes."""
+    now = cache.FORMAT
+    monkeypatch.setattr(cache, "FORMAT", now - 1)
+    old = cached(item, RECIPE, tmp_path / "cache").path
+    monkeypatch.setattr(cache, "FORMAT", now)
+    assert cached(item, RECIPE, tmp_path / "cache").path != old

@@ -1,14 +1,26 @@
 """dae/data/datalist.py: the lists people have load as they are, and who is held out is a matter of subjects."""
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dae.config import InputError
-from dae.data.datalist import DataList, check_labels, five_folds, hold_out, load
+from dae.data.datalist import (
+    Content,
+    DataList,
+    Item,
+    check_labels,
+    five_folds,
+    fraction,
+    hold_out,
+    load,
+    split,
+)
 
 Load = Callable[..., DataList]
 
@@ -31,12 +43,16 @@ def refusal(call: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def entries(count: int, *, images: int = 1, **keys: Any) -> list[dict[str, Any]]:
-    """Some subjects with one or several images each."""
+def entries(count: int, *, images: int = 1, first: int = 0, **keys: Any) -> list[dict[str, Any]]:
+    """Some subjects with one or several images each, numbered from `first`."""
     return [
         {"image": f"s{n}_{k}.nii.gz", "modality": "ct", "subject": f"s{n}", **keys}
-        for n in range(count) for k in range(images)
+        for n in range(first, first + count) for k in range(images)
     ]  # fmt: skip
+
+
+def subjects(items: Iterable[Item]) -> set[str]:
+    return {item.subject for item in items}
 
 
 # --- what loads
@@ -57,25 +73,26 @@ def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(loaded: Loa
     assert items.labels == {0: "background", 1: "spleen"}
 
 
-@pytest.mark.parametrize("labels, ignored", [
-    ({"background": 0, "liver": 1, "ignore": 2}, 2), ({"0": "background", "1": "liver", "255": "ignore"}, 255),
-    ({"background": 0, "liver": 1, "ignore": -1}, -1), ({"0": "background", "1": "liver"}, None),
-])  # fmt: skip
-def test_a_label_by_the_name_ignore_is_no_class(loaded: Load, labels: dict[str, Any], ignored: int | None) -> None:
-    items = loaded({"training": entries(5), "labels": labels})
-    assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
-    assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
+def test_a_label_by_the_name_ignore_is_no_class(loaded: Load) -> None:
+    for labels, ignored in (
+        ({"background": 0, "liver": 1, "ignore": 2}, 2), ({"0": "background", "1": "liver", "255": "ignore"}, 255),
+        ({"background": 0, "liver": 1, "ignore": -1}, -1), ({"0": "background", "1": "liver"}, None),
+    ):  # fmt: skip
+        items = loaded({"training": entries(5), "labels": labels})
+        assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
+        assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
 
 
-@pytest.mark.parametrize("tolerance, word", [
-    ({"kidney": 1.0}, "'kidney', which is no class"), ({"0": 1.0}, "'0', which is no class"),
-    ({"liver": -1}, "'liver' is -1"), ({"liver": "two"}, "'two'; it must be 0 mm or more"),
-    ([1.0], "must be an object"),
-])  # fmt: skip
-def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load, tolerance: Any, word: str) -> None:
+def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load) -> None:
     labels = {"background": 0, "liver": 1}
-    found = refusal(lambda: loaded({"training": entries(1), "labels": labels, "tolerance_mm": tolerance}))
-    assert word in found and "tolerance_mm" in found and "list.json" in found
+    for tolerance, word in (
+        ({"kidney": 1.0}, "'kidney', which is no class"), ({"0": 1.0}, "'0', which is no class"),
+        ({"liver": -1}, "'liver' is -1"), ({"liver": "two"}, "'two'; it must be 0 mm or more"),
+        ([1.0], "must be an object"),
+    ):  # fmt: skip
+        content = {"training": entries(1), "labels": labels, "tolerance_mm": tolerance}
+        line = refusal(lambda content=content: loaded(content))
+        assert word in line and "tolerance_mm" in line and "list.json" in line
 
 
 def test_paths_start_from_data_root_where_it_is_given(loaded: Load) -> None:
@@ -104,15 +121,13 @@ def test_a_decathlon_list_may_say_the_modality_once_for_all(loaded: Load) -> Non
     assert four.training[0].modality == ("flair", "t1", "t1ce", "t2")
 
 
-@pytest.mark.parametrize(
-    "written, known",
-    [
-        ("CT", "ct"), ("T1w", "t1"), ("T1Gd", "t1ce"), ("t1c", "t1ce"), ("T2W", "t2"), ("FLAIR", "flair"),
-        ("T2F", "flair"), ("T2*", "t2s"), ("PD", "pd"), ("MRI", "mr"),
-    ],
-)  # fmt: skip
-def test_usual_spellings_are_known(written: str, known: str, loaded: Load) -> None:
-    assert loaded({"training": [{"image": "a", "modality": written}]}).training[0].modality == (known,)
+def test_usual_spellings_are_known(loaded: Load) -> None:
+    usual = {
+        "CT": "ct", "T1w": "t1", "T1Gd": "t1ce", "t1c": "t1ce", "T2W": "t2", "FLAIR": "flair", "T2F": "flair",
+        "T2*": "t2s", "PD": "pd", "MRI": "mr",
+    }  # fmt: skip
+    items = loaded({"training": [{"image": f"{n}.nii", "modality": name} for n, name in enumerate(usual)]})
+    assert [item.kind for item in items.training] == list(usual.values())
 
 
 def test_a_list_may_declare_a_modality_and_an_item_its_intensity(loaded: Load) -> None:
@@ -126,23 +141,6 @@ def test_a_list_of_files_is_one_image_of_as_many_channels(loaded: Load, tmp_path
     item = loaded({"training": [{"image": [f"{name}.nii" for name in names], "modality": names}]}).training[0]
     assert item.image == tuple(tmp_path / f"{name}.nii" for name in names)
     assert (item.kind, item.intensity) == ("t1+t1ce+t2+flair", ("mr",) * 4)
-
-
-def test_an_nnunet_raw_folder_loads_by_its_path(tmp_path: Path) -> None:
-    names = ("b_0000", "b_0001", "a_1_0000", "a_1_0001")
-    for file in (*(f"imagesTr/{name}.nii.gz" for name in names), "imagesTr/notes.txt", "labelsTr/a_1.nii.gz"):
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
-    (tmp_path / "dataset.json").write_text(json.dumps({
-        "channel_names": {"1": "T2w", "0": "CT"}, "file_ending": ".nii.gz",
-        "labels": {"background": 0, "liver": 2, "spleen": 1},
-    }))  # fmt: skip
-    items = load(str(tmp_path))
-    a, b = items.training
-    assert [item.subject for item in (a, b)] == ["a_1", "b"]
-    assert a.image == (tmp_path / "imagesTr/a_1_0000.nii.gz", tmp_path / "imagesTr/a_1_0001.nii.gz")
-    assert (a.modality, a.label, b.label) == (("ct", "t2"), tmp_path / "labelsTr/a_1.nii.gz", None)
-    assert items.labels == {0: "background", 1: "spleen", 2: "liver"}
 
 
 def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> None:
@@ -197,49 +195,138 @@ def test_a_path_that_leads_to_no_list_is_refused_in_one_line(tmp_path: Path) -> 
     assert "not a JSON" in refusal(lambda: load(str(tmp_path / "a.nii.gz")))
 
 
-def test_a_folder_whose_files_do_not_count_channels_is_refused(tmp_path: Path) -> None:
-    """Without _0000 the number that tells the cases apart would be taken for a channel's."""
-    (tmp_path / "imagesTr").mkdir()
-    for n in range(12):
-        (tmp_path / f"imagesTr/spleen_{n}.nii.gz").touch()
-    (tmp_path / "dataset.json").write_text(json.dumps({"modality": {"0": "CT"}}))
-    assert "_0000" in refusal(lambda: load(str(tmp_path)))
+def test_labels_that_say_two_things_are_refused(loaded: Load) -> None:
+    for labels, words in (
+        ({"liver": 1, "spleen": 1}, ["two names for 1", "spleen", "liver"]),
+        ({"1": "kidney", "2": "kidney"}, ['the name "kidney" to 1 and 2']),
+        ({"0": "background", "9": "Ignore"}, ['9 "Ignore"', '"ignore" was probably meant']),
+    ):  # fmt: skip
+        line = refusal(lambda labels=labels: loaded({"training": entries(1), "labels": labels}))
+        assert all(word in line for word in words)
+
+
+def test_a_swap_of_no_two_classes_is_refused(loaded: Load) -> None:
+    labels = {"0": "background", "1": "left lung", "2": "right lung"}
+    for swap, words in (
+        ([[1, 3]], "names 3, which is no class"), ([[0, 1]], "names 0"), ([[1, 2], [2, 1]], "has 1 in two places"),
+        ([[1, 1]], "has 1 in two places"), ([1, 2], "list of pairs"),
+    ):  # fmt: skip
+        content = {"training": entries(1), "labels": labels, "swap": swap}
+        assert words in refusal(lambda content=content: loaded(content))
+
+
+def test_a_file_that_is_there_twice_is_refused_by_name(loaded: Load) -> None:
+    once = entries(2)
+    for other in ("s0_0.nii.gz", "./x/../s0_0.nii.gz", ["t2.nii.gz", "s0_0.nii.gz"]):
+        again = {"image": other, "modality": "ct", "subject": "s9"}
+        line = refusal(lambda again=again: loaded({"training": [*once, again]}))
+        assert "training[0] and [2] are the same file" in line and "s0_0.nii.gz" in line
+    twice = {"image": ["t1.nii.gz", "t1.nii.gz"], "modality": ["t1", "t2"]}
+    assert "t1.nii.gz" in refusal(lambda: loaded({"training": [twice]}))
+
+
+def test_a_subject_in_two_folds_is_refused_by_name(loaded: Load) -> None:
+    for other, words in ((1, "s0_1.nii.gz in fold 1"), (None, "s0_1.nii.gz in none")):
+        items = entries(1, images=2, fold=0)
+        items[1]["fold"] = other
+        line = refusal(lambda items=items: loaded({"training": items}))
+        assert "subject s0 is in two folds: s0_0.nii.gz in fold 0" in line and words in line
 
 
 # --- who is held out
 
 
-def test_a_validation_split_of_the_list_wins_over_folds(loaded: Load) -> None:
-    items = loaded({"training": entries(4, fold=0), "validation": entries(1)})
-    assert hold_out(items, fold=0) == items
+def test_a_validation_split_of_the_list_wins_and_a_flag_that_cannot_act_is_refused(loaded: Load) -> None:
+    items = loaded({"training": entries(4, fold=0), "validation": entries(1, first=4)})
+    for choose in (hold_out, split):
+        assert choose(items) == items
+        assert '--fold 0: cannot choose what is held out: the list has a "validation"' in refusal(
+            lambda choose=choose: choose(items, fold=0)
+        )
+        assert "--split-seed 3" in refusal(lambda choose=choose: choose(items, split_seed=3))
+    folded = loaded({"training": [*entries(2, fold=0), *entries(2, first=2, fold=1)]})
+    assert "--split-seed 3" in refusal(lambda: split(folded, split_seed=3))
+    assert "--fold 1" in refusal(lambda: hold_out(loaded({"training": entries(40)}), fold=1))
 
 
 def test_the_items_of_the_fold_are_held_out(loaded: Load) -> None:
-    content = {"training": [*entries(2, fold=0), *entries(3, fold=1), *entries(1)], "test": entries(1)}
-    items = loaded(content)
-    split = hold_out(items, fold=1)
-    assert split.validation == items.training[2:5]
-    assert split.training == items.training[:2] + items.training[5:]
-    assert (split.test, split.labels) == (items.test, items.labels)
-    assert "--fold 2" in refusal(lambda: hold_out(items, fold=2))
+    folds = [*entries(2, fold=0), *entries(3, first=2, fold=1), *entries(1, first=5)]
+    items = loaded({"training": folds, "test": entries(1, first=6)})
+    for choose in (hold_out, split):
+        chosen = choose(items, fold=1)
+        assert chosen.validation == items.training[2:5]
+        assert chosen.training == items.training[:2] + items.training[5:]
+        assert (chosen.test, chosen.labels) == (items.test, items.labels)
+        assert choose(items) == choose(items, fold=0)
+    assert "s5_0.nii.gz" in chosen.notes[0]  # without a fold it is always trained on, which is said
+    assert "--fold 2: the list has the folds 0, 1" in refusal(lambda: hold_out(items, fold=2))
 
 
-@pytest.mark.parametrize("subjects, held", [(2, 1), (10, 1), (20, 1), (40, 2), (100, 5)])
-def test_else_five_percent_of_the_subjects_with_all_their_images(subjects: int, held: int, loaded: Load) -> None:
+@pytest.mark.parametrize("count, held", [(2, 1), (20, 1), (40, 2), (100, 5)])
+def test_else_five_percent_of_the_subjects_with_all_their_images(count: int, held: int, loaded: Load) -> None:
     """Table 1: a 95-5 split."""
-    items = loaded({"training": entries(subjects, images=3)})
-    split = hold_out(items)
-    kept, away = ({item.subject for item in part} for part in (split.training, split.validation))
+    items = loaded({"training": entries(count, images=3)})
+    chosen = hold_out(items)
+    kept, away = subjects(chosen.training), subjects(chosen.validation)
     assert len(away) == held and not kept & away
-    assert set(split.training) | set(split.validation) == set(items.training)
-    assert len(split.validation) == 3 * held
+    assert set(chosen.training) | set(chosen.validation) == set(items.training)
+    assert len(chosen.validation) == 3 * held
 
 
-def test_the_split_repeats_follows_its_seed_and_not_the_order_of_the_list(loaded: Load) -> None:
+def folds_of(items: DataList, split_seed: int = 0) -> dict[str, int]:
+    """The fold that each subject validates in, which must be one."""
+    held = [subjects(five_folds(items, fold=k, split_seed=split_seed).validation) for k in range(5)]
+    assert sum(map(len, held)) == len(set.union(*held))
+    return {subject: k for k, fold in enumerate(held) for subject in fold}
+
+
+def test_a_split_repeats_follows_its_seed_and_not_the_order_of_the_list(loaded: Load) -> None:
     items, turned = loaded({"training": entries(100)}), loaded({"training": entries(100)[::-1]})
     assert hold_out(items) == hold_out(items, split_seed=0)
-    assert set(hold_out(items).validation) == set(hold_out(turned).validation)
+    assert subjects(hold_out(items).validation) == subjects(hold_out(turned).validation)
     assert len({hold_out(items, split_seed=seed).validation for seed in range(5)}) == 5
+    assert folds_of(items) == folds_of(turned) != folds_of(items, split_seed=1)
+    assert subjects(fraction(items, 0.2).training) == subjects(fraction(turned, 0.2).training)
+
+
+def test_folds_stay_what_they_are_from_version_to_version(loaded: Load) -> None:
+    """The SHA-256 of "folds 0 s7" and so on, in order, cut into five: worked out by itself."""
+    names = [f"s{n}" for n in range(12)]
+    order = sorted(names, key=lambda name: hashlib.sha256(f"folds 0 {name}".encode()).digest())
+    sizes = [sum(place * 5 // 12 == k for place in range(12)) for k in range(5)]
+    assert sizes == [3, 2, 3, 2, 2]
+    parts = [order[:3], order[3:5], order[5:8], order[8:10], order[10:]]
+    assert folds_of(loaded({"training": entries(12)})) == {s: k for k, part in enumerate(parts) for s in part}
+
+
+def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_borders(loaded: Load) -> None:
+    """Sizes differ by one at most, so that a border may move by one; no other subject changes its fold."""
+    moved = []
+    for count in range(5, 60):
+        before, after = (folds_of(loaded({"training": entries(n)})) for n in (count, count + 1))
+        sizes = Counter(before.values())
+        assert len(sizes) == 5 and max(sizes.values()) - min(sizes.values()) <= 1
+        moved.append(sum(before[subject] != after[subject] for subject in before))
+        assert all(abs(before[subject] - after[subject]) <= 1 for subject in before)
+    assert max(moved) <= 4 and sum(moved) / len(moved) < 2
+
+
+def test_a_subject_that_joins_puts_at_most_one_other_out_of_a_share(loaded: Load) -> None:
+    for count in range(20, 60):
+        before, after = (loaded({"training": entries(n)}) for n in (count, count + 1))
+        held = [subjects(hold_out(items).validation) for items in (before, after)]
+        assert len(held[0] - held[1]) <= 1 and len(held[1] - held[0]) <= 1
+        shares = [[subjects(fraction(items, share).training) for share in (0.1, 0.2, 0.6, 1.0)]
+                  for items in (before, after)]  # fmt: skip
+        assert shares[0][0] < shares[0][1] < shares[0][2] < shares[0][3]
+        assert all(len(a - b) <= 1 for a, b in zip(*shares))
+
+
+def test_a_fold_that_too_few_subjects_leave_empty_is_refused(loaded: Load) -> None:
+    items = loaded({"training": entries(3)})
+    assert [len(subjects(five_folds(items, fold=k).validation)) for k in range(3)] == [1, 1, 1]
+    assert "--fold 3: 3 subjects make 3 folds" in refusal(lambda: split(items, fold=3))
+    assert "--fold 5: 9 subjects make 5 folds" in refusal(lambda: split(loaded({"training": entries(9)}), fold=5))
 
 
 def test_a_single_subject_leaves_nothing_to_validate_on(loaded: Load) -> None:
@@ -254,11 +341,19 @@ def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: L
 # --- which data it is
 
 
-def test_the_fingerprint_is_that_of_the_list_and_not_of_its_place(loaded: Load) -> None:
-    folders = [f"s{n}/t1_{n}.nii.gz" for n in range(3)]
-    content = [{"image": image, "modality": "t1"} for image in folders]
+def test_the_fingerprint_is_that_of_the_contents_in_their_order(loaded: Load) -> None:
+    """Not of names, places, sizes or times of files."""
+    images = [f"s{n}/t1.nii" for n in range(3)]
+    content = [{"image": image, "modality": "t1"} for image in images]
+    a, b, c = (Content((voxels,), label, (1.0, 1.0, 1.0)) for voxels, label in ("ax", "by", "cz"))
     here, there = loaded({"training": content}), loaded({"training": content}, root="/elsewhere")
-    assert here.fingerprint() == there.fingerprint()
-    other = [content[:2], content[::-1], [*content[:2], {**content[2], "modality": "t2"}]]
-    prints = [here.fingerprint(), *(loaded({"training": changed}).fingerprint() for changed in other)]
-    assert len(set(prints)) == 4  # a volume less, another order, another modality
+    renamed = loaded({"training": [{**entry, "image": f"new{n}.nii"} for n, entry in enumerate(content)]})
+    first = here.fingerprint([a, b, c])
+    assert first == there.fingerprint([a, b, c]) == renamed.fingerprint([a, b, c])
+    other = [
+        here.fingerprint([c, b, a]), here.fingerprint([a, b]), here.fingerprint([a, b], [c]),
+        here.fingerprint([a, b, c._replace(label="corrected")]), here.fingerprint([a, b, c._replace(image=("d",))]),
+        here.fingerprint([a, b, c._replace(spacing=(1.0, 1.0, 2.0))]), here.fingerprint([a, b, c], labels=True),
+        loaded({"training": [*content[:2], {**content[2], "modality": "t2"}]}).fingerprint([a, b, c]),
+    ]  # fmt: skip
+    assert len({first, *other}) == 1 + len(other)

@@ -268,10 +268,12 @@ def test_a_real_volume_is_learned_predicted_on_its_own_grid_and_scored(tmp_path:
     config = SegConfig(
         data=data, from_scratch=True, out=str(tmp_path / "run"), cache_dir=str(tmp_path / "cache"), crop=(48, 48, 48),
         ct_window=(-175.0, 250.0), feature_size=16, depths=(2, 2, 2), heads=(2, 4, 8), window=(4, 4, 4), steps=600,
-        batch_size=2, lr=3e-3, warmup=20, loss="dice_ce", positive=0.9, validate_every=200, amp="off", **still,
+        batch_size=2, lr=3e-3, warmup=20, loss="dice_ce", positive=0.9, validate_every=200, amp="off",
+        allow_trained=True, **still,
     )  # fmt: skip
     assert main(config)["dice"] > 0.6
-    folders = {"out": str(tmp_path / "predictions"), "data": data}
-    evaluate.predict(PredictConfig(checkpoint=(f"{config.out}/best.pt",), **folders))
-    summary = evaluate.score(ScoreConfig(data=data, predictions=folders["out"], out=str(tmp_path / "scores")))
+    given: dict[str, Any] = {"data": data, "allow_trained": True}
+    folder = str(tmp_path / "predictions")
+    evaluate.predict(PredictConfig(checkpoint=(f"{config.out}/best.pt",), out=folder, **given))
+    summary = evaluate.score(ScoreConfig(predictions=folder, out=str(tmp_path / "scores"), **given))
     assert summary["mean_of_cases"]["dice"]["mean"] > 0.6

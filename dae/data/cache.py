@@ -1,8 +1,13 @@
 """Each volume prepared once, kept as a plain array on disk, memory-mapped, and shared by all ranks, workers and runs.
 
-A prepared volume lives in a folder named after what it was made from: the file's path, size and time, and the recipe.
-Change any of them and it is made again. A folder appears whole or not at all (written aside, then renamed), so whoever
-comes first makes it, and nobody waits for a lock that a killed process holds.
+A prepared volume lives in a folder named after what it was made from: the file's path, size and times, and the recipe.
+Change any of them and it is made again. The time that a file claims can be set (`cp -p`, `touch`), so the file system's
+own time of the last change counts as well.
+
+Hashes of the voxels are kept with the volume: what was in the files can be compared without reading them again.
+
+A folder appears whole or not at all (written aside, then renamed), so whoever comes first makes it, and nobody waits
+for a lock that a killed process holds.
 
 Ten thousand volumes do not hold ten thousand open files: a crop opens its file, copies its voxels, and lets go.
 """
@@ -18,17 +23,17 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from dae.config import InputError
-from dae.data.datalist import Item
+from dae.data.datalist import Content, Item
 from dae.data.preprocess import Recipe, prepare
 
-FORMAT = 3  # of the folders below; counts up when what they hold changes
+FORMAT = 4  # of the folders below; counts up when what they hold changes
 DTYPE = np.float16  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
 
 
@@ -40,6 +45,7 @@ class Cached(NamedTuple):
     background: tuple[float, ...]  # per channel
     spacing: tuple[float, ...]  # mm
     labels: tuple[int, ...] = ()  # values of the label map, if there is one
+    content: Content = Content((), "", ())  # hashes of what was in the files
 
     def array(self) -> NDArray[np.float16]:
         """Memory-mapped, read-only; closed when the array goes."""
@@ -64,7 +70,7 @@ def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         stat = path.stat()
-        facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+        facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
     return root / f"{item.image[0].name.split('.')[0]}-{key}"
 
@@ -76,11 +82,16 @@ def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
         _make(item, recipe, folder)
     facts = json.loads((folder / "facts.json").read_text())
     return Cached(folder, tuple(facts["shape"]), tuple(facts["background"]), tuple(facts["spacing"]),
-                  tuple(facts["labels"]))  # fmt: skip
+                  tuple(facts["labels"]), _content(facts["content"]))  # fmt: skip
+
+
+def _content(facts: dict[str, Any]) -> Content:
+    return Content(tuple(facts["image"]), facts["label"], tuple(facts["spacing"]))
 
 
 def _make(item: Item, recipe: Recipe, folder: Path) -> None:
     volume = prepare(item, recipe)
+    assert volume.content is not None
     aside = folder.with_name(f".making-{folder.name}-{os.getpid()}-{threading.get_ident()}")
     try:
         aside.mkdir(parents=True)
@@ -91,7 +102,7 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
         facts = {
             "labels": [] if volume.label is None else np.unique(volume.label).tolist(),
             "shape": volume.data.shape, "background": volume.background.tolist(), "spacing": volume.spacing,
-            "image": [str(path) for path in item.image],
+            "image": [str(path) for path in item.image], "content": volume.content._asdict(),
         }  # fmt: skip
         (aside / "facts.json").write_text(json.dumps(facts))
         if folder.exists() and not (folder / "facts.json").is_file():

@@ -7,28 +7,54 @@ A list is a JSON file, Decathlon style, with paths relative to its own folder:
 
 An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. A label by the
 name "ignore" is no class: it marks what was not annotated. `tolerance_mm` gives classes, by number or by name, their
-own tolerance of NSD: {"1": 2.0, "liver": 3.0}. Instead of a list an nnU-Net raw folder (dataset.json, imagesTr) may be
-given. Keys that are not known are left alone.
+own tolerance of NSD: {"1": 2.0, "liver": 3.0}. Instead of a list an nnU-Net raw folder (nnunet.py) may be given.
+
+Keys that are about something else are left alone; one that is almost ours is refused (listfile.py). Who is held out is
+drawn by a hash of the subject's name, so that neither the order of the list nor a subject that joins it turns the
+folds over.
 """
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import Any, NamedTuple
 
 from dae.config import InputError
+from dae.data import nnunet
+from dae.data.listfile import (
+    ITEM_KEYS,
+    LIST_KEYS,
+    MISPLACED_IN_ITEM,
+    MISPLACED_IN_LIST,
+    check_keys,
+    in_order,
+    plain,
+    read_json,
+    several,
+)
+from dae.data.nnunet import Split
 
 # Each modality and the way its intensities are normalised (preprocess.py); a list may declare others.
 # The first five stand in the order of the authors' class labels, which --cmcl ranks depends on.
 MODALITIES = {"ct": "window", "t1": "mr", "t1ce": "mr", "t2": "mr", "flair": "mr", "t2s": "mr", "pd": "mr", "mr": "mr"}
 ALIASES = {"t1c": "t1ce", "t1gd": "t1ce", "t1w": "t1", "t2w": "t2", "t2*": "t2s", "t2f": "flair", "mri": "mr"}
-INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile")
+INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile", "zscore_all", "minmax", "none")
+FOLDS = 5
+BY_VOXELS = "voxels "  # begins a fingerprint of contents; those of older versions were of names and sizes
+
+
+class Content(NamedTuple):
+    """What the files of an item hold, as hashes of their voxels (`leaks.hash_of`)."""
+
+    image: tuple[str, ...]  # one for each channel
+    label: str  # empty where there is none
+    spacing: tuple[float, ...]  # mm, of the file
 
 
 @dataclass(frozen=True)
@@ -42,6 +68,7 @@ class Item:
     fold: int | None = None
     label: Path | None = None
     channel: tuple[int, int] | None = None  # which of how many of the file's, where the item is one alone
+    subject_named: bool = True  # by the list; else the image is taken for a subject of its own
 
     @property
     def kind(self) -> str:
@@ -59,9 +86,24 @@ class DataList:
     tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
     regions: tuple[str, ...] = ()  # names of several labels at once, which pre-training need not know
+    splits: tuple[Split, ...] = ()  # of nnU-Net's splits_final.json: subjects of each fold
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided about the list, for the user
 
-    def fingerprint(self, *, labels: bool = False) -> str:
-        """Of what is trained and validated on and in which order, wherever the list's folder lies."""
+    def fingerprint(
+        self, training: Sequence[Content], validation: Sequence[Content] = (), *, labels: bool = False
+    ) -> str:
+        """Of what is trained and validated on and in which order, wherever the files lie and whatever their names.
+
+        `training` and `validation` are what was found in the files, in the order in which it is used.
+        """
+        how = [[(item.modality, item.intensity) for item in split] for split in (self.training, self.validation)]
+        content: list[Any] = [how, training, validation]
+        if labels:
+            content += [sorted(self.labels.items()), self.swap, self.ignore]
+        return BY_VOXELS + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+    def fingerprint_by_size(self, *, labels: bool = False) -> str:
+        """As older versions wrote it, by names and sizes of files: to go on with a run of theirs."""
 
         def facts(paths: Sequence[Path]) -> list[Any]:
             return [[path.name, path.stat().st_size if path.is_file() else 0] for path in paths]
@@ -85,24 +127,40 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     path = Path(data).expanduser()
     if not data or not path.exists():
         raise InputError(f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder")
-    content = _from_nnunet(path) if path.is_dir() else _json(path)
+    content = nnunet.content_of(path) if path.is_dir() else _json(path)
     folder = Path(root).expanduser() if root else (path if path.is_dir() else path.parent)
     declared = {**MODALITIES, **{str(k).lower(): str(v) for k, v in _object(content, "modalities", path).items()}}
-    usual = [modality] if modality else _in_order(content.get("modality"))
+    usual = [modality] if modality else in_order(content.get("modality"))
     if wrong := sorted(set(declared.values()) - set(INTENSITIES)):
         raise InputError(f"{path}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
-    splits = {
-        name: tuple(_item(entry, f"{path}: {name}[{n}]", folder, usual, declared) for n, entry in enumerate(entries))
-        for name, entries in ((name, _entries(content, name, path)) for name in ("training", "validation", "test"))
-    }
-    if not splits["training"]:
+
+    def items_of(name: str) -> tuple[Item, ...]:
+        entries = _entries(content, name, path)
+        items = [_item(entry, f"{path}: {name}[{n}]", folder, usual, declared) for n, entry in enumerate(entries)]
+        _check_files_once(items, f"{path}: {name}")
+        return tuple(items)
+
+    training, validation, test = items_of("training"), items_of("validation"), items_of("test")
+    if not training:
         raise InputError(f"{path}: no training items")
-    labels, regions = _labels(_object(content, "labels", path))
+    _check_one_fold(training, path)
+
+    labels, regions = _labels(_object(content, "labels", path), path)
     ignore = next((label for label, name in labels.items() if name == "ignore"), None)
     labels = {label: name for label, name in labels.items() if label != ignore}
-    return DataList(**splits, labels=labels, swap=_pairs(content.get("swap", []), path),
-                    tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
-                    ignore=ignore, regions=regions)  # fmt: skip
+    items = DataList(
+        training,
+        validation,
+        test,
+        labels=labels,
+        swap=_pairs(content.get("swap", []), labels, path),
+        tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
+        ignore=ignore,
+        regions=regions,
+        splits=nnunet.splits_of(path) if path.is_dir() else (),
+    )
+    _check_splits(items, path)
+    return items
 
 
 def channels_apart(items: DataList) -> DataList:
@@ -127,26 +185,116 @@ def channels_apart(items: DataList) -> DataList:
     return replace(items, training=training, validation=validation, test=test)
 
 
-def hold_out(items: DataList, *, fold: int = 0, split_seed: int = 0) -> DataList:
+def has_folds(items: DataList) -> bool:
+    """Whether the list itself says what each fold holds out."""
+    return bool(items.splits) or any(item.fold is not None for item in items.training)
+
+
+def split(items: DataList, *, fold: int | None = None, split_seed: int | None = None) -> DataList:
+    """What a fine-tuning run trains and validates on: the list's own split, one of its folds, or one of five drawn.
+
+    None stands for a flag that was not asked for, and means 0. Raises InputError where one that was cannot act.
+    """
+    if items.validation or has_folds(items):
+        return hold_out(items, fold=fold, split_seed=split_seed)
+    return five_folds(items, fold=fold or 0, split_seed=split_seed or 0)
+
+
+def hold_out(items: DataList, *, fold: int | None = None, split_seed: int | None = None) -> DataList:
     """Choose what validates: the list's `validation`; else the items of `fold`; else 5 % of the subjects (Table 1).
 
-    Raises InputError where nothing would be left on one side.
+    None stands for a flag that was not asked for, and means 0. Raises InputError where one that was cannot act, or
+    where nothing would be left on one side.
     """
+    asked = {"--fold": fold, "--split-seed": split_seed}
     if items.validation:
+        _refuse_idle(asked, 'the list has a "validation" of its own; leave the flag out')
         return items
-    if any(item.fold is not None for item in items.training):
-        held = {n for n, item in enumerate(items.training) if item.fold == fold}
-        reason = f"--fold {fold}"
-    else:
-        subjects = sorted({item.subject for item in items.training})
-        chosen = np.random.default_rng(split_seed).permutation(len(subjects))[: max(1, round(0.05 * len(subjects)))]
-        names = {subjects[n] for n in chosen}
-        held = {n for n, item in enumerate(items.training) if item.subject in names}
-        reason = "one subject"
-    if not held or len(held) == len(items.training):
+    if items.splits:
+        _refuse_idle({"--split-seed": split_seed}, "splits_final.json has the folds; leave the flag out")
+        return _fold_of_splits(items, fold or 0)
+    if has_folds(items):
+        _refuse_idle({"--split-seed": split_seed}, "the list has folds of its own; leave the flag out")
+        return _fold_of_list(items, fold or 0)
+
+    _refuse_idle({"--fold": fold}, "the list has no folds, and 5 % of its subjects are held out; leave the flag out")
+    subjects = drawn((item.subject for item in items.training), "hold out", split_seed or 0)
+    held = subjects[: max(1, round(0.05 * len(subjects)))]
+    note = f"{len(held)} of {len(subjects)} subjects validate, drawn by --split-seed {split_seed or 0}"
+    return _with_held(items, set(held), "one subject", note)
+
+
+def five_folds(items: DataList, *, fold: int, split_seed: int = 0) -> DataList:
+    """Fold `fold` of five by subject: what a list without folds and validation is split into. Raises InputError.
+
+    The drawn order of the subjects is cut into five parts, whose sizes differ by one at most. When a subject joins,
+    only the borders between two parts move, each by one subject at most.
+    """
+    subjects = drawn((item.subject for item in items.training), "folds", split_seed)
+    parts = min(FOLDS, len(subjects))
+    if fold >= parts:
+        raise InputError(f"--fold {fold}: {len(subjects)} subjects make {parts} folds, 0 to {parts - 1}")
+    held = {subject for place, subject in enumerate(subjects) if place * parts // len(subjects) == fold}
+    note = f"fold {fold} of {parts} validates, drawn by --split-seed {split_seed}: {_count(len(held), 'subject')}"
+    return _with_held(items, held, f"--fold {fold}", note)
+
+
+def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
+    """A share of the training subjects, at least one; smaller shares lie within larger ones of the same seed."""
+    subjects = drawn((item.subject for item in items.training), "fraction", split_seed)
+    kept = set(subjects[: max(1, round(share * len(subjects)))])
+    return replace(items, training=tuple(item for item in items.training if item.subject in kept))
+
+
+def drawn(subjects: Iterable[str], purpose: str, seed: int) -> list[str]:
+    """Each subject once, in an order drawn by the seed: two of them stand in one order whoever else is in the list."""
+
+    def lot(subject: str) -> str:
+        return hashlib.sha256(f"{purpose} {seed} {subject}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    return sorted(set(subjects), key=lot)
+
+
+def _fold_of_list(items: DataList, fold: int) -> DataList:
+    """The items whose `fold` it is are held out. One without a fold is always trained on."""
+    folds = sorted({item.fold for item in items.training if item.fold is not None})
+    if fold not in folds:
+        raise InputError(f"--fold {fold}: the list has the folds {', '.join(map(str, folds))}")
+    held = {item.subject for item in items.training if item.fold == fold}
+    note = f"fold {fold} of the list validates: {_count(len(held), 'subject')}"
+    if always := [item for item in items.training if item.fold is None]:
+        note += f"; {_count(len(always), 'item')} without a fold always trained on, as {always[0].image[0].name}"
+    return _with_held(items, held, f"--fold {fold}", note)
+
+
+def _fold_of_splits(items: DataList, fold: int) -> DataList:
+    """The cases that splits_final.json names for the fold; a case in neither of its lists is left out."""
+    if fold >= len(items.splits):
+        raise InputError(f"--fold {fold}: splits_final.json has the folds 0 to {len(items.splits) - 1}")
+    train, val = items.splits[fold]
+    note = f"fold {fold} of splits_final.json validates: {_count(len(val), 'case')}"
+    if neither := sorted({item.subject for item in items.training} - train - val):
+        note += f"; {_count(len(neither), 'case')} in neither train nor val of it left out, as {neither[0]}"
+    used = replace(items, training=tuple(item for item in items.training if item.subject in train | val))
+    return _with_held(used, set(val), f"--fold {fold}", note)
+
+
+def _with_held(items: DataList, held: set[str], reason: str, note: str) -> DataList:
+    training = tuple(item for item in items.training if item.subject not in held)
+    validation = tuple(item for item in items.training if item.subject in held)
+    if not training or not validation:
         raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
-    training = tuple(item for n, item in enumerate(items.training) if n not in held)
-    return replace(items, training=training, validation=tuple(items.training[n] for n in sorted(held)))
+    return replace(items, training=training, validation=validation, notes=(note,))
+
+
+def _refuse_idle(flags: Mapping[str, int | None], reason: str) -> None:
+    for flag, value in flags.items():
+        if value is not None:
+            raise InputError(f"{flag} {value}: cannot choose what is held out: {reason}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
 
 
 def check_labels(items: DataList, data: str) -> None:
@@ -160,30 +308,11 @@ def check_labels(items: DataList, data: str) -> None:
         raise InputError(f'{data}: "labels" must name the background, 0, and at least one class, none above 255')
 
 
-def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
-    """A share of the training subjects, at least one; smaller shares lie within larger ones of the same seed."""
-    subjects = sorted({item.subject for item in items.training})
-    order = np.random.default_rng([split_seed, 1]).permutation(len(subjects))
-    kept = {subjects[n] for n in order[: max(1, round(share * len(subjects)))]}
-    return replace(items, training=tuple(item for item in items.training if item.subject in kept))
-
-
-def five_folds(items: DataList, *, fold: int, split_seed: int = 0) -> DataList:
-    """Fold `fold` of five by subject: what a list without folds and validation is split into. Raises InputError."""
-    subjects = sorted({item.subject for item in items.training})
-    order = np.random.default_rng(split_seed).permutation(len(subjects))
-    number = {subjects[n]: place % 5 for place, n in enumerate(order)}
-    folded = tuple(replace(item, fold=number[item.subject]) for item in items.training)
-    return hold_out(replace(items, training=folded), fold=fold)
-
-
 def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON data list ({error})") from error
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f'{path}: a data list is an object with a "training" list in it')
+    check_keys(content, LIST_KEYS, str(path), MISPLACED_IN_LIST)
     return content
 
 
@@ -201,21 +330,16 @@ def _object(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, A
     return value
 
 
-def _in_order(channels: Any) -> list[str]:
-    """{"1": "T2", "0": "FLAIR"}, as Decathlon and nnU-Net name the channels of all their images -> ["FLAIR", "T2"]."""
-    if not isinstance(channels, dict):
-        return _several(channels)
-    return [str(channels[key]) for key in sorted(channels, key=lambda key: int(key) if str(key).isdigit() else 0)]
-
-
 def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapping[str, str]) -> Item:
     if isinstance(entry, str):
         entry = {"image": entry}
+    if isinstance(entry, dict):
+        check_keys(entry, ITEM_KEYS, where, MISPLACED_IN_ITEM)
     if not isinstance(entry, dict) or not entry.get("image"):
         raise InputError(f'{where}: has no "image"')
-    files = _several(entry["image"])
+    files = several(entry["image"])
     image = tuple(folder / Path(file).expanduser() for file in files)
-    named = _several(entry.get("modality")) or usual
+    named = several(entry.get("modality")) or usual
     if not named:
         raise InputError(f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality')
     names = [name.lower() for name in named]
@@ -225,27 +349,75 @@ def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapp
             f"{where}: unknown modality {unknown[0]!r}; known: {', '.join(declared)}; the list may declare others: "
             f'"modalities": {{"{unknown[0]}": "zscore"}}'
         )
-    intensity = tuple(_several(entry.get("intensity") or [declared[kind] for kind in kinds]))
+    intensity = tuple(several(entry.get("intensity") or [declared[kind] for kind in kinds]))
     if wrong := [name for name in intensity if name not in INTENSITIES]:
         raise InputError(f"{where}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
     label, fold = entry.get("label"), entry.get("fold")
-    if not (fold is None or isinstance(fold, int)):
+    if not (fold is None or type(fold) is int):
         raise InputError(f"{where}: fold {fold!r} is not a whole number")
     if not (label is None or isinstance(label, str)):
         raise InputError(f"{where}: label {label!r} is not the name of a file")
-    subject = str(entry.get("subject", files[0]))  # without a name, each image is a subject of its own
-    return Item(image, kinds, intensity, subject, fold, folder / label if label else None)
+    named_subject = entry.get("subject")
+    subject = str(files[0] if named_subject is None else named_subject)
+    return Item(image, kinds, intensity, subject, fold, folder / label if label else None,
+                subject_named=named_subject is not None)  # fmt: skip
 
 
-def _several(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)] if value else []
+def _check_files_once(items: Sequence[Item], where: str) -> None:
+    """Raises InputError where a file is the image, or a channel, of two items of one split, or twice of one."""
+    seen: dict[str, int] = {}
+    for n, item in enumerate(items):
+        for file in item.image:
+            first = seen.setdefault(os.path.normpath(file), n)
+            if first != n or item.image.count(file) > 1:
+                raise InputError(f"{where}[{first}] and [{n}] are the same file {file}; remove one of them")
 
 
-def _labels(labels: Mapping[str, Any]) -> tuple[dict[int, str], tuple[str, ...]]:
+def _check_one_fold(items: Sequence[Item], path: Path) -> None:
+    """Raises InputError where items of one subject have different folds."""
+    first: dict[str, Item] = {}
+    for item in items:
+        other = first.setdefault(item.subject, item)
+        if other.fold != item.fold:
+            raise InputError(
+                f"{path}: subject {item.subject} is in two folds: {other.image[0].name} in {_fold_in_words(other)}, "
+                f"{item.image[0].name} in {_fold_in_words(item)}; give all its items one fold"
+            )
+
+
+def _fold_in_words(item: Item) -> str:
+    return "none" if item.fold is None else f"fold {item.fold}"
+
+
+def _check_splits(items: DataList, path: Path) -> None:
+    """Raises InputError where splits_final.json names a case that the folder does not have."""
+    subjects = {item.subject for item in items.training}
+    for n, sides in enumerate(items.splits):
+        if unknown := sorted(frozenset().union(*sides) - subjects):
+            raise InputError(f"{path}: splits_final.json, fold {n}: case {unknown[0]} is not in imagesTr")
+
+
+def _labels(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
     """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's; and names that have no one number."""
     pairs = [(k, v) if _is_whole(k) else (v, k) for k, v in labels.items()]
     regions = tuple(str(name) for number, name in pairs if not _is_whole(number))
-    return {int(number): str(name) for number, name in pairs if _is_whole(number)}, regions
+    named = [(int(number), str(name)) for number, name in pairs if _is_whole(number)]
+    for label, name in named:
+        if plain(name) in ("ignore", "ignored", "ignorelabel", "ignoreindex") and name != "ignore":
+            raise InputError(
+                f'{path}: "labels" calls {label} "{name}", which would be a class; "ignore" was probably meant: write '
+                "it so, or rename the class"
+            )
+        if twice := [other for number, other in named if number == label and other != name]:
+            raise InputError(f'{path}: "labels" has two names for {label}: "{name}" and "{twice[0]}"; keep one')
+    repeated = [name for name, times in Counter(name for _, name in named).items() if times > 1]
+    if repeated:
+        numbers = [label for label, name in named if name == repeated[0]]
+        raise InputError(
+            f'{path}: "labels" gives the name "{repeated[0]}" to {numbers[0]} and {numbers[1]}; scores are told apart '
+            "by name: give each its own"
+        )
+    return dict(named), regions
 
 
 def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) -> dict[int, float]:
@@ -258,36 +430,18 @@ def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) 
     return {numbers[key]: float(mm) for key, mm in given.items()}
 
 
-def _pairs(swap: Any, path: Path) -> tuple[tuple[int, int], ...]:
+def _pairs(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[int, int], ...]:
     try:
-        return tuple((int(a), int(b)) for a, b in swap)
+        pairs = tuple((int(a), int(b)) for a, b in swap)
     except (TypeError, ValueError) as error:
         raise InputError(f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]') from error
+    for label, times in Counter(label for pair in pairs for label in pair).items():
+        if labels and (label not in labels or label == 0):
+            raise InputError(f'{path}: "swap" names {label}, which is no class of its "labels"')
+        if times > 1:
+            raise InputError(f'{path}: "swap" has {label} in two places; a label changes places with one other')
+    return pairs
 
 
 def _is_whole(value: Any) -> bool:
     return re.fullmatch(r"-?\d+", str(value)) is not None
-
-
-def _from_nnunet(folder: Path) -> Mapping[str, Any]:
-    """dataset.json and imagesTr of an nnU-Net raw folder as the content of a list; channel names are modalities."""
-    if not (folder / "dataset.json").is_file():
-        raise InputError(f"{folder}: a folder must be an nnU-Net raw one, with dataset.json and imagesTr in it")
-    dataset = _json(folder / "dataset.json")
-    ending = str(dataset.get("file_ending", ".nii.gz"))
-    modality = _in_order(dataset.get("channel_names") or dataset.get("modality"))
-    cases: dict[str, list[str]] = {}
-    for file in sorted((folder / "imagesTr").glob(f"*{ending}")):
-        named = re.fullmatch(r"(.+)_\d{4}", file.name.removesuffix(ending))
-        if not named:
-            raise InputError(f"{file}: nnU-Net's images end in _0000{ending}; for other folders write a data list")
-        cases.setdefault(named[1], []).append(f"imagesTr/{file.name}")
-    training = [_nnunet_case(folder, case, files, modality, ending) for case, files in cases.items()]
-    ours = {key: dataset[key] for key in ("labels", "modalities", "swap", "tolerance_mm") if key in dataset}
-    return {"training": training, **ours}
-
-
-def _nnunet_case(folder: Path, case: str, files: list[str], modality: list[str], ending: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"image": files, "modality": modality, "subject": case}
-    label = f"labelsTr/{case}{ending}"
-    return {**entry, "label": label} if (folder / label).is_file() else entry

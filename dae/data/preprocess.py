@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dae.config import DataConfig, InputError
-from dae.data.datalist import Item
+from dae.data.datalist import Content, Item
+from dae.data.leaks import hash_of, hashes_of
 from dae.data.nifti import Array, Volume, bytes_in_words, memory, read_channels, read_labels_of, say_once
 
 STEP = 1e-3  # one grey level of z-scores, or of a window; half precision keeps little more
@@ -51,13 +52,15 @@ class Prepared(NamedTuple):
     label: NDArray[np.uint8] | None = None  # (d, h, w), on the grid of data
     box: tuple[slice, slice, slice] | None = None  # where data lies in the grid it was cut from, if it was
     grid: tuple[int, ...] = ()  # (d, h, w) of that grid
+    content: Content | None = None  # hashes of what the files held, where they were read by `prepare`
 
 
 def prepare(item: Item, recipe: Recipe) -> Prepared:
     """Read an item and its label, and `normalise` them. Raises InputError naming the file."""
     volume = channel_of(read_channels(item.image), item)
     label = read_labels_of(item.label, volume) if item.label else None
-    return normalise(volume, item, recipe, label)
+    content = Content(hashes_of(volume.data), "" if label is None else hash_of(label), volume.spacing)
+    return normalise(volume, item, recipe, label)._replace(content=content)
 
 
 def channel_of(volume: Volume, item: Item) -> Volume:
@@ -129,7 +132,14 @@ def _per_channel(item: Item, channels: int) -> Sequence[str]:
 def _normaliser(how: str, recipe: Recipe) -> Callable[[Array], Array]:
     if how == "window":
         return lambda x: window(x, recipe.ct_window[0], recipe.ct_window[1])
-    return {"zscore": zscore, "nonzero": zscore_of_nonzero, "percentile": percentile}[how]
+    return {
+        "zscore": zscore,
+        "nonzero": zscore_of_nonzero,
+        "percentile": percentile,
+        "zscore_all": zscore_of_all,
+        "minmax": minmax,
+        "none": as_it_is,
+    }[how]
 
 
 def window(x: Array, low: float, high: float) -> Array:
@@ -152,6 +162,23 @@ def zscore_of_nonzero(x: Array) -> Array:
     the zeros among the dark voxels of an unmasked image into speckles of it.
     """
     return np.where(x != 0, zscore(x), np.float32(0))
+
+
+def zscore_of_all(x: Array) -> Array:
+    """(x - mean) / std by every voxel, as nnU-Net's channel `zscore`."""
+    values = x.astype(np.float64)
+    return ((values - values.mean()) / max(values.std(), 1e-8)).astype(np.float32)
+
+
+def minmax(x: Array) -> Array:
+    """The smallest value to 0, the largest to 1, as nnU-Net's channel `rescale_to_0_1`."""
+    low, high = float(x.min()), float(x.max())
+    return window(x, low, max(high, low + 1e-8))
+
+
+def as_it_is(x: Array) -> Array:
+    """Values as they stand in the file, as nnU-Net's channel `noNorm`."""
+    return x
 
 
 def percentile(x: Array) -> Array:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from dae.config import InputError, RunConfig, differences, to_json
+from dae.data.datalist import BY_VOXELS
 
 FORMAT = 1
 MARK = b"sha256:"
@@ -85,10 +86,21 @@ def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) ->
         raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
 
 
-def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raises InputError where a resumed run would meet other samples."""
-    for fact, what in (("data", "the data list"), ("global_batch", "ranks x --batch-size x --accumulate")):
-        if saved[fact] != facts[fact]:
+def check_same_samples(
+    path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any], *, data_by_size: str = ""
+) -> None:  # fmt: skip
+    """Raises InputError where a resumed run would meet other samples.
+
+    `data_by_size` is the fingerprint of the data as older versions wrote it, for runs that they have left.
+    """
+    by_voxels = str(saved["data"]).startswith(BY_VOXELS)
+    same_data = saved["data"] == (facts["data"] if by_voxels else data_by_size)
+    older = "" if by_voxels else " or its split, which older versions drew otherwise,"
+    for same, fact, what in (
+        (same_data, "data", f"the data list{older}"),
+        (saved["global_batch"] == facts["global_batch"], "global_batch", "ranks x --batch-size x --accumulate"),
+    ):
+        if not same:
             raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")
 
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dae.config import InputError, to_json
 from dae.data import datalist
-from dae.data.batches import Batch, Crops, addresses, by_turns, loader
+from dae.data.batches import Batch, Crops, addresses, loader, spread
 from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
@@ -33,9 +33,19 @@ from dae.data.preprocess import Recipe
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import Pretext
 from dae.training import checkpoint
-from dae.training.distributed import Ranks, StopSignal, finish, gather_objects, mean_over_ranks, on_main_first, start
+from dae.training.distributed import Ranks, StopSignal, gather_objects, joined, mean_over_ranks, on_main_first
 from dae.training.figures import loss_curve, reconstruction_sheet
-from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
+from dae.training.log import (
+    Log,
+    greeting,
+    in_words,
+    last_words,
+    not_beating_its_input,
+    nothing_to_contrast,
+    read,
+    time_left,
+    versions,
+)
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import Schedule, adamw, due, warmup_steps
 from dae.training.transfer import Report, check_same_network, parts_that_fit, transfer
@@ -67,13 +77,10 @@ class Run:
 
 def main(config: PretrainConfig) -> dict[str, Any]:
     """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
-    ranks = start(config.device)
-    try:
+    with joined(config.device) as ranks:
         run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
         with StopSignal() as signal, closing(read_ahead(run)) as batches:
             return loop(run, batches, signal)
-    finally:
-        finish()
 
 
 def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
     for step in range(first, config.steps + 1):
         state["step"] = step
         done = step == config.steps
-        stop = stop or step == config.stop_after > first
+        stop = stop or step >= config.stop_after > 0
 
         paused = time.perf_counter()
         if (step > first or step == 0 or done) and due(step, config.validate_every, config.steps):
@@ -163,6 +170,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     left = checkpoint.left_in(out, resume=config.resume)
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
+        checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
     given = files.read(Path(config.init), files.asked_quirks(config)) if config.init and not left else None
     dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
     fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
@@ -194,13 +202,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
 def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     """The demo's data, made where it is not there yet, and its old results out of the way."""
     out = Path(config.out)
-
-    def clear_and_make() -> None:
-        for name in () if config.resume else ("log.jsonl", "last.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
-        write_phantoms(out / "phantoms")
-
-    on_main_first(ranks, clear_and_make)
+    if ranks.is_main and not config.resume:
+        checkpoint.start_over(out)
+    on_main_first(ranks, lambda: write_phantoms(out / "phantoms"))
     return replace(
         config, data=str(out / "phantoms" / "pretrain.json"), cache_dir=config.cache_dir or str(out / "cache")
     )
@@ -208,17 +212,19 @@ def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
 
 def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
     """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
-    everything = [replace(item, label=None) for item in (*items.training, *items.validation)]  # labels are not for here
+    held_out = [items.kinds().index(item.kind) for item in items.validation]
+    # Of hundreds that are held out, those that are validated on are prepared, and no others.
+    validation = [items.validation[n] for n in spread(held_out, config.validate_crops)]
+    everything = [replace(item, label=None) for item in (*items.training, *validation)]  # labels are not for here
     volumes = prepare_all(
         everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
         world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
     )  # fmt: skip
-    kinds = [items.kinds().index(item.kind) for item in everything]
-    n, turns = len(items.training), by_turns(kinds[len(items.training) :])
+    kinds, n = [items.kinds().index(item.kind) for item in everything], len(items.training)
     global_batch = config.batch_size * config.accumulate * ranks.world
     train = Crops(volumes[:n], kinds[:n], config.crop, seed=config.seed, global_batch=global_batch,
                   foreground=config.foreground)  # fmt: skip
-    fixed = Crops([volumes[n + k] for k in turns], [kinds[n + k] for k in turns], config.crop, seed=0, global_batch=1)
+    fixed = Crops(volumes[n:], kinds[n:], config.crop, seed=0, global_batch=1)
     return train, fixed
 
 
@@ -263,15 +269,27 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
         raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
     if left is None:
         return
-    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
+    checkpoint.check_same_data(run.out / "last.pt", left, run.facts["data"])
     checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
     run.pretext.load_own_state(left["pretext"])
     run.optimizer.load_state_dict(left["optimizer"])
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}
-    if left["threads"] != run.facts["threads"]:
-        run.note = f"; {left['threads']} threads before, {run.facts['threads']} now: the last bits will differ"
+    notes = checkpoint.what_differs(left, run.config, world=run.ranks.world)
+    then = replace(run.config, **{name: left["config"][name] for name in ("batch_size", "accumulate")})
+    was = contrasted(then, left["global_batch"] // (then.batch_size * then.accumulate))
+    if run.config.alpha and was != (now := contrasted(run.config, run.ranks.world)):
+        notes.append(f"CMCL compared {was} samples with each other before, {now} now")
+    if left["config"]["validate_crops"] != run.config.validate_crops:
+        run.state["best"] = math.inf
+        notes.append("validation is on other crops, so best.pt is chosen anew")
+    run.note = "".join(f"; {note}" for note in notes)
+
+
+def contrasted(config: PretrainConfig, world: int) -> int:
+    """How many samples CMCL compares with each other: a micro-batch, over all ranks but in the authors' form."""
+    return config.batch_size * (1 if config.cmcl == "ranks" else world)
 
 
 # --- what the loop calls by name
@@ -293,6 +311,9 @@ def begin(run: Run) -> Log:
     kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
     record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note)
     record.say(greeting(config, facts) + run.note)
+    modalities = {run.kinds[kind] for kind in run.crops.kinds}
+    if text := nothing_to_contrast(config, contrasted(config, ranks.world), modalities):
+        record.warn(run.state["step"], text)
     return record
 
 
@@ -329,7 +350,8 @@ def save(run: Run, name: str) -> None:
 
 
 def keep_best(run: Run, validation: dict[str, Any]) -> None:
-    if validation["l1"] < run.state["best"]:
+    """The lowest validation L1 of a trained network: before the first step it is that of random weights."""
+    if run.state["step"] > 0 and validation["l1"] < run.state["best"]:
         run.state["best"] = validation["l1"]
         save(run, "best.pt")
 
@@ -341,9 +363,7 @@ def advise(run: Run, record: Log, validation: dict[str, Any], *, done: bool) -> 
     state["behind"] = state["behind"] + 1 if behind else 0
     if behind and not state["warned"] and (state["behind"] == 3 or done):
         state["warned"] = True
-        text = not_beating_its_input(validation, run.config)
-        record.event("warning", step=state["step"], text=text)
-        record.say(text)
+        record.warn(state["step"], not_beating_its_input(validation, run.config))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ torch.load reads the file as ever and would take a flipped bit without a word; `
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dae.config import InputError, RunConfig, differences, to_json
+from dae.config import InputError, OptimConfig, RunConfig, differences, to_json
 
 FORMAT = 1
 MARK = b"sha256:"
@@ -72,6 +73,15 @@ def check_out_folder(out: Path, *, resume: bool, free: bool = False) -> None:
         raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
 
+def start_over(out: Path) -> None:
+    """Remove the results of the demo's earlier run, and say so."""
+    there = [out / name for name in ("log.jsonl", "last.pt", "best.pt") if (out / name).exists()]
+    for path in there:
+        path.unlink()
+    if there:
+        print(f"{out}: the demo's earlier run is removed and started over; --resume would go on", file=sys.stderr)
+
+
 def left_in(out: Path, *, resume: bool) -> dict[str, Any] | None:
     """What a run to be resumed has left, or None."""
     path = out / "last.pt"
@@ -85,11 +95,39 @@ def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) ->
         raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
 
 
-def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """Raises InputError where a resumed run would meet other samples."""
-    for fact, what in (("data", "the data list"), ("global_batch", "ranks x --batch-size x --accumulate")):
-        if saved[fact] != facts[fact]:
-            raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")
+def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> None:
+    """Raises InputError where a step of the resumed run would see another number of samples.
+
+    Its factors may change, since sample j of step s is the same on any ranks and in any micro-batch.
+    """
+    was, now = saved["global_batch"], config.batch_size * config.accumulate * world
+    if was != now:
+        raise InputError(
+            f"--batch-size {config.batch_size} x --accumulate {config.accumulate} x {world} ranks = {now} samples a "
+            f"step: the run of {path} was started with {was}; choose factors whose product is {was}"
+        )
+
+
+def check_same_data(path: Path, saved: Mapping[str, Any], fingerprint: str) -> None:
+    """Raises InputError where a resumed run would meet other volumes."""
+    if saved["data"] != fingerprint:
+        raise InputError(f"{path}: the data list is not what it was ({saved['data']}); the samples would be others")
+
+
+def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
+    """In words what a resumed run may change and what follows from it, for the reader of its log."""
+    then = saved["config"]
+    batch, accumulate = then["batch_size"], then["accumulate"]
+    ranks = saved["global_batch"] // (batch * accumulate)
+    notes = []
+    if (batch, accumulate, ranks) != (config.batch_size, config.accumulate, world):
+        notes.append(
+            f"{ranks} ranks x batch {batch} x {accumulate} before, {world} x {config.batch_size} x "
+            f"{config.accumulate} now: the same samples, summed in another order"
+        )
+    if saved["threads"] != (threads := torch.get_num_threads()):
+        notes.append(f"{saved['threads']} threads before, {threads} now: the last bits will differ")
+    return notes
 
 
 def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) -> None:

@@ -269,7 +269,7 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
         raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
     if left is None:
         return
-    checkpoint.check_same_data(run.out / "last.pt", left, run.facts["data"])
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
     checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
     run.pretext.load_own_state(left["pretext"])
     run.optimizer.load_state_dict(left["optimizer"])

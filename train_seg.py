@@ -64,7 +64,7 @@ class Run:
     dtype: torch.dtype | None  # of autocast
     facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
     taken: Report | None  # what became of the pre-trained weights
-    notes: list[str]  # on the weights, or on what a resumed run changes, a line each
+    notes: list[str] = field(default_factory=list)  # what was decided, for the user
     state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": -1.0})  # done steps, highest mean Dice
 
 
@@ -285,13 +285,13 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
         raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
     if left is None:
         return
-    checkpoint.check_same_data(run.out / "last.pt", left, run.facts["data"])
+    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts)
     checkpoint.load_weights(run.network, left["model"], run.out / "last.pt")
     run.optimizer.load_state_dict(left["optimizer"])
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}
-    run.notes = checkpoint.what_differs(left, run.config, world=run.ranks.world)
+    run.notes += checkpoint.what_differs(left, run.config, world=run.ranks.world)
 
 
 def notes_on(given: Weights) -> list[str]:

@@ -167,7 +167,8 @@ def room_for(item: Item, recipe: Recipe) -> int:
         try:
             image = nib.load(path)
             shape, affine = image.shape, image.affine
-            size = dict(zip(nib.io_orientation(affine)[:, 0], zip(shape, voxel_sizes(affine))))
+            unit = {"meter": 1000.0, "micron": 0.001}.get(image.header.get_xyzt_units()[0], 1.0)
+            size = dict(zip(nib.io_orientation(affine)[:, 0], zip(shape, unit * voxel_sizes(affine))))
         except Exception:  # nibabel has a dozen kinds of error for a file that is none
             return 0
         along = [size.get(axis, (0, 0.0)) for axis in range(3)]  # voxels and mm along d h w

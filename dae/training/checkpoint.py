@@ -108,9 +108,9 @@ def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, 
         )
 
 
-def check_same_data(path: Path, saved: Mapping[str, Any], fingerprint: str) -> None:
+def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Raises InputError where a resumed run would meet other volumes."""
-    if saved["data"] != fingerprint:
+    if saved["data"] != facts["data"]:
         raise InputError(f"{path}: the data list is not what it was ({saved['data']}); the samples would be others")
 
 

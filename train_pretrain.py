@@ -288,7 +288,10 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
 
 
 def contrasted(config: PretrainConfig, world: int) -> int:
-    """How many samples CMCL compares with each other: a micro-batch, over all ranks but in the authors' form."""
+    """How many samples CMCL compares with each other: a micro-batch, over all ranks.
+
+    In the authors' form (--cmcl ranks), that of one rank.
+    """
     return config.batch_size * (1 if config.cmcl == "ranks" else world)
 
 
@@ -350,7 +353,7 @@ def save(run: Run, name: str) -> None:
 
 
 def keep_best(run: Run, validation: dict[str, Any]) -> None:
-    """The lowest validation L1 of a trained network: before the first step it is that of random weights."""
+    """The lowest validation L1 after the first step; before it, the weights are random."""
     if run.state["step"] > 0 and validation["l1"] < run.state["best"]:
         run.state["best"] = validation["l1"]
         save(run, "best.pt")

@@ -145,8 +145,8 @@ class RunConfig:
     given: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
-# What may differ between a run and its resumption: nothing that a weight depends on but for its last bits.
-# Of --batch-size, --accumulate and the number of ranks the product may not change: checkpoint.check_same_batch.
+# What may differ between a run and its resumption: what no weight depends on, but for its last bits.
+# The product of --batch-size, --accumulate and ranks may not change: checkpoint.check_same_batch.
 FREE_ON_RESUME = frozenset({
     "out", "resume", "stop_after", "log_every", "validate_every", "save_every", "keep_every", "workers", "cache_dir",
     "dry_run", "data", "data_root", "preset", "batch_size", "accumulate", "checkpointing", "compile", "device",

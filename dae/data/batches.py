@@ -115,7 +115,7 @@ def by_turns(kinds: Sequence[int]) -> list[int]:
 
 
 def spread(kinds: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the indices: the modalities take turns, and those of each lie evenly over all that it has."""
+    """Up to `count` of the indices: the modalities take turns, and each one's lie evenly over its own."""
     shares = Counter(kinds[n] for n in by_turns(kinds)[:count])
     chosen: list[int] = []
     for kind, share in shares.items():
@@ -150,9 +150,10 @@ class Failure(NamedTuple):
 
 
 class Reader(Dataset[Any]):
-    """Maps the addresses of a micro-batch to the batch, ready to be handed over, or to the reason why there is none.
+    """Maps the addresses of a micro-batch to the batch, or to the reason why there is none.
 
-    A worker that let an error out would be waited for: torch loses a batch that does not fit into shared memory.
+    A batch that does not fit into shared memory would otherwise be lost in the thread that sends it, and
+    waited for without end.
     """
 
     def __init__(self, crops: Dataset[Any], gather: Gather) -> None:
@@ -161,7 +162,7 @@ class Reader(Dataset[Any]):
     def __getitem__(self, places: list[tuple[int, int]]) -> Any:
         try:
             batch = self.gather([self.crops[place] for place in places])
-            # Into shared memory here, where an error is still ours, and not in the thread that sends it.
+            # Into shared memory here, where an error can still be answered with.
             for value in batch if get_worker_info() else ():
                 if isinstance(value, Tensor):
                     value.share_memory_()
@@ -187,8 +188,9 @@ def why_unread(error: Exception) -> str:
 def stay_with_the_run(run: Connection, ours: Connection, worker: int) -> None:
     """A worker ends when its run does, and not before.
 
-    A stop signal reaches the whole process group, and the run still needs its workers for the step it is in. So they
-    ignore it, and end when the other end of a pipe is closed, by the run or by its death. `ours` is a copy of that end.
+    A stop signal reaches the whole process group, and the run still needs its workers for the step it
+    is in. So they ignore it. They end when the run closes its end of a pipe, or dies. `ours` is a copy of
+    that end.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
@@ -197,7 +199,7 @@ def stay_with_the_run(run: Connection, ours: Connection, worker: int) -> None:
 
 
 def end_with(run: Connection) -> None:
-    """Wait for the end of the run, leave torch the time to end its workers in its own order, and end at any rate."""
+    """Wait for the end of the run, leave torch the time to end its workers in order, then end anyhow."""
     with suppress(EOFError, OSError):
         run.recv_bytes()
     time.sleep(2)
@@ -211,7 +213,10 @@ def as_it_is(batch: Any) -> Any:
 def loader(
     crops: Dataset[Any], places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool, gather: Gather = collate
 ) -> Generator[Any, None, None]:
-    """Batches in order, read ahead by `workers` processes, until it is closed. Raises InputError on one unreadable."""
+    """Batches in order, read ahead by `workers` processes, until it is closed.
+
+    Raises InputError on a batch that cannot be read.
+    """
     ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     theirs, ours = Pipe(duplex=False)
     batches = iter(DataLoader(
@@ -219,7 +224,7 @@ def loader(
         pin_memory=pin, worker_init_fn=partial(stay_with_the_run, theirs, ours),
         generator=torch.Generator(), **ahead,  # its own: starting workers must not move the global one
     ))  # fmt: skip
-    # The pipe is closed before torch ends its workers, which it does one by one, with seconds for each that hangs.
+    # The pipe is closed before torch ends its workers: torch waits seconds for each one that hangs.
     with theirs, ours:
         for batch in batches:
             if isinstance(batch, Failure):

@@ -3,8 +3,9 @@
 A prepared volume lives in a folder named after what it was made from: the file's path, size and time, and the recipe.
 Change any of them and it is made again. A folder appears whole or not at all (written aside, then renamed).
 
-Who prepares a volume holds a lock on it, and the others go on to the next one. The system drops the lock of a killed
-process. Where a file system has no locks, a volume may be prepared more than once, and is still whole.
+Who prepares a volume holds a lock on it, and the others go on to the next one. The system drops the
+lock of a killed process. Where a file system has no locks, a volume may be prepared more than once,
+and is still whole.
 
 Ten thousand volumes do not hold ten thousand open files: a crop opens its file, copies its voxels, and lets go.
 """
@@ -124,8 +125,8 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
 def claimed(folder: Path, *, patience: float) -> Iterator[bool]:
     """Whether the volume of `folder` is this thread's to prepare; False where another one is at it.
 
-    Waits for the other one up to `patience` seconds, then goes on without the lock: it may be held by a machine that is
-    gone. True, without a lock, where there can be none.
+    Waits for the other one up to `patience` seconds, then goes on without the lock: a machine that is
+    gone may hold it. True, without a lock, where the file system has none.
     """
     path = folder.with_name(f".lock-{folder.name}")
     try:
@@ -158,9 +159,9 @@ def _lock(file: IO[str], patience: float) -> bool:
 
 
 def room_for(item: Item, recipe: Recipe) -> int:
-    """Bytes that a prepared volume takes, by its header; at most that many where it is cut to its foreground.
+    """Bytes that a prepared volume takes, by its header; cut to its foreground, at most that many.
 
-    0 where the header cannot be read: what is wrong with the file is said by who prepares it.
+    0 where the header cannot be read: what is wrong with the file is said when it is prepared.
     """
     voxels, channels = 0, 0
     for path in item.image:
@@ -182,7 +183,10 @@ def room_for(item: Item, recipe: Recipe) -> int:
 
 
 def check_room(items: Sequence[Item], recipe: Recipe, root: Path, *, free: int, quiet: bool) -> None:
-    """Say how much room the volumes to be prepared take of `free` bytes. Raises InputError where they do not fit."""
+    """Say how much of `free` bytes the volumes to be prepared take.
+
+    Raises InputError where they do not fit.
+    """
     with ThreadPoolExecutor(8) as pool:
         needed = sum(pool.map(lambda item: room_for(item, recipe), items))
     bound = "up to" if recipe.foreground_crop else "about"
@@ -214,21 +218,24 @@ def prepare_all(
 ) -> list[Cached]:  # fmt: skip
     """Every item's prepared volume, in order. Each rank makes its share, then what others have not made, from the end.
 
-    Ranks meet at no barrier, which would time out after minutes where ten thousand volumes take hours; at the end one
-    may wait for the last volumes of others. Raises InputError where the disk has not the room, where a volume cannot be
-    used (naming the first, with their number), and where one has not as many channels as the first.
+    Ranks meet at no barrier, which would time out where ten thousand volumes take hours. At the end one
+    may wait for the last volumes of others.
+
+    Raises InputError where the disk has too little room, where volumes cannot be used (naming the first,
+    with their number), and where one has not as many channels as the first.
     """
-    folders = [folder_of(item, recipe, root) for item in items]  # a missing file is said before any work is done
+    # A missing file is said before any work is done.
+    folders = [folder_of(item, recipe, root) for item in items]
     for name in (".making-*", ".lock-*"):  # of processes that were killed
         for left in root.glob(name):
             _remove_if_old(left)
-    free = free_in(root)  # before it is seen what is there: what others write meanwhile must not count twice
+    free = free_in(root)  # before the look at what is there: what others write must not count twice
     absent = {folder: n for n, folder in enumerate(folders) if not is_made(folder)}
     if absent:
         check_room([items[n] for n in absent.values()], recipe, root, free=free, quiet=quiet)
 
     def make(n: int, patience: float = 0) -> tuple[int, str] | None:
-        """What is wrong with item n, if anything; made now, unless somebody else is at it and patience is at an end."""
+        """Make item n, unless somebody else is at it and patience is at an end; n and what is wrong, if anything."""
         try:
             if not is_made(folders[n]):
                 with claimed(folders[n], patience=patience) as mine:

@@ -98,7 +98,7 @@ def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) ->
 def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> None:
     """Raises InputError where a step of the resumed run would see another number of samples.
 
-    Its factors may change, since sample j of step s is the same on any ranks and in any micro-batch.
+    Its factors may change: sample j of step s is the same on any ranks and in any micro-batch.
     """
     was, now = saved["global_batch"], config.batch_size * config.accumulate * world
     if was != now:
@@ -115,7 +115,7 @@ def check_same_samples(path: Path, saved: Mapping[str, Any], facts: Mapping[str,
 
 
 def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
-    """In words what a resumed run may change and what follows from it, for the reader of its log."""
+    """In words what has changed in a resumed run, of what may, and what follows from it."""
     then = saved["config"]
     batch, accumulate = then["batch_size"], then["accumulate"]
     ranks = saved["global_batch"] // (batch * accumulate)

@@ -40,8 +40,8 @@ class Ranks:
 def joined(device: str) -> Iterator[Ranks]:
     """This process among its peers, until the block ends.
 
-    Raises InputError where the launch is wrong, where another rank has ended before this one, and where a process that
-    reads ahead has died: each would be a traceback of torch's otherwise.
+    Raises InputError where the launch is wrong, where another rank has ended before this one, and where a
+    process that reads ahead has died. torch has a traceback for each.
     """
     ranks = start(device)
     try:
@@ -88,11 +88,12 @@ def start(device: str) -> Ranks:
 
 
 MEETING = timedelta(minutes=10)  # a rank comes within minutes or not at all
-LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each rank
+# What torchrun tells each rank.
+LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
-    """Whether a launcher has made this process one of several ranks. Raises InputError on half a launch."""
+    """Whether a launcher has made this process one of its ranks. Raises InputError on half a launch."""
     there = [name for name in LAUNCH if os.environ.get(name)]
     # Clusters set RANK and WORLD_SIZE=1 for what they mean to be one process.
     if "LOCAL_RANK" not in there and os.environ.get("WORLD_SIZE", "1") in ("", "1"):
@@ -123,7 +124,7 @@ def check_not_repeated() -> None:
 
 
 def meet(backend: str) -> None:
-    """Find the other ranks at MASTER_ADDR and MASTER_PORT. Raises InputError where they are not found."""
+    """Find the other ranks at MASTER_ADDR and MASTER_PORT. Raises InputError where they are not there."""
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     try:
         socket.getaddrinfo(address, int(port))

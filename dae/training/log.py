@@ -111,8 +111,8 @@ def versions() -> dict[str, Any]:
 def commit_of(root: Path) -> str | None:
     """The commit of a project whose own repository `root` is.
 
-    None where there is no repository, and where `root` lies within another's: an installed package is not at the commit
-    of the project that it is installed in.
+    None where there is no repository, and where `root` lies within another one: an installed package is
+    not at the commit of the project that it is installed in.
     """
     asked = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:

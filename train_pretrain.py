@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dae.config import InputError, if_asked_for, to_json
 from dae.data import datalist, leaks
-from dae.data.batches import Batch, Crops, addresses, by_turns, loader
+from dae.data.batches import Batch, Crops, addresses, loader, spread
 from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
@@ -35,16 +35,25 @@ from dae.training import checkpoint
 from dae.training.distributed import (
     Ranks,
     StopSignal,
-    finish,
     gather_objects,
+    joined,
     mean_over_ranks,
     on_main_first,
     parallel,
-    start,
 )
 from dae.training.figures import loss_curve, reconstruction_sheet
 from dae.training.kernels import advice, choose_kernels, lay_out
-from dae.training.log import Log, greeting, in_words, last_words, not_beating_its_input, read, time_left, versions
+from dae.training.log import (
+    Log,
+    greeting,
+    in_words,
+    last_words,
+    not_beating_its_input,
+    nothing_to_contrast,
+    read,
+    time_left,
+    versions,
+)
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import Schedule, adamw, due, warmup_steps
 from dae.training.transfer import Report, check_same_network, parts_that_fit, transfer
@@ -78,13 +87,10 @@ class Run:
 
 def main(config: PretrainConfig) -> dict[str, Any]:
     """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
-    ranks = start(config.device)
-    try:
+    with joined(config.device) as ranks:
         run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
         with StopSignal() as signal, closing(read_ahead(run)) as batches:
             return loop(run, batches, signal)
-    finally:
-        finish()
 
 
 def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
@@ -97,7 +103,7 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
     for step in range(first, config.steps + 1):
         state["step"] = step
         done = step == config.steps
-        stop = stop or step == config.stop_after > first
+        stop = stop or step >= config.stop_after > 0
 
         paused = time.perf_counter()
         if (step > first or step == 0 or done) and due(step, config.validate_every, config.steps):
@@ -176,6 +182,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     left = checkpoint.left_in(out, resume=config.resume)
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
+        checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
     given = files.read(Path(config.init), files.asked_quirks(config)) if config.init and not left else None
     dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
     fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
@@ -216,13 +223,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
 def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
     """The demo's data, made where it is not there yet, and its old results out of the way."""
     out = Path(config.out)
-
-    def clear_and_make() -> None:
-        for name in () if config.resume else ("log.jsonl", "last.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
-        write_phantoms(out / "phantoms")
-
-    on_main_first(ranks, clear_and_make)
+    if ranks.is_main and not config.resume:
+        checkpoint.start_over(out)
+    on_main_first(ranks, lambda: write_phantoms(out / "phantoms"))
     return replace(
         config, data=str(out / "phantoms" / "pretrain.json"), cache_dir=config.cache_dir or str(out / "cache")
     )
@@ -230,19 +233,21 @@ def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
 
 def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
     """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
-    everything = [replace(item, label=None) for item in (*items.training, *items.validation)]  # labels are not for here
+    held_out = [items.kinds().index(item.kind) for item in items.validation]
+    # Of hundreds that are held out, those that are validated on are prepared, and no others.
+    validation = [items.validation[n] for n in spread(held_out, config.validate_crops)]
+    everything = [replace(item, label=None) for item in (*items.training, *validation)]  # labels are not for here
     volumes = prepare_all(
         everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
         world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
     )  # fmt: skip
-    kinds = [items.kinds().index(item.kind) for item in everything]
-    n, turns = len(items.training), by_turns(kinds[len(items.training) :])
+    kinds, n = [items.kinds().index(item.kind) for item in everything], len(items.training)
     if not config.allow_trained:
         leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
     global_batch = config.batch_size * config.accumulate * ranks.world
     train = Crops(volumes[:n], kinds[:n], config.crop, seed=config.seed, global_batch=global_batch,
                   foreground=config.foreground)  # fmt: skip
-    fixed = Crops([volumes[n + k] for k in turns], [kinds[n + k] for k in turns], config.crop, seed=0, global_batch=1)
+    fixed = Crops(volumes[n:], kinds[n:], config.crop, seed=0, global_batch=1)
     return train, fixed
 
 
@@ -294,8 +299,23 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}
-    if left["threads"] != run.facts["threads"]:
-        run.note = f"; {left['threads']} threads before, {run.facts['threads']} now: the last bits will differ"
+    notes = checkpoint.what_differs(left, run.config, world=run.ranks.world)
+    then = replace(run.config, **{name: left["config"][name] for name in ("batch_size", "accumulate")})
+    was = contrasted(then, left["global_batch"] // (then.batch_size * then.accumulate))
+    if run.config.alpha and was != (now := contrasted(run.config, run.ranks.world)):
+        notes.append(f"CMCL compared {was} samples with each other before, {now} now")
+    if left["config"]["validate_crops"] != run.config.validate_crops:
+        run.state["best"] = math.inf
+        notes.append("validation is on other crops, so best.pt is chosen anew")
+    run.note = "".join(f"; {note}" for note in notes)
+
+
+def contrasted(config: PretrainConfig, world: int) -> int:
+    """How many samples CMCL compares with each other: a micro-batch, over all ranks.
+
+    In the authors' form (--cmcl ranks), that of one rank.
+    """
+    return config.batch_size * (1 if config.cmcl == "ranks" else world)
 
 
 # --- what the loop calls by name
@@ -320,6 +340,9 @@ def begin(run: Run) -> Log:
         record.say(note)
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     record.say(greeting(config, facts) + faster + run.note)
+    modalities = {run.kinds[kind] for kind in run.crops.kinds}
+    if text := nothing_to_contrast(config, contrasted(config, ranks.world), modalities):
+        record.warn(run.state["step"], text)
     return record
 
 
@@ -356,7 +379,8 @@ def save(run: Run, name: str) -> None:
 
 
 def keep_best(run: Run, validation: dict[str, Any]) -> None:
-    if validation["l1"] < run.state["best"]:
+    """The lowest validation L1 after the first step; before it, the weights are random."""
+    if run.state["step"] > 0 and validation["l1"] < run.state["best"]:
         run.state["best"] = validation["l1"]
         save(run, "best.pt")
 
@@ -368,9 +392,7 @@ def advise(run: Run, record: Log, validation: dict[str, Any], *, done: bool) -> 
     state["behind"] = state["behind"] + 1 if behind else 0
     if behind and not state["warned"] and (state["behind"] == 3 or done):
         state["warned"] = True
-        text = not_beating_its_input(validation, run.config)
-        record.event("warning", step=state["step"], text=text)
-        record.say(text)
+        record.warn(state["step"], not_beating_its_input(validation, run.config))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Fine-tune a pre-trained backbone for segmentation (section 3.2), or train it from scratch for comparison.
 
 phantoms, after the demo of pre-training:  python train_seg.py --preset demo
-one fold of your labelled volumes:         python train_seg.py --data list.json --pretrained runs/a/best.pt --fold 0
+one fold of your labelled volumes:         python train_seg.py --data list.json --pretrained runs/a/last.pt --fold 0
 the same without the weights:              python train_seg.py ... --from-scratch --out runs/scratch
 """
 
@@ -39,16 +39,15 @@ from dae.training.dice import LOSSES
 from dae.training.distributed import (
     Ranks,
     StopSignal,
-    finish,
     gather_objects,
+    joined,
     mean_over_ranks,
     on_main_first,
     parallel,
-    start,
 )
 from dae.training.figures import overlay_sheet, seg_curve
 from dae.training.kernels import advice, choose_kernels, lay_out
-from dae.training.log import Log, dice_in_words, read, time_left, versions
+from dae.training.log import Log, dice_in_words, read, stopped, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
 from dae.training.transfer import Report, parts_to_transfer, transfer, with_plan
@@ -80,13 +79,10 @@ class Run:
 
 def main(config: SegConfig) -> dict[str, Any]:
     """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
-    ranks = start(config.device)
-    try:
+    with joined(config.device) as ranks:
         run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
         with StopSignal() as signal, closing(read_ahead(run)) as batches:
             return loop(run, batches, signal)
-    finally:
-        finish()
 
 
 def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
@@ -98,7 +94,7 @@ def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]
     for step in range(first, config.steps + 1):
         state["step"] = step
         done = step == config.steps
-        stop = stop or step == config.stop_after > first
+        stop = stop or step >= config.stop_after > 0
 
         paused = time.perf_counter()
         if (step > first or done) and due(step, config.validate_every, config.steps):
@@ -134,6 +130,8 @@ def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]
             total += loss.detach()
 
         run.scaler.unscale_(run.optimizer)
+        if factors[0] == 0:
+            drop_gradients(run.optimizer, "encoder")  # they move nothing, and would count in the clipping
         norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip or math.inf)
         asked = torch.tensor(float(signal.asked), device=ranks.device)
         numbers = mean_over_ranks(torch.stack([total, norm.float(), asked]))  # the one wait of a step
@@ -158,7 +156,7 @@ def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]
     record.event("end", step=state["step"], reason="finished" if done else "stopped", best=state["best"])
     record.close()
     result = f"{dice_in_words(validation)}; weights in {run.out / 'best.pt'}"
-    record.say(result if done else f"stopped after step {state['step']} of {config.steps}; --resume goes on")
+    record.say(result if done else stopped(config, state["step"], config.steps))
     return validation
 
 
@@ -177,12 +175,18 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         raise InputError("--pretrained: give a file of weights, or --from-scratch")
     if plan := left["plan"] if left else given.plan if given else None:
         config = with_plan(config, plan, out / "last.pt" if left else Path(config.pretrained))
+    if left:
+        checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
+    elif config.lr_min:
+        raise InputError("--lr-min: the rates of fine-tuning end at 0 (--schedule); leave it out")
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
     fill(build(config, 1, 2, torch.device("meta")), config, given)  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = split(config)
     classes = dict(sorted(items.labels.items()))
+    if left and not config.steps and config.epochs == left["config"]["epochs"]:
+        config = replace(config, steps=left["config"]["steps"])  # as long as it was begun
     crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
     trained, validated = ([volume.content for volume in volumes] for volumes in (crops.volumes, held_out))
     if left:
@@ -194,6 +198,9 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
+    if config.schedule == "frozen-encoder":
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(not name.startswith("encoder."))
     optimizer, scaler = adamw_in_parts(network.named_parameters(), config), grad_scaler(dtype, ranks.device)
     # Weights that were fine-tuned before know whom they were trained on then.
     before = left["plan"].get("seen") if left else given.plan.get("seen") if given and taken else None
@@ -203,9 +210,10 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         "data": items.fingerprint(trained, validated, labels=True), "global_batch": crops.global_batch,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
+    notes = [*items.notes, *leaks.known_before(items, before)]
+    notes += notes_on(given) if given and taken else []
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken,
-              [*items.notes, *leaks.known_before(items, before)],
-              items.fingerprint_by_size(labels=True) if left else "")  # fmt: skip
+              notes, items.fingerprint_by_size(labels=True) if left else "")  # fmt: skip
     resume(run, left)
     compiled: Any = torch.compile(network) if config.compile else network
     run.net = parallel(compiled, ranks)
@@ -215,13 +223,9 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
 def with_phantoms(config: SegConfig, ranks: Ranks) -> SegConfig:
     """The demo's data, made where it is not there yet, and its old results out of the way."""
     out, folder = Path(config.out), Path(config.pretrained).parent / "phantoms"
-
-    def clear_and_make() -> None:
-        for name in () if config.resume else ("log.jsonl", "last.pt", "best.pt"):
-            (out / name).unlink(missing_ok=True)
-        write_phantoms(folder)
-
-    on_main_first(ranks, clear_and_make)
+    if ranks.is_main and not config.resume:
+        checkpoint.start_over(out)
+    on_main_first(ranks, lambda: write_phantoms(folder))
     return replace(config, data=str(folder / "ct_seg.json"), cache_dir=config.cache_dir or str(out / "cache"))
 
 
@@ -251,7 +255,7 @@ def crops_of(
     n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
     if not config.allow_trained:
         leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
-    config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
+    config = replace(config, steps=config.steps or math.ceil(config.epochs * n / global_batch))
     sides = names_a_side(classes) and not items.swap
     crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
                           flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap, ignore=items.ignore)  # fmt: skip
@@ -307,6 +311,25 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}
+    run.notes += checkpoint.what_differs(left, run.config, world=run.ranks.world)
+
+
+def notes_on(given: Weights) -> list[str]:
+    """What a run that starts from these weights should say about them."""
+    if given.plan.get("recon") != "scaled":
+        return []
+    told = (
+        "warning: the weights were pre-trained with --recon scaled, on crops at mean 0 and std 1; "
+        "fine-tuning feeds the intensities as prepared, which they have not seen"
+    )
+    return [told]
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer, part: str) -> None:
+    for group in optimizer.param_groups:
+        if group["part"] == part:
+            for parameter in group["params"]:
+                parameter.grad = None
 
 
 # --- what the loop calls by name
@@ -314,25 +337,26 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
 
 def begin(run: Run) -> Log:
     """Run folder, configuration, and the first event of the log."""
-    config, ranks = run.config, run.ranks
+    config, ranks, step = run.config, run.ranks, run.state["step"]
     if ranks.is_main:
         (run.out / "figures").mkdir(parents=True, exist_ok=True)
         (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-    record = Log(run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main)
-    facts = {"step": run.state["step"], "notes": run.notes,
-             "world": ranks.world, "global_batch": run.crops.global_batch,
+    record = Log(run.out / "log.jsonl", steps=config.steps, start=step, main=ranks.is_main)
+    facts = {"step": step, "world": ranks.world, "global_batch": run.crops.global_batch,
              "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
              "validation_volumes": len(run.held_out), "classes": run.facts["plan"]["classes"],
-             "weights": vars(run.taken) if run.taken else "left" if run.state["step"] else "from scratch"}  # fmt: skip
-    record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
+             "weights": vars(run.taken) if run.taken else f"of step {step}" if step else "from scratch",
+             "notes": run.notes}  # fmt: skip
+    record.event("resume" if step else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
     flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
+    begins = f"goes on from step {step}" if step else "with weights drawn anew"
+    begins = f"weights of {config.pretrained}\n{run.taken}" if run.taken and not step else begins
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
-    weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else f"weights {facts['weights']}"
     for note in run.notes:
         record.say(note)
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-               f"{facts['global_batch']}{flips}{faster}; {weights}")  # fmt: skip
+               f"{facts['global_batch']}{flips}{faster}; {begins}")  # fmt: skip
     return record
 
 

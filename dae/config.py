@@ -148,10 +148,12 @@ class RunConfig:
     given: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
-# What may differ between a run and its resumption: nothing that a weight depends on.
+# What may differ between a run and its resumption: what no weight depends on, but for its last bits.
+# The product of --batch-size, --accumulate and ranks may not change: checkpoint.check_same_batch.
 FREE_ON_RESUME = frozenset({
     "out", "resume", "stop_after", "log_every", "validate_every", "save_every", "keep_every", "workers", "cache_dir",
-    "dry_run", "data", "data_root", "preset", "allow_trained",
+    "dry_run", "data", "data_root", "preset", "allow_trained", "batch_size", "accumulate", "checkpointing", "compile",
+    "device", "validate_crops",
 })  # fmt: skip
 
 PAPER: dict[str, Any] = {}  # the defaults are the text's
@@ -254,6 +256,8 @@ def check_values(config: "DataclassInstance") -> None:
     backbone = getattr(config, "backbone", "")
     if backbone and backbone not in BACKBONE_NAMES and not re.fullmatch(r"\w+(\.\w+)*:\w+", backbone):
         raise InputError(f"--backbone {backbone}: take {', '.join(BACKBONE_NAMES)}, or your own as module:Class")
+    if isinstance(config, OptimConfig) and config.lr_min > config.lr:
+        raise InputError(f"--lr-min {config.lr_min:g}: above --lr {config.lr:g}, so the rate would climb")
     for f in (f for f in fields(config) if f.metadata):
         value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
         for number in value if isinstance(value, tuple) else (value,):

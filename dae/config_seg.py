@@ -77,7 +77,7 @@ OFFICIAL_BTCV: dict[str, Any] = BTCV | {  # 1000 epochs, 50 of them warm-up, eac
     "steps": 6000, "lr": 8e-4, "warmup": 300, "loss": "dice_ce", "zoom": 0.0, "contrast": 0.0, "noise": 0.0,
 }  # fmt: skip
 DEMO: dict[str, Any] = {
-    "out": "runs/demo_seg", "pretrained": "runs/demo/best.pt", "steps": 300, "batch_size": 2,
+    "out": "runs/demo_seg", "pretrained": "runs/demo/last.pt", "steps": 300, "batch_size": 2,
     "lr": 3e-3, "warmup": 20, "amp": "off", "validate_every": 50, "workers": 1, "device": "cpu", "loss": "dice_ce",
     "flip": 0.2, "rotate": 0.0, "zoom": 0.1,
 }  # fmt: skip

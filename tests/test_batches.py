@@ -1,14 +1,23 @@
 """dae/data/batches.py: sample j of step s is a function of (seed, s, j), on any number of ranks and workers."""
 
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from dae.data.batches import Batch, Crops, addresses, by_turns, loader
+from dae.config import InputError
+from dae.data.batches import Batch, Crops, addresses, by_turns, loader, spread
 from dae.data.cache import Cached
 
 CROP = (3, 3, 3)
@@ -128,7 +137,110 @@ def test_the_loader_does_not_move_the_global_generator(workers: int, volumes: li
     assert torch.equal(torch.get_rng_state(), before)
 
 
+# --- what cannot be read
+
+
+def failure(crops: Any, *, workers: int, batch_size: int = 2) -> str:
+    """The one line in which reading ends, in a process that must end, too: with its workers, or it would wait."""
+
+    def read(answer: Any) -> None:
+        places = addresses(0, 50, batch_size=batch_size, accumulate=1, rank=0, world=1)
+        try:
+            list(loader(crops, places, workers=workers, pin=False))
+        except InputError as error:
+            answer.send(str(error))
+
+    ours, theirs = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(target=read, args=(theirs,))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.poll(timeout=60), "still waiting for a batch"
+        told = ours.recv()
+        process.join(timeout=60)
+        assert process.exitcode == 0, "its workers hold it"
+    finally:
+        process.kill()
+    assert "\n" not in told
+    return str(told)
+
+
+def no_worker_is_left() -> bool:
+    for process in multiprocessing.active_children():
+        process.join(timeout=20)
+    return not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_volume_that_is_gone_ends_the_batches_in_one_line(
+    workers: int, volumes: list[Cached], tmp_path: Path
+) -> None:
+    """As where a cache is cleaned while a run reads it."""
+    copies = [volume._replace(path=tmp_path / str(n)) for n, volume in enumerate(volumes)]
+    for n in (0, 1, 2, 3, 4, 6):
+        shutil.copytree(volumes[n].path, copies[n].path)
+    told = failure(make(copies), workers=workers)
+    assert str(copies[5].path) in told and "--cache-dir" in told and "--resume" in told
+
+
+def test_any_other_error_of_a_worker_is_named_too(volumes: list[Cached]) -> None:
+    crops = make([volume._replace(background=()) for volume in volumes])
+    crops.crop = (9, 9, 9)  # larger than the volumes, so that background is needed
+    assert "a crop could not be read (" in failure(crops, workers=1)
+
+
+def test_a_batch_that_shared_memory_does_not_hold_ends_them_as_well(volumes: list[Cached]) -> None:
+    """torch would lose the batch, and wait for it. A limit on files holds for /dev/shm, too."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        told = failure(make(volumes, global_batch=64), workers=1, batch_size=64)  # 64 x 27 x 4 bytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "/dev/shm" in told and "--workers" in told
+
+
+class Stuck(Crops):
+    """Hangs at step 3, as a read from a file server that is gone."""
+
+    def __getitem__(self, address: tuple[int, int]) -> tuple[torch.Tensor, int, int]:
+        if address[0] == 3:
+            time.sleep(1e6)
+        return super().__getitem__(address)
+
+
+def test_workers_outlive_a_stop_signal_and_not_their_run(volumes: list[Cached]) -> None:
+    """A scheduler signals the whole process group; the step that is running still needs its batches."""
+    crops = Stuck(volumes, range(7), CROP, seed=0, global_batch=4)
+    batches = loader(crops, addresses(0, 9, batch_size=4, accumulate=1, rank=0, world=1), workers=1, pin=False)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    assert len(list(islice(batches, 2))) == 2  # up to where it hangs
+    batches.close()
+    left = no_worker_is_left()
+    worker.kill()
+    assert left
+
+
 # --- validation
+
+
+def test_a_few_of_many_held_out_volumes_lie_evenly_over_each_modality() -> None:
+    """16 of 500, whose list has its modalities in blocks of 300, 180 and 20."""
+    kinds = [0] * 300 + [1] * 180 + [2] * 20
+    chosen = spread(kinds, 16)
+    assert [kinds[n] for n in chosen[:6]] == [0, 1, 2, 0, 1, 2] and len(set(chosen)) == 16
+    assert Counter(kinds[n] for n in chosen) == {0: 6, 1: 5, 2: 5}
+    assert sorted(n for n in chosen if kinds[n] == 0) == [25, 75, 125, 175, 225, 275]  # the middles of six fiftieths
+    assert sorted(n for n in chosen if kinds[n] == 1) == [300 + 18, 300 + 54, 300 + 90, 300 + 126, 300 + 162]
+
+
+def test_where_few_are_held_out_all_are_taken_in_turn() -> None:
+    kinds = [0, 0, 0, 1, 1, 2]
+    assert spread(kinds, 16) == by_turns(kinds) and spread([], 16) == []
 
 
 def test_fixed_crops_are_those_of_any_run(volumes: list[Cached]) -> None:

@@ -1,8 +1,12 @@
 """dae/data/cache.py: a volume is prepared once and whole, made again when it changes, and holds no file open."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,7 +20,7 @@ import pytest
 from dae.config import InputError
 from dae.data import cache
 from dae.data.augment import random_crop
-from dae.data.cache import Cached, cached, folder_of, prepare_all
+from dae.data.cache import Cached, cached, folder_of, in_bytes, prepare_all, room_for
 from dae.data.datalist import Content, Item
 from dae.data.preprocess import Prepared, Recipe, prepare
 
@@ -168,10 +172,154 @@ def test_ranks_share_the_work_and_all_get_every_volume(tmp_path: Path, prepared:
     assert {item.subject for item in prepared} == {"v0", "v1", "v2", "v3", "v4"}
 
 
-def test_a_rank_starts_with_its_share_and_waits_for_nobody(tmp_path: Path, prepared: list[Item]) -> None:
+def test_a_rank_starts_with_its_share_and_goes_on_with_what_is_left(tmp_path: Path, prepared: list[Item]) -> None:
     items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(5)]
     assert len(prepare_all(items, RECIPE, tmp_path / "cache", rank=1, world=2)) == 5
     assert [item.subject for item in prepared] == ["v1", "v3", "v4", "v2", "v0"]
+
+
+def test_eight_ranks_on_two_nodes_prepare_each_volume_once_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each node has a cache of its own, so 12 volumes are 24 preparations."""
+    items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(12)]
+    here, seen = threading.local(), list[tuple[int, str]]()
+
+    def slowly(item: Item, recipe: Recipe) -> Prepared:
+        seen.append((here.node, item.subject))
+        time.sleep(0.02)  # so that ranks that walk the list in step would meet at every volume
+        return prepare(item, recipe)
+
+    def rank(number: int) -> list[Cached]:
+        here.node = number // 4
+        return prepare_all(items, RECIPE, tmp_path / f"node{here.node}", rank=number, world=8)
+
+    class Here:  # a pool of the calling thread itself, which knows its node
+        def __init__(self, *_: object) -> None: ...
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        map = staticmethod(map)
+
+    monkeypatch.setattr(cache, "prepare", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        monkeypatch.setattr(cache, "ThreadPoolExecutor", Here)
+        found = list(pool.map(rank, range(8)))
+    assert all(len(volumes) == 12 for volumes in found)
+    assert Counter(seen) == {(node, f"v{n}"): 1 for node in range(2) for n in range(12)}
+    assert not list(tmp_path.glob("node*/.*"))  # no lock and nothing half-made is left
+
+
+def test_a_volume_that_another_process_is_at_is_waited_for(
+    item: Item, tmp_path: Path, prepared: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end, counting = threading.Event(), threading.Event(), cache.prepare
+
+    def held_up(item: Item, recipe: Recipe) -> Prepared:
+        begun.set()
+        assert may_end.wait(timeout=30)
+        return counting(item, recipe)
+
+    monkeypatch.setattr(cache, "prepare", held_up)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(prepare_all, [item], RECIPE, tmp_path / "cache")
+        assert begun.wait(timeout=30)
+        second = pool.submit(prepare_all, [item], RECIPE, tmp_path / "cache")
+        assert not prepared and not second.done()
+        may_end.set()
+        assert first.result() == second.result()
+    assert prepared == [item]
+
+
+def test_the_claim_of_a_killed_process_is_taken_over_at_once(
+    item: Item, tmp_path: Path, prepared: list[Item], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "prepare", lambda *_: os._exit(9))
+        process = in_another_process(prepare_all, [item], RECIPE, tmp_path / "cache")
+        process.join()
+    assert process.exitcode == 9 and [path.name[:5] for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    monkeypatch.setattr(cache, "PATIENCE", 1e9)  # the test would not end if it waited
+    assert prepare_all([item], RECIPE, tmp_path / "cache")[0].shape == (1, *SIZE) and prepared == [item]
+
+
+def test_the_claim_of_a_machine_that_is_gone_holds_up_for_so_long_and_no_longer(
+    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_of(item, RECIPE, tmp_path / "cache")
+    folder.parent.mkdir()
+    monkeypatch.setattr(cache, "PATIENCE", 0.3)
+    with (folder.parent / f".lock-{folder.name}").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prepare_all([item], RECIPE, tmp_path / "cache")[0].path == folder
+
+
+def test_without_locks_every_volume_is_prepared_all_the_same(
+    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert prepare_all([item], RECIPE, tmp_path / "cache")[0].shape == (1, *SIZE)
+
+
+# --- the room that it takes
+
+
+def save(path: Path, x: np.ndarray, affine: np.ndarray) -> Path:
+    nib.save(nib.Nifti1Image(x, affine), path)
+    return path
+
+
+TURNED = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]])  # file axes i j k lie along A S R
+
+
+@pytest.mark.parametrize("spacing", [(), (1.5, 1.5, 2.0), (4.0, 0.7, 1.0)])
+@pytest.mark.parametrize("affine", [np.diag([1.0, 2.0, 3.0, 1]), TURNED], ids=["straight", "turned"])
+def test_the_room_is_known_from_the_headers(spacing: tuple[float, ...], affine: np.ndarray, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    one = save(tmp_path / "one.nii.gz", rng.normal(size=(9, 11, 13)).astype(np.float32), affine)
+    four = save(tmp_path / "four.nii", rng.normal(size=(9, 11, 13, 4)).astype(np.float32), affine)
+    label = save(tmp_path / "label.nii.gz", rng.integers(0, 3, (9, 11, 13)).astype(np.uint8), affine)
+    recipe = Recipe(spacing=spacing)
+    items = [
+        Item((one,), ("t1",), ("zscore",), "a"), Item((one, one), ("t1", "t1"), ("zscore",) * 2, "b"),
+        Item((four,), ("t1",), ("zscore",), "c"), Item((one,), ("t1",), ("zscore",), "d", label=label),
+        Item((four,), ("t1",), ("zscore",), "e", channel=(2, 4)),
+    ]  # fmt: skip
+    for item in items:
+        volume = cached(item, recipe, tmp_path / "cache")
+        voxels = 2 * volume.array().size + (volume.label().size if item.label else 0)
+        assert room_for(item, recipe) == voxels + 49_152  # and up to 4096 places of foreground, of 3 x 4 bytes
+
+
+def test_where_there_is_no_room_it_is_said_before_any_work(
+    tmp_path: Path, prepared: list[Item], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(3)]
+    needed = sum(room_for(item, RECIPE) for item in items)
+
+    def disk(free: int) -> None:
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(10**9, 0, free))
+
+    disk(needed - 1)
+    with pytest.raises(InputError, match=rf"^--cache-dir: .*3 of them take about 149\.5 kB in {tmp_path}") as error:
+        prepare_all(items, RECIPE, tmp_path / "cache")
+    assert "larger disk" in str(error.value) and "\n" not in str(error.value)
+    assert prepared == [] and not (tmp_path / "cache").exists()
+    disk(needed)
+    prepare_all(items, RECIPE, tmp_path / "cache", quiet=False)
+    assert "3 of them take about 149.5 kB" in capsys.readouterr().err
+    disk(0)
+    prepare_all(items, RECIPE, tmp_path / "cache", quiet=False)  # what is there takes no more
+    assert capsys.readouterr().err == "" and len(prepared) == 3
+
+
+def test_numbers_of_bytes_are_said_as_people_read_them() -> None:
+    assert [in_bytes(n) for n in (999, 210_000_000, 1_050_000_000_000)] == ["1.0 kB", "210.0 MB", "1.1 TB"]
 
 
 # --- open files
@@ -204,11 +352,18 @@ def test_of_several_bad_volumes_the_first_is_named_and_the_others_counted(
     with pytest.raises(InputError, match=r"v4\.nii(?!.*more like it)"):  # alone, it has no others to count
         prepare_all(items[3:], RECIPE, tmp_path / "cache")
 
-    def first_is_slow(item: Item, recipe: Recipe) -> Prepared:
-        time.sleep(0.2 * (item is items[1]))
-        return prepare(item, recipe)
+    another_failed = threading.Event()
 
-    monkeypatch.setattr(cache, "prepare", first_is_slow)
+    def first_is_last(item: Item, recipe: Recipe) -> Prepared:
+        if item is items[1] and threads > 1:
+            assert another_failed.wait(timeout=30)
+        try:
+            return prepare(item, recipe)
+        finally:
+            if item is items[2]:
+                another_failed.set()
+
+    monkeypatch.setattr(cache, "prepare", first_is_last)
     for threads in (1, 3):
         with pytest.raises(InputError, match=r"v1\.nii: .*\(and 2 more like it\)") as caught:
             prepare_all(items, RECIPE, tmp_path / "cache", threads=threads)

@@ -1,5 +1,6 @@
 """dae/training/checkpoint.py: whole or refused."""
 
+import os
 import random
 import resource
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import InputError
+from dae.config import InputError, OptimConfig, to_json
 from dae.training import checkpoint
 
 
@@ -82,6 +83,44 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_another_format_is_refused_by_both_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    checkpoint.write(path, {"format": checkpoint.FORMAT + 1, **state()}, sealed=True)
+    with pytest.raises(InputError, match=r"last\.pt: written in format 2, this version reads 1$"):
+        checkpoint.load(path)
+
+
+def test_bytes_are_on_the_disk_before_the_name_is_and_the_name_before_anything_else_happens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut leaves a new name for an empty file, with the checkpoint before gone."""
+    done: list[str] = []
+
+    def fsync(handle: int) -> None:
+        done.append(f"fsync {Path(f'/proc/self/fd/{handle}').readlink().name}")
+
+    def replace(source: Path, target: Path, rename: Any = Path.rename) -> None:
+        done.append(f"rename to {target.name}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    checkpoint.save(tmp_path / "last.pt", state())
+    assert done == ["fsync last.pt.part", "rename to last.pt", f"fsync {tmp_path.name}"]
+
+
+def test_the_factors_of_a_global_batch_may_change_and_their_product_may_not() -> None:
+    then = OptimConfig(batch_size=4, accumulate=2)
+    saved = {"global_batch": 16, "config": to_json(then), "threads": torch.get_num_threads()}  # on two ranks
+    for batch_size, accumulate, world in ((4, 2, 2), (2, 8, 1), (16, 1, 1), (1, 1, 16)):
+        now = OptimConfig(batch_size=batch_size, accumulate=accumulate)
+        checkpoint.check_same_batch(Path("last.pt"), saved, now, world=world)
+        told = checkpoint.what_differs(saved, now, world=world)
+        assert told == [] if (batch_size, world) == (4, 2) else told[0].startswith("2 ranks x batch 4 x 2 before")
+    with pytest.raises(InputError, match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 samples .* started with 16"):
+        checkpoint.check_same_batch(Path("last.pt"), saved, then, world=1)
 
 
 def test_every_random_state_is_restored(tmp_path: Path) -> None:

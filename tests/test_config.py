@@ -95,7 +95,8 @@ def test_flags_become_values_of_the_declared_type() -> None:
         ("--mask 0.4", "--mask"), ("--mask-r 0.4", "--mask-r"), ("--foo 1", "--foo"), ("stray", "stray"),
         ("--crop 96 96", "--crop"), ("--crop 9 9 9 7", "7"), ("--depths", "--depths"), ("--lr", "--lr"),
         ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--steps 0", "--steps"), ("--lr -1", "--lr"),
-        ("--lr nan", "--lr"), ("--alpha inf", "--alpha"), ("--mask-ratio .2 1", "--mask-ratio"),
+        ("--lr nan", "--lr"), ("--lr-min 1e-3", "--lr-min"), ("--alpha inf", "--alpha"),
+        ("--mask-ratio .2 1", "--mask-ratio"),
         ("--crop 96 0 96", "--crop"), ("--method mea", "--method"), ("--amp fp8", "--amp"), ("--preset x", "--preset"),
     ],
 )  # fmt: skip

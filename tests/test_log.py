@@ -2,9 +2,13 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
-from dae.training.log import Log, in_words, read, time_left
+import pytest
+
+from dae.config import InputError
+from dae.training.log import Log, commit_of, in_words, read, time_left
 
 
 def record(path: Path) -> Log:
@@ -52,3 +56,31 @@ def test_a_validation_is_said_beside_the_loss_of_doing_nothing() -> None:
 
 def test_time_left_is_said_in_the_unit_that_fits() -> None:
     assert [time_left(s) for s in (5, 600, 36_000)] == ["5 s", "10 min", "10.0 h"]
+
+
+def test_a_stop_at_a_loss_that_is_not_finite_names_the_checkpoint_only_where_there_is_one(tmp_path: Path) -> None:
+    log = record(tmp_path / "log.jsonl")
+    with pytest.raises(
+        InputError, match=r"^step 1: loss nan, .* before the step, no checkpoint had been saved yet; try"
+    ):
+        log.stop_before_the_step(0, math.nan, 1.0)
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(InputError, match=r"last\.pt is from before it; try"):
+        log.stop_before_the_step(7, math.nan, 1.0)
+
+
+def test_the_commit_is_that_of_the_projects_own_repository_and_of_no_other(tmp_path: Path) -> None:
+    """As installed in an environment within somebody's own project, it is not at that project's commit."""
+    project, installed = tmp_path / "project", tmp_path / "project/venv/site-packages"
+    installed.mkdir(parents=True)
+    assert commit_of(project) is None and commit_of(tmp_path / "gone") is None
+
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        return subprocess.run(["git", *who, *arguments], cwd=project, capture_output=True, text=True, check=True).stdout
+
+    git("init", "--quiet")
+    assert commit_of(project) is None  # nothing committed yet
+    git("commit", "--quiet", "--allow-empty", "-m", "first")
+    assert commit_of(project) == git("rev-parse", "HEAD").strip()
+    assert commit_of(installed) is None

@@ -1,12 +1,15 @@
 """train_pretrain.py: the run folder, exact resume, refusals, and the network against its own input."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ import pytest
 import torch
 from conftest import command, environment, events, interrupt, same_weights, train
 
+import train_pretrain
 from dae.config import InputError, PretrainConfig
 from dae.pretext.methods import METHODS
 from dae.training import checkpoint
+from dae.training.distributed import Ranks
 from dae.training.log import read
 from train_pretrain import main
 
@@ -116,32 +121,214 @@ def test_a_finished_run_resumed_changes_nothing(tiny: Config) -> None:
     assert same_weights(before, weights(config.out))
 
 
-@pytest.mark.parametrize(
-    "changed, flag", [({"lr": 2e-2}, "--lr"), ({"crop": (16, 16, 24)}, "--crop"), ({"seed": 1}, "--seed")]
-)
-def test_resuming_another_configuration_is_refused_by_the_flags_name(
-    tiny: Config, changed: dict[str, Any], flag: str
-) -> None:
+def test_resuming_another_configuration_is_refused_by_the_flags_name(tiny: Config) -> None:
     config = tiny()
     main(config)
     before = (Path(config.out) / "last.pt").read_bytes()
-    with pytest.raises(InputError, match=f"^{flag} "):
-        main(tiny(resume=True, **changed))
-    assert (Path(config.out) / "last.pt").read_bytes() == before
+    for changed, flag in (({"lr": 2e-2}, "--lr"), ({"crop": (16, 16, 24)}, "--crop"), ({"seed": 1}, "--seed")):
+        with pytest.raises(InputError, match=f"^{flag} "):
+            main(tiny(resume=True, **changed))
+        assert (Path(config.out) / "last.pt").read_bytes() == before
 
 
-def test_resuming_on_other_volumes_or_another_batch_is_refused(tiny: Config, volumes: Path) -> None:
+def test_a_run_goes_on_with_other_factors_of_its_global_batch_and_in_other_ways_of_computing(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With alpha 0, since CMCL sees a micro-batch: there, what it compares is another set, and that is said."""
+    straight = tiny(out=str(tmp_path / "straight"), batch_size=4, steps=6, alpha=0.0)
+    main(straight)
+    for name, alpha, changed in (
+        ("batch", 0.0, {"batch_size": 2, "accumulate": 2}),
+        ("way", 0.0, {"batch_size": 2, "accumulate": 2, "checkpointing": True, "workers": 1, "validate_crops": 1}),
+        ("contrast", 0.05, {"batch_size": 2, "accumulate": 2}),
+    ):
+        broken = tiny(out=str(tmp_path / name), batch_size=4, steps=6, stop_after=3, alpha=alpha)
+        main(broken)
+        capsys.readouterr()
+        main(replace(broken, stop_after=0, resume=True, **changed))
+        told = capsys.readouterr().err
+        assert "1 ranks x batch 4 x 1 before, 1 x" in told
+        assert ("CMCL compared 4 samples with each other before, 2 now" in told) == (name == "contrast")
+        assert ("best.pt is chosen anew" in told) == (name == "way")
+        if not alpha:
+            losses = [[e["loss"] for e in events(config, "train")] for config in (straight, broken)]
+            assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    with pytest.raises(InputError, match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 .* was started with 4"):
+        main(replace(broken, resume=True, accumulate=2))
+
+
+def test_ranks_may_become_accumulation(tiny: Config, tmp_path: Path) -> None:
+    """A run of two ranks that is preempted goes on where there is one: the same samples, the same losses."""
+    straight = tiny(out=str(tmp_path / "straight"), batch_size=4, steps=6, alpha=0.0)
+    broken = replace(straight, out=str(tmp_path / "broken"), batch_size=2, stop_after=3)
+    main(straight)
+    assert train(broken, ranks=2).returncode == 0
+    main(replace(broken, accumulate=2, stop_after=0, resume=True))
+    losses = [[e["loss"] for e in events(config, "train")] for config in (straight, broken)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_resuming_on_other_volumes_is_refused(tiny: Config, volumes: Path) -> None:
     config = tiny(stop_after=2)
     main(config)
     content = json.loads(volumes.read_text())
     other = volumes.with_name("fewer.json")
     other.write_text(json.dumps({**content, "training": content["training"][:-1]}))
-    saved = Path(config.out) / "last.pt"
     with pytest.raises(InputError, match="the data list is not what it was"):
         main(tiny(resume=True, data=str(other)))
-    checkpoint.save(saved, {**checkpoint.load(saved), "global_batch": 16})
-    with pytest.raises(InputError, match="--batch-size"):
-        main(tiny(resume=True))
+
+
+def test_stop_after_means_the_same_step_however_often_it_is_passed(
+    tiny: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that is queued again has the same command line."""
+    config = tiny(steps=6, stop_after=2, resume=True)
+    for _ in range(2):
+        main(config)
+        assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 2
+        assert "stopped after step 2 of 6, as --stop-after 2 says" in capsys.readouterr().err
+    main(replace(config, stop_after=5))
+    main(config)  # and a run that is beyond it goes no further
+    assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 5
+    assert [e["step"] for e in events(config, "train")] == [1, 2, 3, 4, 5]
+
+
+# --- what a step does
+
+
+def first_moments(folder: str | Path) -> float:
+    """The norm of AdamW's first moments, which after one step are (1 - .9) times the gradient that it was given."""
+    state = checkpoint.load(Path(folder) / "last.pt")["optimizer"]["state"].values()
+    return math.sqrt(sum(float((entry["exp_avg"] ** 2).sum()) for entry in state)) / 0.1
+
+
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tiny: Config, tmp_path: Path) -> None:
+    whole = tiny(out=str(tmp_path / "whole"), steps=1, clip=0.0)
+    main(whole)
+    norm = events(whole, "train")[0]["grad_norm"]
+    assert first_moments(whole.out) == pytest.approx(norm, rel=1e-4)
+    for share in (0.3, 3.0):
+        clipped = tiny(out=str(tmp_path / str(share)), steps=1, clip=share * norm)
+        main(clipped)
+        assert events(clipped, "train")[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)  # logged as it was
+        assert first_moments(clipped.out) == pytest.approx(min(1.0, share) * norm, rel=1e-4)
+
+
+def test_the_rate_of_every_step_is_the_one_that_is_logged_down_to_the_last(tiny: Config) -> None:
+    config = tiny(steps=5, warmup=0, lr=1e-2, lr_min=1e-3)
+    main(config)
+    cosine = [1e-3 + 0.5 * (1e-2 - 1e-3) * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [e["lr"] for e in events(config, "train")] == pytest.approx(cosine)
+    groups = checkpoint.load(Path(config.out) / "last.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([cosine[-1]] * 2)
+
+
+def test_the_seed_is_that_of_the_weights_too(tiny: Config, tmp_path: Path) -> None:
+    drawn = [tiny(out=str(tmp_path / str(n)), seed=seed, lr=0.0, steps=1) for n, seed in enumerate((3, 3, 4))]
+    for config in drawn:
+        main(config)
+    first, again, other = (weights(config.out) for config in drawn)
+    assert same_weights(first, again)
+    kernels = [name for name, value in first.items() if value.ndim == 5]
+    assert kernels and not any(torch.equal(first[name], other[name]) for name in kernels)
+
+
+def test_best_is_the_lowest_validation_of_a_trained_network(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step it is that of random weights, which --recon residual makes as good as doing nothing."""
+    lowest_second = iter([0.1, 0.5, 0.3, 0.4])
+    validate = train_pretrain.validate
+    monkeypatch.setattr(train_pretrain, "validate", lambda run: {**validate(run), "l1": next(lowest_second)})
+    config = tiny(steps=3, validate_every=1)
+    main(config)
+    best = checkpoint.load(Path(config.out) / "best.pt")
+    assert (best["step"], best["best"]) == (2, 0.3)
+    assert checkpoint.load(Path(config.out) / "last.pt")["best"] == 0.3
+
+
+# --- what is said
+
+
+@pytest.mark.parametrize("given, word", [
+    ({"batch_size": 1, "accumulate": 2}, "one sample in a micro-batch"), ({"modality": "t1"}, "volume is t1"),
+    ({"batch_size": 1, "alpha": 0.0}, ""), ({}, ""),
+])  # fmt: skip
+def test_cmcl_with_nothing_to_compare_is_said_once_at_the_start(
+    tiny: Config, volumes: Path, given: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "modality" in given:
+        content = json.loads(volumes.read_text())
+        content["training"] = [entry for entry in content["training"] if entry["modality"] == "t1"]
+        given = {"data": str(volumes.with_name("t1.json"))}
+        Path(given["data"]).write_text(json.dumps(content))
+    config = tiny(**given, steps=2, recon="residual")
+    main(config)
+    told = [e["text"] for e in events(config, "warning")]
+    assert len(told) == bool(word) and capsys.readouterr().err.count("warning: CMCL") == bool(word)
+    assert not word or (word in told[0] and "--alpha 0" in told[0])
+
+
+def test_the_demos_earlier_run_is_started_over_with_a_word(
+    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_pretrain, "write_phantoms", lambda folder: None)
+    config, ranks = tiny(data="", preset="demo"), Ranks(0, 1, torch.device("cpu"))
+    folder = Path(config.out)
+    folder.mkdir()
+    train_pretrain.with_phantoms(config, ranks)
+    (folder / "last.pt").touch()
+    train_pretrain.with_phantoms(replace(config, resume=True), ranks)
+    train_pretrain.with_phantoms(config, Ranks(1, 2, torch.device("cpu")))  # rank 0 has begun to write by then
+    assert (folder / "last.pt").exists() and capsys.readouterr().err == ""
+    train_pretrain.with_phantoms(config, ranks)
+    assert f"{folder}: the demo's earlier run is removed and started over" in capsys.readouterr().err
+    assert not (folder / "last.pt").exists()
+
+
+# --- held-out volumes
+
+
+def test_only_the_held_out_volumes_that_are_validated_on_are_prepared(
+    tiny: Config, volumes: Path, tmp_path: Path
+) -> None:
+    """Three are held out, one of each modality."""
+    config = tiny(validate_crops=2, cache_dir=str(tmp_path / "cache"), steps=1)
+    main(config)
+    prepared = {path.name.split("-")[0] for path in (tmp_path / "cache").iterdir()}
+    assert prepared == {*(f"train{n}" for n in range(5)), "held1", "held0"}  # ct and t1
+    assert set(events(config, "validation")[-1]["l1_by_modality"]) == {"ct", "t1"}
+
+
+# --- a worker that fails
+
+
+@pytest.mark.parametrize("what, ranks", [("the cache goes", 0), ("the cache goes", 2), ("a worker is killed", 0)])
+def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, what: str, ranks: int) -> None:
+    """Within the time that it is waited for; the other rank, which has lost its peer, too."""
+    config = tiny(steps=100_000, workers=2, cache_dir=str(tmp_path / "cache"), save_every=100_000)
+    process = subprocess.Popen(command(config, ranks=ranks), stderr=subprocess.PIPE, text=True, env=environment(),
+                               start_new_session=True)  # fmt: skip
+    try:
+        wait_for_step(config, 3, process)
+        if what == "the cache goes":
+            shutil.rmtree(tmp_path / "cache")
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+        told = process.communicate(timeout=60)[1]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    said = [line for line in told.splitlines() if line.startswith("train_pretrain.py: ")]
+    assert process.returncode == (1 if ranks else 2) and len(said) == max(1, ranks), told[-3000:]
+    word = "--cache-dir" if what == "the cache goes" else "a process that reads ahead has died"
+    assert any(word in line for line in said)
+    assert ranks or "Traceback" not in told
+
+
+def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
+    path = Path(config.out) / "log.jsonl"
+    while process.poll() is None and not (path.exists() and any(e.get("step", 0) >= step for e in read(path))):
+        time.sleep(0.05)
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tiny: Config) -> None:
@@ -230,6 +417,7 @@ def bad_inputs(folder: Path, good: dict[str, Any]) -> dict[str, tuple[dict[str, 
         "size": ({"crop": (16, 20, 16)}, "16 20 16"),
         "fp16 on a CPU": ({"amp": "fp16"}, "--amp"),
         "cuda": ({"device": "cuda"}, "--device"),
+        "temperature": ({"temperature": 800.0}, "--temperature 800"),
         "contradiction": ({"method": "mae", "recon": "residual"}, "--recon residual"),
         "init": ({"init": str(folder / "none.pt")}, "none.pt"),
         "window": ({"ct_window": (5.0, 1.0)}, "--ct-window"),
@@ -238,22 +426,15 @@ def bad_inputs(folder: Path, good: dict[str, Any]) -> dict[str, tuple[dict[str, 
     }
 
 
-NAMES = (
-    "no list", "list not there", "not JSON", "empty list", "missing file", "no modality", "unknown modality",
-    "size", "fp16 on a CPU", "cuda", "contradiction", "init", "window", "out", "labels as an image",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(tiny: Config, volumes: Path, name: str) -> None:
-    if name == "cuda" and torch.cuda.is_available():
-        pytest.skip("there is a GPU here")
-    given, word = bad_inputs(volumes.parent, json.loads(volumes.read_text()))[name]
-    config = tiny(**given)
-    with pytest.raises(InputError) as error:
-        main(config)
-    assert word in str(error.value) and "\n" not in str(error.value)
-    assert name == "out" or not Path(config.out).exists()
+def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(tiny: Config, volumes: Path) -> None:
+    for name, (given, word) in bad_inputs(volumes.parent, json.loads(volumes.read_text())).items():
+        if name == "cuda" and torch.cuda.is_available():
+            continue
+        config = tiny(**given)
+        with pytest.raises(InputError) as error:
+            main(config)
+        assert word in str(error.value) and "\n" not in str(error.value), name
+        assert name == "out" or not Path(config.out).exists(), name
 
 
 def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tiny: Config) -> None:
@@ -307,14 +488,13 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_the_demo_beats_its_input_in_every_modality_and_leaves_its_pictures(tmp_path: Path) -> None:
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "train_pretrain.py"), "--preset", "demo"],
                           cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
     last = [e for e in read(tmp_path / "runs/demo/log.jsonl") if e["event"] == "validation"][-1]
     assert last["l1"] <= 0.8 * last["l1_input"]
     assert all(last["l1_by_modality"][kind] < l1 for kind, l1 in last["l1_input_by_modality"].items())
-    assert len(last["l1_by_modality"]) == 5 and time.perf_counter() - started < 240
+    assert len(last["l1_by_modality"]) == 5
 
 
 @pytest.mark.realdata

@@ -3,7 +3,6 @@
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,11 +90,9 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tiny_seg: Config) 
         assert not Path(tiny_seg().out).exists()
 
 
-def test_help_answers_without_torch_in_half_a_second() -> None:
-    seconds = []
-    for _ in range(3):  # the best of them: the machine may be busy
-        started = time.perf_counter()
-        done = subprocess.run([sys.executable, str(ROOT / "train_seg.py"), "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0 and "--pretrained" in done.stdout
-    assert min(seconds) < 0.5
+def test_help_answers_without_torch() -> None:
+    line = [sys.executable, "-X", "importtime", str(ROOT / "train_seg.py"), "--help"]
+    done = subprocess.run(line, capture_output=True, text=True)
+    imported = {row.split("|")[-1].strip() for row in done.stderr.splitlines()}
+    assert done.returncode == 0 and "--pretrained" in done.stdout
+    assert "argparse" in imported and not imported & {"torch", "numpy", "timm", "nibabel"}

@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,11 +16,13 @@ import pytest
 import torch
 from conftest import events, same_weights
 
+import train_seg
 from dae.config import InputError
 from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, SegConfig, TuneConfig
 from dae.data.phantom import CT_LABELS
 from dae.model import SwinUNETR
 from dae.training import checkpoint
+from dae.training.distributed import Ranks
 from dae.weights.layouts import to_monai
 from train_seg import main
 
@@ -100,6 +103,168 @@ def test_each_schedule_moves_what_it_should(tiny_seg: Config, pretrained: Path, 
     assert ("encoder" in moved) == (schedule in ("plain", "warmup"))
 
 
+def test_epochs_are_passes_over_the_training_volumes(tiny_seg: Config) -> None:
+    """Three volumes, five epochs, four a step: 15 crops are 4 steps, and not five times a step of 4."""
+    config = tiny_seg(steps=0, epochs=5, batch_size=4, stop_after=1)
+    main(config)
+    begun = events(config, "start")[0]
+    assert begun["volumes"] == 3 and begun["config"]["steps"] == 4 == math.ceil(5 * 3 / 4)
+    saved = checkpoint.load(Path(config.out) / "last.pt")
+    checkpoint.save(Path(config.out) / "last.pt", {**saved, "config": {**saved["config"], "steps": 3}})
+    main(replace(config, stop_after=0, resume=True))  # a run that was begun with another length keeps it
+    assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 3
+
+
+def test_stop_after_means_the_same_step_however_often_it_is_passed(
+    tiny_seg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_seg(steps=6, stop_after=2, resume=True)
+    for _ in range(2):
+        main(config)
+        assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 2
+        assert "stopped after step 2 of 6, as --stop-after 2 says" in capsys.readouterr().err
+
+
+def first_moments(config: SegConfig, part: str = "") -> float:
+    """The norm of AdamW's first moments, which after one step are (1 - .9) times the gradient that it was given."""
+    optimizer = checkpoint.load(Path(config.out) / "last.pt")["optimizer"]
+    own = {n for group in optimizer["param_groups"] if part in group["part"] for n in group["params"]}
+    entries = [entry for n, entry in optimizer["state"].items() if n in own]
+    return math.sqrt(sum(float((entry["exp_avg"] ** 2).sum()) for entry in entries)) / 0.1
+
+
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tiny_seg: Config, tmp_path: Path) -> None:
+    whole = tiny_seg(out=str(tmp_path / "whole"), steps=1, clip=0.0)
+    main(whole)
+    norm = events(whole, "train")[0]["grad_norm"]
+    assert first_moments(whole) == pytest.approx(norm, rel=1e-4)
+    for share in (0.3, 3.0):
+        clipped = tiny_seg(out=str(tmp_path / str(share)), steps=1, clip=share * norm)
+        main(clipped)
+        assert events(clipped, "train")[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)  # logged as it was
+        assert first_moments(clipped) == pytest.approx(min(1.0, share) * norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("schedule", ["frozen-encoder", "decoder-first"])
+def test_an_encoder_that_does_not_move_does_not_count_in_the_clipping(
+    tiny_seg: Config, tmp_path: Path, schedule: str
+) -> None:
+    """The decoder's gradient is clipped as if it were alone; and another run's tells how long that is."""
+    common: dict[str, Any] = {"steps": 40, "stop_after": 1}
+    whole = tiny_seg(out=str(tmp_path / "whole"), schedule="plain", clip=0.0, **common)
+    main(whole)
+    encoder, decoder = first_moments(whole, "encoder"), first_moments(whole, "decoder")
+    assert encoder > 0.01 * decoder
+    config = tiny_seg(schedule=schedule, clip=0.5 * decoder, log_every=1, **common)
+    main(config)
+    assert events(config, "train")[0]["grad_norm"] == pytest.approx(decoder, rel=1e-5)
+    assert first_moments(config, "decoder") == pytest.approx(0.5 * decoder, rel=1e-4)
+    assert first_moments(config, "encoder") == 0
+
+
+def test_a_frozen_encoder_has_no_gradients_and_a_run_of_before_goes_on(tiny_seg: Config) -> None:
+    """Checkpoints of before hold moments of the encoder, which nobody reads."""
+    config = tiny_seg(schedule="frozen-encoder", stop_after=2)
+    run = train_seg.setup(config, Ranks(0, 1, torch.device("cpu")))
+    moving = {name.split(".")[0] for name, value in run.network.named_parameters() if value.requires_grad}
+    assert "encoder" not in moving and {"head", "up_blocks"} <= moving
+    main(config)
+    path = Path(config.out) / "last.pt"
+    saved = checkpoint.load(path)
+    for group in saved["optimizer"]["param_groups"]:
+        for n in group["params"] if group["part"] == "encoder" else ():
+            assert n not in saved["optimizer"]["state"]
+    shapes = [value.shape for name, value in run.network.named_parameters()]
+    assert len(shapes) == sum(len(group["params"]) for group in saved["optimizer"]["param_groups"])
+    of_encoder = [p for group in run.optimizer.param_groups if group["part"] == "encoder" for p in group["params"]]
+    numbers = [n for group in saved["optimizer"]["param_groups"] if group["part"] == "encoder" for n in group["params"]]
+    for n, parameter in zip(numbers, of_encoder):
+        moments = {key: torch.ones_like(parameter.data) for key in ("exp_avg", "exp_avg_sq")}
+        saved["optimizer"]["state"][n] = {"step": torch.tensor(2.0), **moments}
+    checkpoint.save(path, saved)
+    main(replace(config, stop_after=0, resume=True))
+    after = weights(config)
+    assert all(torch.equal(after[k], saved["model"][k]) for k in after if k.startswith("encoder."))
+    assert not same_weights(after, saved["model"])
+
+
+def test_the_rates_are_those_that_are_logged_down_to_the_last(tiny_seg: Config) -> None:
+    config = tiny_seg(steps=5, schedule="plain", lr=1e-2)
+    main(config)
+    cosine = [0.5 * 1e-2 * (1 + math.cos(math.pi * step / 5)) for step in range(5)]
+    assert [e["lr"] for e in events(config, "train")] == pytest.approx(cosine)
+    assert [e["lr_encoder"] for e in events(config, "train")] == pytest.approx(cosine)
+    groups = checkpoint.load(Path(config.out) / "last.pt")["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == pytest.approx([cosine[-1]] * 4)
+
+
+def test_the_seed_is_that_of_the_weights_too(tiny_seg: Config, tmp_path: Path) -> None:
+    drawn = [tiny_seg(out=str(tmp_path / str(n)), seed=seed, lr=0.0, steps=1, from_scratch=True)
+             for n, seed in enumerate((3, 3, 4))]  # fmt: skip
+    for config in drawn:
+        main(config)
+    first, again, other = map(weights, drawn)
+    assert same_weights(first, again) and not torch.equal(first["head.weight"], other["head.weight"])
+
+
+def test_best_is_the_highest_dice_and_a_class_that_no_case_holds_is_none(
+    tiny_seg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice = iter([0.2, 0.6, math.nan, 0.4])
+    monkeypatch.setattr(train_seg, "validate", lambda run: {"dice": next(dice), "dice_by_class": {}, "cases": 1})
+    config = tiny_seg(validate_every=1)
+    main(config)
+    best = checkpoint.load(Path(config.out) / "best.pt")
+    assert (best["step"], best["best"]) == (2, 0.6)
+
+
+def test_a_run_goes_on_with_other_factors_of_its_global_batch(
+    tiny_seg: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = tiny_seg(out=str(tmp_path / "straight"), batch_size=4)
+    broken = replace(straight, out=str(tmp_path / "broken"), stop_after=2)
+    main(straight)
+    main(broken)
+    main(replace(broken, batch_size=2, accumulate=2, checkpointing=True, stop_after=0, resume=True))
+    told = capsys.readouterr().err
+    assert "goes on from step 2" in told and "1 ranks x batch 4 x 1 before, 1 x 2 x 2 now" in told
+    losses = [[e["loss"] for e in events(config, "train")] for config in (straight, broken)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    with pytest.raises(InputError, match=r"^--batch-size 2 x --accumulate 1 x 1 ranks = 2 .* was started with 4"):
+        main(replace(broken, batch_size=2, resume=True))
+
+
+def test_weights_say_their_step_and_those_of_standardised_crops_are_warned_of(
+    tiny_seg: Config, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(tiny_seg(steps=1))
+    told = capsys.readouterr().err
+    assert "a checkpoint of this package (dae, step 2 of 2)" in told and "--recon scaled" not in told
+    saved = checkpoint.load(pretrained / "pre/last.pt")
+    checkpoint.save(tmp_path / "scaled.pt", {**saved, "plan": {**saved["plan"], "recon": "scaled"}})
+    scaled = tiny_seg(pretrained=str(tmp_path / "scaled.pt"), out=str(tmp_path / "scaled"), steps=2, stop_after=1)
+    main(scaled)
+    assert capsys.readouterr().err.count("warning: the weights were pre-trained with --recon scaled") == 1
+    main(replace(scaled, resume=True, stop_after=0))
+    assert "--recon scaled" not in capsys.readouterr().err
+    main(replace(scaled, from_scratch=True, out=str(tmp_path / "scratch")))
+    assert "--recon scaled" not in capsys.readouterr().err
+
+
+def test_the_demos_earlier_run_is_started_over_with_a_word(
+    tiny_seg: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(train_seg, "write_phantoms", lambda folder: None)
+    config, ranks = tiny_seg(data="", preset="demo"), Ranks(0, 1, torch.device("cpu"))
+    (folder := Path(config.out)).mkdir()
+    (folder / "best.pt").touch()
+    train_seg.with_phantoms(replace(config, resume=True), ranks)
+    assert (folder / "best.pt").exists() and capsys.readouterr().err == ""
+    train_seg.with_phantoms(config, ranks)
+    assert f"{folder}: the demo's earlier run is removed and started over" in capsys.readouterr().err
+    assert not (folder / "best.pt").exists()
+
+
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny_seg: Config, tmp_path: Path) -> None:
     straight, broken = tiny_seg(), tiny_seg(out=str(tmp_path / "broken"), stop_after=2)
     main(straight)
@@ -127,6 +292,7 @@ def test_folds_partition_the_subjects_and_small_label_fractions_lie_in_larger_on
     ({"pretrained": "none.pt"}, "none.pt"),
     ({"feature_size": 24}, "--feature-size 24"),
     ({"crop": (16, 20, 16)}, "16 20 16"),
+    ({"lr_min": 1e-5}, "--lr-min"),
 ])  # fmt: skip
 def test_bad_input_is_one_line_and_leaves_nothing(tiny_seg: Config, given: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError) as error:

@@ -4,18 +4,25 @@ So it is the same sample on any number of ranks and workers, another one at ever
 restore nothing to go on with the samples that an uninterrupted one would have seen.
 """
 
+import os
 import signal
+import time
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import lru_cache
+from contextlib import suppress
+from functools import lru_cache, partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dae.config import Size3
+from dae.config import InputError, Size3
 from dae.config_seg import SegConfig
 from dae.data.augment import augment, labelled_crop, random_crop
 from dae.data.cache import Cached
@@ -107,6 +114,17 @@ def by_turns(kinds: Sequence[int]) -> list[int]:
     return sorted(range(len(kinds)), key=lambda n: (earlier[n], kinds[n]))
 
 
+def spread(kinds: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of the indices: the modalities take turns, and each one's lie evenly over its own."""
+    shares = Counter(kinds[n] for n in by_turns(kinds)[:count])
+    chosen: list[int] = []
+    for kind, share in shares.items():
+        own = [n for n, other in enumerate(kinds) if other == kind]
+        chosen += [own[(2 * place + 1) * len(own) // (2 * share)] for place in range(share)]
+    chosen.sort()
+    return [chosen[n] for n in by_turns([kinds[n] for n in chosen])]
+
+
 def addresses(
     start: int, stop: int, *, batch_size: int, accumulate: int, rank: int, world: int
 ) -> Iterator[list[tuple[int, int]]]:
@@ -125,19 +143,90 @@ def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
     return Batch(torch.stack(x), torch.tensor(modality), list(seeds))
 
 
-def leave_signals_to_the_run(worker: int) -> None:
-    """A stop signal reaches the whole process group; the run still needs its workers for the step it is in."""
+class Failure(NamedTuple):
+    """In place of a batch: why it could not be read, in one line."""
+
+    reason: str
+
+
+class Reader(Dataset[Any]):
+    """Maps the addresses of a micro-batch to the batch, or to the reason why there is none.
+
+    A batch that does not fit into shared memory would otherwise be lost in the thread that sends it, and
+    waited for without end.
+    """
+
+    def __init__(self, crops: Dataset[Any], gather: Gather) -> None:
+        self.crops, self.gather = crops, gather
+
+    def __getitem__(self, places: list[tuple[int, int]]) -> Any:
+        try:
+            batch = self.gather([self.crops[place] for place in places])
+            # Into shared memory here, where an error can still be answered with.
+            for value in batch if get_worker_info() else ():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
+            return batch
+        except Exception as error:
+            if os.environ.get("DAE_DEBUG") == "1":
+                raise
+            return Failure(why_unread(error))
+
+
+def why_unread(error: Exception) -> str:
+    """In one line what is wrong, and what to do."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, OSError):
+        return f"{text}; the volumes in --cache-dir must stay there while a run reads them; go on with --resume"
+    if "shared memory" in text or "</torch_" in text:  # so torch names its files in /dev/shm
+        return f"/dev/shm is full ({text}); take fewer --workers (0 needs none of it), then go on with --resume"
+    return f"a crop could not be read ({type(error).__name__}: {text}); DAE_DEBUG=1 shows where"
+
+
+def stay_with_the_run(run: Connection, ours: Connection, worker: int) -> None:
+    """A worker ends when its run does, and not before.
+
+    A stop signal reaches the whole process group, and the run still needs its workers for the step it
+    is in. So they ignore it. They end when the run closes its end of a pipe, or dies. `ours` is a copy of
+    that end.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    ours.close()
+    Thread(target=end_with, args=(run,), daemon=True).start()
+
+
+def end_with(run: Connection) -> None:
+    """Wait for the end of the run, leave torch the time to end its workers in order, then end anyhow."""
+    with suppress(EOFError, OSError):
+        run.recv_bytes()
+    time.sleep(2)
+    os._exit(0)
+
+
+def as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def loader(
     crops: Dataset[Any], places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool, gather: Gather = collate
 ) -> Generator[Any, None, None]:
-    """Batches in order, read ahead by `workers` processes, until it is closed."""
+    """Batches in order, read ahead by `workers` processes, until it is closed.
+
+    Raises InputError on a batch that cannot be read.
+    """
     ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    yield from DataLoader(
-        crops, batch_sampler=places, collate_fn=gather, num_workers=workers, pin_memory=pin,
-        worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(), **ahead,  # its own generator: starting workers must not move the global one
-    )  # fmt: skip
+    theirs, ours = Pipe(duplex=False)
+    batches = iter(DataLoader(
+        Reader(crops, gather), sampler=places, batch_size=None, collate_fn=as_it_is, num_workers=workers,
+        pin_memory=pin, worker_init_fn=partial(stay_with_the_run, theirs, ours),
+        generator=torch.Generator(), **ahead,  # its own: starting workers must not move the global one
+    ))  # fmt: skip
+    # The pipe is closed before torch ends its workers: torch waits seconds for each one that hangs.
+    with theirs, ours:
+        for batch in batches:
+            if isinstance(batch, Failure):
+                raise InputError(batch.reason)
+            yield batch

@@ -136,6 +136,8 @@ def check_options(o: PretextConfig) -> None:
         raise ValueError("--mask-scope token: a plane has many tokens; take --mask-along channels")
     if o.cmcl == "softmax" and o.temperature <= 0:
         raise ValueError("--temperature: --cmcl softmax divides by it; take more than 0")
+    if o.cmcl != "softmax" and abs(o.temperature) > 80:
+        raise ValueError(f"--temperature {o.temperature:g}: float32 has no exp(t); the paper's is 0.07")
 
 
 def mean(x: Tensor) -> Tensor:

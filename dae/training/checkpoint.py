@@ -8,6 +8,7 @@ torch.load reads the file as ever and would take a flipped bit without a word; `
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dae.config import InputError, RunConfig, differences, to_json
+from dae.config import InputError, OptimConfig, RunConfig, differences, to_json
 from dae.data.datalist import BY_VOXELS
 
 FORMAT = 1
@@ -73,6 +74,15 @@ def check_out_folder(out: Path, *, resume: bool, free: bool = False) -> None:
         raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
 
 
+def start_over(out: Path) -> None:
+    """Remove the results of the demo's earlier run, and say so."""
+    there = [out / name for name in ("log.jsonl", "last.pt", "best.pt") if (out / name).exists()]
+    for path in there:
+        path.unlink()
+    if there:
+        print(f"{out}: the demo's earlier run is removed and started over; --resume would go on", file=sys.stderr)
+
+
 def left_in(out: Path, *, resume: bool) -> dict[str, Any] | None:
     """What a run to be resumed has left, or None."""
     path = out / "last.pt"
@@ -86,22 +96,49 @@ def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) ->
         raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
 
 
+def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> None:
+    """Raises InputError where a step of the resumed run would see another number of samples.
+
+    Its factors may change: sample j of step s is the same on any ranks and in any micro-batch.
+    """
+    was, now = saved["global_batch"], config.batch_size * config.accumulate * world
+    if was != now:
+        raise InputError(
+            f"--batch-size {config.batch_size} x --accumulate {config.accumulate} x {world} ranks = {now} samples a "
+            f"step: the run of {path} was started with {was}; choose factors whose product is {was}"
+        )
+
+
 def check_same_samples(
     path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any], *, data_by_size: str = ""
 ) -> None:  # fmt: skip
-    """Raises InputError where a resumed run would meet other samples.
+    """Raises InputError where a resumed run would meet other volumes.
 
     `data_by_size` is the fingerprint of the data as older versions wrote it, for runs that they have left.
     """
     by_voxels = str(saved["data"]).startswith(BY_VOXELS)
-    same_data = saved["data"] == (facts["data"] if by_voxels else data_by_size)
+    if saved["data"] == (facts["data"] if by_voxels else data_by_size):
+        return
     older = "" if by_voxels else " or its split, which older versions drew otherwise,"
-    for same, fact, what in (
-        (same_data, "data", f"the data list{older}"),
-        (saved["global_batch"] == facts["global_batch"], "global_batch", "ranks x --batch-size x --accumulate"),
-    ):
-        if not same:
-            raise InputError(f"{path}: {what} is not what it was ({saved[fact]}); the samples would be others")
+    raise InputError(
+        f"{path}: the data list{older} is not what it was ({saved['data']}); the samples would be others"
+    )
+
+
+def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
+    """In words what has changed in a resumed run, of what may, and what follows from it."""
+    then = saved["config"]
+    batch, accumulate = then["batch_size"], then["accumulate"]
+    ranks = saved["global_batch"] // (batch * accumulate)
+    notes = []
+    if (batch, accumulate, ranks) != (config.batch_size, config.accumulate, world):
+        notes.append(
+            f"{ranks} ranks x batch {batch} x {accumulate} before, {world} x {config.batch_size} x "
+            f"{config.accumulate} now: the same samples, summed in another order"
+        )
+    if saved["threads"] != (threads := torch.get_num_threads()):
+        notes.append(f"{saved['threads']} threads before, {threads} now: the last bits will differ")
+    return notes
 
 
 def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) -> None:

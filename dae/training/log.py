@@ -9,7 +9,7 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dae.config import InputError, PretrainConfig
+from dae.config import InputError, PretrainConfig, RunConfig
 
 
 class Log:
@@ -41,6 +41,11 @@ class Log:
         if self.main:
             self.bar.write(text, file=sys.stderr)
 
+    def warn(self, step: int, text: str) -> None:
+        """In the log, and for the reader."""
+        self.event("warning", step=step, text=text)
+        self.say(text)
+
     def progress(self, step: int, text: str) -> None:
         """Move the bar; where there is no terminal, print the line instead."""
         if not self.main:
@@ -53,9 +58,11 @@ class Log:
     def stop_before_the_step(self, step: int, loss: float, grad_norm: float) -> NoReturn:
         """A loss or gradient that is not finite. All ranks come here together: they compare the same numbers."""
         self.event("end", step=step, reason="not finite", loss=loss, grad_norm=grad_norm)
+        saved = self.path.with_name("last.pt")
+        left = f"{saved} is from before it" if saved.exists() else "no checkpoint had been saved yet"
         raise InputError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, the last checkpoint in "
-            f"{self.path.parent} is from before it; try --amp off or a lower --lr"
+            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, {left}; "
+            "try --amp off or a lower --lr"
         )
 
     def close(self) -> None:
@@ -93,17 +100,29 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def versions() -> dict[str, Any]:
     """What the run ran on, for the first line of the log."""
-    try:
-        asked = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(asked, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
-    except OSError:  # a machine without git
-        commit = ""
     return {
         "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
         "platform": platform.platform(), "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git": commit.strip() or None, "command": sys.argv,
+        "git": commit_of(Path(__file__).resolve().parents[2]), "command": sys.argv,
     }  # fmt: skip
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of a project whose own repository `root` is.
+
+    None where there is no repository, and where `root` lies within another one: an installed package is
+    not at the commit of the project that it is installed in.
+    """
+    asked = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # a machine without git
+        return None
+    found = done.stdout.splitlines()
+    if done.returncode or len(found) != 2 or Path(found[0]).resolve() != root.resolve():
+        return None
+    return found[1]
 
 
 def greeting(config: PretrainConfig, facts: Mapping[str, Any]) -> str:
@@ -139,10 +158,38 @@ def dice_in_words(validation: Mapping[str, Any]) -> str:
     return f"validation Dice {validation['dice']:.4f} over {validation['cases']} volume{plural}; {each}"
 
 
+def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collection[str]) -> str:
+    """In one line why CMCL cannot work in this run, or nothing.
+
+    samples: how many it compares with each other.
+    """
+    if not config.alpha:
+        return ""
+    if samples == 1:
+        return (
+            "warning: CMCL has nothing to compare: there is one sample in a micro-batch, so its loss is a constant "
+            "and its gradient 0; take --batch-size 2 (--checkpointing saves memory), or --alpha 0 to leave it out"
+        )
+    if len(modalities) == 1:
+        return (
+            f"warning: CMCL has nothing to tell apart: every training volume is {min(modalities)}, so it only pulls "
+            "all features together; --alpha 0 leaves it out"
+        )
+    return ""
+
+
 def last_words(validation: Mapping[str, Any], config: PretrainConfig, *, step: int) -> str:
     if step < config.steps:
-        return f"stopped after step {step} of {config.steps}; the same command with --resume goes on"
+        return stopped(config, step, config.steps)
     return f"{in_words(validation)}; see {Path(config.out) / 'figures' / 'reconstruction.png'}"
+
+
+def stopped(config: RunConfig, step: int, steps: int) -> str:
+    """A run that has not come to its end."""
+    if 0 < config.stop_after <= step:
+        asked = f"--stop-after {config.stop_after}"
+        return f"stopped after step {step} of {steps}, as {asked} says; --resume without it goes on"
+    return f"stopped after step {step} of {steps}; the same command with --resume goes on"
 
 
 def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig) -> str:

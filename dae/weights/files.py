@@ -82,7 +82,8 @@ def of_ours(saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> W
             raise InputError(f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; leave the flag out")
     layout = LAYOUTS.get(plan["method"])
     warnings = [f"warning: {layout.warning}"] if layout and layout.warning else []
-    return Weights(saved["model"], plan, [f"a checkpoint of this package ({plan['method']})", *warnings])
+    step = f", step {saved['step']} of {saved['config']['steps']}" if "step" in saved else ""
+    return Weights(saved["model"], plan, [f"a checkpoint of this package ({plan['method']}{step})", *warnings])
 
 
 def state_dict_in(content: Mapping[Any, Any], key: str = "") -> tuple[str, dict[str, Tensor]]:

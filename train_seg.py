@@ -27,12 +27,12 @@ from torch.utils.data import default_collate
 
 from dae.config import InputError, to_json
 from dae.data import datalist
-from dae.data.augment import names_a_side
 from dae.data.batches import LabelledCrops, addresses, loader
 from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
+from dae.data.sides import Flips, choose_flips, continued, flips_of
 from dae.evaluation.validation import dice_of_volumes
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import checkpoint
@@ -172,7 +172,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     config = with_phantoms(config, ranks) if demo else config
     items = split(config)
     classes = dict(sorted(items.labels.items()))
-    crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
+    flips = flips_for(config, items, classes, left)
+    crops, held_out, config = crops_of(config, recipe, items, classes, flips, ranks)
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
 
@@ -217,8 +218,15 @@ def split(config: SegConfig) -> DataList:
     return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
 
 
+def flips_for(config: SegConfig, items: DataList, classes: dict[int, str], left: dict[str, Any] | None) -> Flips:
+    """Which axes are flipped, by the names of the classes and the list's `swap`. Raises InputError."""
+    turned = config.rotate > 0 and config.crop[0] == config.crop[1]
+    flips = choose_flips(classes, items.swap, chance=config.flip, turned=turned)
+    return continued(flips, flips_of(left["plan"], left["config"]), Path(config.out) / "last.pt") if left else flips
+
+
 def crops_of(
-    config: SegConfig, recipe: Recipe, items: DataList, classes: dict[int, str], ranks: Ranks
+    config: SegConfig, recipe: Recipe, items: DataList, classes: dict[int, str], flips: Flips, ranks: Ranks
 ) -> tuple[LabelledCrops, list[Cached], SegConfig]:
     """Training crops, whole validation volumes, and the configuration with its number of steps."""
     everything = (*items.training, *items.validation)
@@ -229,9 +237,9 @@ def crops_of(
             raise InputError(f"{item.label}: label {min(strange)} is not among the classes that {config.data} names")
     n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
     config = replace(config, steps=config.steps or config.epochs * math.ceil(n / global_batch))
-    sides = names_a_side(classes) and not items.swap
-    crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
-                          flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap, ignore=items.ignore)  # fmt: skip
+    crops = LabelledCrops(
+        volumes[:n], list(classes), config, global_batch=global_batch, flips=flips, ignore=items.ignore
+    )
     return crops, volumes[n:], config
 
 
@@ -266,7 +274,8 @@ def plan_of(config: SegConfig, items: DataList, crops: LabelledCrops, classes: d
         "crop": list(config.crop), "spacing": list(config.spacing), "modalities": items.kinds(),
         "intensity": {item.kind: list(item.intensity) for item in items.training}, "ct_window": list(config.ct_window),
         "mr_intensity": config.mr_intensity, "foreground_crop": config.foreground_crop,
-        "flip_axes": list(crops.flip_axes), "swap": [list(p) for p in items.swap],
+        "flip_axes": list(crops.flips.axes), "swap": [list(pair) for pair in crops.flips.swap],
+        "swap_axes": list(crops.flips.swap_axes), "flips": crops.flips.reason,
         "method": "segmentation", "recon": "plain",
     }  # fmt: skip
 
@@ -302,10 +311,10 @@ def begin(run: Run) -> Log:
              "weights": vars(run.taken) if run.taken else "left" if run.state["step"] else "from scratch"}  # fmt: skip
     record.event("resume" if run.state["step"] else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
-    flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
     weights = f"weights of {config.pretrained}\n{run.taken}" if run.taken else f"weights {facts['weights']}"
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-               f"{facts['global_batch']}{flips}; {weights}")  # fmt: skip
+               f"{facts['global_batch']}; {weights}")  # fmt: skip
+    record.say(str(run.crops.flips))
     return record
 
 

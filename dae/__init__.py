@@ -20,6 +20,7 @@ only what stands above it.
   what it sees
     data/nifti.py             read and write volumes; what is wrong with a file
     data/datalist.py          data lists, nnU-Net folders, what is held out
+    data/sides.py             left and right in the names of classes, and the flips that are safe for them
     data/preprocess.py        spacing, intensity, foreground; one recipe per run
     data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
     data/augment.py           crops and augmentations

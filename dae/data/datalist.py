@@ -55,7 +55,7 @@ class DataList:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     labels: dict[int, str]
-    swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
+    swap: tuple[tuple[int, int], ...] | None = None  # labels that change places in a left-right flip; None: not said
     tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
     regions: tuple[str, ...] = ()  # names of several labels at once, which pre-training need not know
@@ -70,7 +70,7 @@ class DataList:
         content: list[Any] = [[facts(item.image), item.modality, item.intensity] for item in used]
         if labels:
             content += [facts([item.label]) for item in used if item.label]
-            content += [sorted(self.labels.items()), self.swap, self.ignore]
+            content += [sorted(self.labels.items()), self.swap or (), self.ignore]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
     def kinds(self) -> list[str]:
@@ -100,7 +100,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     labels, regions = _labels(_object(content, "labels", path))
     ignore = next((label for label, name in labels.items() if name == "ignore"), None)
     labels = {label: name for label, name in labels.items() if label != ignore}
-    return DataList(**splits, labels=labels, swap=_pairs(content.get("swap", []), path),
+    return DataList(**splits, labels=labels, swap=_pairs(content["swap"], path) if "swap" in content else None,
                     tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
                     ignore=ignore, regions=regions)  # fmt: skip
 

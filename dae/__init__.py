@@ -41,6 +41,7 @@ only what stands above it.
 
   how good it is
     evaluation/metrics.py     Dice, HD, HD95, MSD, NSD of all classes at once, in mm
+    evaluation/written.py     what eval.py wrote into a folder, and what it may write there
     evaluation/scoring.py     predictions against labels, file by file
     evaluation/inference.py   sliding window, flips, ensembles, back to the original grid
     evaluation/validation.py  Dice over whole volumes, while training

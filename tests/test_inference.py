@@ -302,12 +302,6 @@ def test_a_network_of_turned_crops_exchanges_sides_in_front_back_flips_as_well()
         assert torch.allclose(whole(image, by_the_front, flips=flips, swap_axes=(0, 1), **common), once, atol=1e-6)
 
 
-@pytest.mark.parametrize("swap", [[(1, 3)], [(1, 1)], [(0, 1), (1, 2)], [(-1, 1)]], ids=str)
-def test_a_swap_names_each_class_once(swap: list[tuple[int, int]]) -> None:
-    with pytest.raises(ValueError, match="swap must name"):
-        whole(image_of(4, 5, 6), identity, flips=(0,), swap=swap)
-
-
 def test_softmax_means_let_the_unsure_speak_and_logit_means_the_sure() -> None:
     def says(logit: float) -> Callable[[Tensor], Tensor]:
         return lambda x: torch.tensor([logit, 0.0])[:, None, None, None].expand(len(x), 2, 4, 5, 6)
@@ -400,16 +394,18 @@ def test_a_label_map_holds_no_more_than_a_few_slabs() -> None:
     assert most <= 2
 
 
-@pytest.mark.parametrize("wrong, message", [
-    ({"overlap": 1.0}, "overlap"), ({"overlap": -0.1}, "overlap"), ({"combine": "vote"}, "combine"),
-    ({"flips": (3,)}, "flips"), ({"background": (0.0,)}, "background"), ({"batch": 0}, "batch"),
-    ({"predict": []}, "predictor"), ({"image": torch.zeros(5, 6, 7)}, "c, d, h, w"),
-])  # fmt: skip
-def test_wrong_arguments_are_refused_before_the_first_slab(wrong: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_refused_before_the_first_slab() -> None:
     given = {"image": image_of(5, 6, 7), "predict": identity, "window": (4, 5, 6), "classes": 3, "device": "cpu",
              "background": BACKGROUND}  # fmt: skip
-    with pytest.raises(ValueError, match=message):
-        sliding_window(**{**given, **wrong})
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"overlap": 1.0}, "overlap"), ({"overlap": -0.1}, "overlap"), ({"combine": "vote"}, "combine"),
+        ({"flips": (3,)}, "flips"), ({"background": (0.0,)}, "background"), ({"batch": 0}, "batch"),
+        ({"predict": []}, "predictor"), ({"image": torch.zeros(5, 6, 7)}, "c, d, h, w"),
+        *(({"swap": swap}, "swap must name") for swap in ([(1, 3)], [(1, 1)], [(0, 1), (1, 2)], [(-1, 1)])),
+    ]  # fmt: skip
+    for argument, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            sliding_window(**{**given, **argument})
 
 
 def test_a_network_of_other_classes_is_refused_with_both_shapes() -> None:

@@ -21,7 +21,9 @@ PAIRS = [
     ("kidney-left", "kidney-right"), ("Kidney (L)", "Kidney (R)"), ("lh_hippocampus", "rh_hippocampus"),
     ("ctx-lh-insula", "ctx-rh-insula"), ("Lt Lung", "Rt Lung"), ("lung.left", "lung.right"),
     ("rein gauche", "rein droit"), ("rein g", "rein d"), ("Niere links", "Niere rechts"), ("Niere li", "Niere re"),
-    ("rkid", "lkid"), ("rad", "lad"), ("LKIDNEY", "RKIDNEY"), ("LEFT KIDNEY", "RIGHT KIDNEY"), ("kidneyL", "kidneyR"),
+    ("rkid", "lkid"), ("rad", "lad"), ("LKIDNEY", "RKIDNEY"), ("lungl", "lungr"), ("kidneyleft", "kidneyright"),
+    ("UpperLeftLobe", "UpperRightLobe"), ("ctxLhInsula", "ctxRhInsula"), ("LEFT KIDNEY", "RIGHT KIDNEY"),
+    ("kidneyL", "kidneyR"),
     ("left kidney", "kidney, right"), ("Hippocampus_L1", "Hippocampus_R1"), ("riñón izquierdo", "riñón derecho"),
     ("rene sinistro", "rene destro"), ("vänster njure", "höger njure"), ("левая почка", "правая почка"),
     ("左肾", "右肾"), ("lung_lower_lobe_left", "lung_lower_lobe_right"),
@@ -58,6 +60,19 @@ def test_the_pairs_of_a_well_known_list_are_named_with_the_line_to_add() -> None
     assert flips.axes == (1, 2)
     assert "'rkid' and 'lkid', 'rad' and 'lad' look like pairs" in flips.reason
     assert '"swap": [[2, 3], [12, 13]]' in flips.reason and '"swap": []' in flips.reason
+
+
+def test_a_class_is_in_one_pair_at_most() -> None:
+    """So that the line to add is one that may be added."""
+    its = classes("left lung", "right lung", "R lung", "l lung", "liver")
+    assert likely_pairs(its) == [(1, 2), (3, 4)]
+    assert choose_flips(its, ((1, 2), (3, 4))).axes == (0, 1, 2)
+
+
+def test_nothing_is_flipped_where_the_chance_is_0() -> None:
+    for swap in (None, (), ((2, 3), (12, 13))):
+        assert choose_flips(BTCV, swap, chance=0.0)[:3] == ((), (), ())
+    assert "no flips: --flip is 0" in str(choose_flips(BTCV, None, chance=0.0))
 
 
 @pytest.mark.parametrize("names", WITHOUT_SIDES, ids=str)

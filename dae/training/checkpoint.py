@@ -138,6 +138,13 @@ def has_seal(path: Path) -> bool:
         return file.read(len(MARK)) == MARK
 
 
+def seal_of(path: Path) -> str:
+    """The SHA-256 that stands in a checkpoint: two files with one seal are one checkpoint."""
+    with path.open("rb") as file:
+        file.seek(-COMMENT + len(MARK), os.SEEK_END)
+        return file.read().decode()
+
+
 def _is_sealed(file: Any) -> bool:
     size = file.seek(0, os.SEEK_END)
     if size < COMMENT:

@@ -16,7 +16,10 @@ from dae.config import InputError, from_command_line, run_or_explain, with_tuple
 from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 
 # What all checkpoints of an ensemble must agree on.
-SHARED = ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "foreground_crop", "flip_axes")
+SHARED = ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "foreground_crop", "flip_axes",
+          "swap", "swap_axes")  # fmt: skip
+# What prediction has no use for, and what is large: a checkpoint has three times the size of its network.
+LARGE = ("model", "optimizer", "scaler", "rng")
 CONFIGS = {
     "predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig, "folds": FoldsConfig,
 }  # fmt: skip
@@ -41,7 +44,9 @@ if __name__ == "__main__":
     COMMAND: list[tuple[str, object]] = []
     run_or_explain(lambda: COMMAND.append(read_command()), "eval.py")
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,11 +58,13 @@ from tqdm import tqdm
 from dae.config_seg import CasesConfig, TruthsConfig
 from dae.data import datalist, leaks
 from dae.data.datalist import DataList, Item
-from dae.data.nifti import read_channels
+from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Recipe, normalise
+from dae.data.sides import AXES, flips_of, in_words, likely_pairs
 from dae.evaluation import postprocess, report, scoring, statistics
 from dae.evaluation.inference import in_place, label_map, save_like, sliding_window
 from dae.evaluation.metrics import Labels
+from dae.evaluation.written import Written, check_apart, sha256_of
 from dae.training import checkpoint
 from dae.training.distributed import start
 from dae.training.precision import autocast, autocast_type
@@ -65,90 +72,107 @@ from dae.training.transfer import backbone_of
 
 
 def predict(config: PredictConfig) -> list[Path]:
-    """One label map for each image, on the image's own grid, as <case>.nii.gz. Returns their paths."""
+    """One label map for each image, on the image's own grid, as <case>.nii.gz. Returns their paths.
+
+    Cases that are in --out already, of the same checkpoints, settings and images, are not predicted again. A case that
+    cannot be predicted does not keep the others from it. Raises InputError at the end, which names all such cases.
+    """
     out = folder(config)
-    device = start(config.device).device
-    saved = [checkpoint.load(Path(name)) for name in config.checkpoint]
-    if not saved:
-        raise InputError("--checkpoint: give the best.pt of a fine-tuning run, or several")
-    plan = one_plan(saved, config)
-    networks = [network_of(state, device, config, name) for state, name in zip(saved, config.checkpoint)]
-    dtype = autocast_type(config.amp, device)
-    steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     if config.images and config.data:
         raise InputError("--images: not beside --data; give one of them")
+    device = start(config.device).device
+    saved, networks = members_of(config, device)
+    plan = saved[0]["plan"]
+    dtype = autocast_type(config.amp, device)
+    steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     seen, unknown = leaks.seen_of(saved, config.checkpoint)
     items = images_of(config, plan) if config.images else cases_of(config, config.modality, seen, unknown)[1]
-    if lost := [path for item in items for path in item.image if not path.is_file()]:
-        raise InputError(f"{lost[0]}: no such file")
+    for item in items:
+        check_intensity(item, [state["plan"] for state in saved])
     names = scoring.case_names([item.image[0] for item in items])
     trained = known_cases(config, items, names, seen, unknown)
-    cut = plan.get(
-        "foreground_crop", saved[0].get("config", {}).get("foreground_crop", False)
-    )  # older plans are silent
-    recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], cut)
-    classes = np.array([int(label) for label in plan["classes"]], dtype=np.uint8)
-    written = []
+    written, settings = Written(out), settings_of(config, dtype)
+    check_targets(written, dict(zip(names, items)), settings)
+    print(f"{counted(items, 'image')}, {counted(networks, 'checkpoint')}, {averaging(config, plan)}")
+
+    recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], plan["foreground_crop"])
+    predictors = [predictor(network, dtype, device) for network in networks]
+    made, now, kept, failed = list[Path](), list[str](), 0, list[str]()
     for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
-        volume = read_channels(item.image)
-        if leaks.is_trained(volume.data, seen):
-            if not config.images and not config.allow_trained:
-                leaks.refuse_trained([name], str(item.image[0]), "predict")
-            trained.add(name)
-        prepared = normalise(volume, item, recipe)
-        if len(prepared.data) != plan["in_channels"]:
-            raise InputError(f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}")
-        slabs = sliding_window(
-            prepared.data, [predictor(network, dtype, device) for network in networks], window=tuple(plan["crop"]),
-            classes=len(classes), overlap=config.overlap, batch=config.batch, device=device,
-            background=prepared.background.tolist(), flips=plan["flip_axes"] if config.tta else (),
-            combine=config.ensemble,
-        )  # fmt: skip
-        slabs = in_place(slabs, prepared.box, prepared.grid) if prepared.box else slabs
-        labels: Labels = classes[label_map(slabs, prepared.grid, volume.data.shape[1:])]
-        labels = postprocess.apply(labels, steps, volume.spacing) if steps else labels
-        save_like(item.image[0], labels, made(out) / f"{name}.nii.gz")
-        written.append(out / f"{name}.nii.gz")
-    leaks.write_record(out, seen, split="" if config.images else config.split, cases=names, trained=sorted(trained))
-    print(f"{len(written)} label maps in {out}")
-    return written
+        file = f"{name}.nii.gz"
+        try:
+            source = source_of(item)
+            if is_finished(written, file, source):
+                kept += 1
+            else:
+                volume = read_channels(item.image)
+                if leaks.is_trained(volume.data, seen):
+                    if not config.images and not config.allow_trained:
+                        leaks.refuse_trained([name], str(item.image[0]), "predict")
+                    trained.add(name)
+                labels = predicted(volume, item, predictors, plan, recipe, config, device, steps)
+                written.write(file, partial(save_like, item.image[0], labels), settings=settings, source=source)
+                now.append(name)
+            made.append(out / file)
+        # What is wrong with one image, or with its size, is not wrong with the next; a full disk is.
+        except (InputError, ValueError, RuntimeError, MemoryError) as error:
+            if os.environ.get("DAE_DEBUG") == "1":
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            failed.append(reason if str(item.image[0]) in reason else f"{item.image[0]}: {reason}")
+    print(f"{counted(made, 'label map')} in {out}" + f", {kept} of them from before" * (kept > 0))
+    if made:
+        split = "" if config.images else config.split
+        leaks.write_record(out, seen, split=split, cases=now, trained=sorted(trained))
+    if failed:
+        raise InputError(f"{len(failed)} of {len(items)} cases could not be predicted: {'; '.join(failed)}")
+    return made
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
     """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
-    out = folder(config)
+    written = Written(folder(config))
     classes, pairs, images, by_class, ignore = truths_of(config)
+    inputs = [path for pair in pairs for path in (pair.prediction, pair.label)] + [*images.values(), Path(config.data)]
+    written.check(("scores.csv", "summary.json", "report.html", "figures/distribution.png"), inputs)
     tolerance = {label: by_class.get(label, config.tolerance) for label in classes} if by_class else config.tolerance
     how: dict[str, Any] = {"tolerance": tolerance, "definition": config.definition, "ignore": ignore}
-    rows, diagonals = scoring.score(pairs, classes, **how)
-    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how)
-    scoring.write_scores(rows, made(out) / "scores.csv")
-    report.write_summary(summary, out / "summary.json")
-    pictures = report.figures(rows, pairs, out / "figures", images=images, ignore=ignore)
-    report.write_page(rows, summary, pictures, out / "report.html")
+    rows, diagonals, labels = scoring.score(pairs, classes, **how)
+    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how) | {"labels": labels}
+    pictures = report.figures(rows, pairs, images=images, ignore=ignore)
+    written.check(f"figures/{name}.png" for name in pictures)
+    written.write("scores.csv", partial(scoring.write_scores, rows))
+    written.write("summary.json", partial(report.write_summary, summary))
+    for name, picture in pictures.items():
+        written.write(f"figures/{name}.png", partial(Path.write_bytes, data=picture))
+    page = written.write("report.html", partial(report.write_page, rows, summary, pictures))
     dice = summary["mean_of_cases"]["dice"]
     cases = f"{dice['n']} case{'s' * (dice['n'] != 1)}"
-    print(f"mean Dice {dice['mean']:.4f} over {cases}, {len(classes)} classes; see {out / 'report.html'}")
+    print(f"mean Dice {dice['mean']:.4f} over {cases}, {len(classes)} classes; see {page}")
     return summary
 
 
 def tune(config: TuneConfig) -> postprocess.Plan:
     """postprocess.json: for each class the steps that raise the Dice of validation cases, and no others."""
-    out = folder(config)
+    written = Written(folder(config))
     classes, pairs, _, _, ignore = truths_of(config)
+    written.check(["postprocess.json"], [Path(config.data)])
     cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
     plan, table = postprocess.choose(cases, classes)
-    postprocess.save(plan, made(out) / "postprocess.json")
+    written.write("postprocess.json", partial(postprocess.save, plan))
     print(postprocess.as_text(table))
     return plan
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Paired tests of two sets of scores, per class and overall; printed, and written where --out says."""
-    a, b = (scoring.read_scores(scores_file(name)) for name in (config.a, config.b))
+    files = [scores_file(name) for name in (config.a, config.b)]
+    written = tables_in(config.out, "compare")
+    say(report.check_terms([(name, report.terms_of(file)) for name, file in zip((config.a, config.b), files)]))
+    a, b = (scoring.read_scores(file) for file in files)
     found = statistics.compare(a, b, seed=config.seed)
-    if config.out:
-        report.write_comparison(found, made(Path(config.out)))
+    if written:
+        write_tables(written, found, "compare")
     print(report.comparison_text(found, a=config.a, b=config.b))
     return found
 
@@ -157,10 +181,12 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
     """A table over folds, or over seeds: printed, and written where --out says."""
     files = [scores_file(name) for name in config.scores or ("",)]
     names = scoring.case_names([file.absolute().parent for file in files])
-    table = statistics.fold_table([(name, scoring.read_scores(file)) for name, file in zip(names, files)],
-                                  seed=config.seed)  # fmt: skip
-    if config.out:
-        report.write_comparison(table, made(Path(config.out)), "folds")
+    written = tables_in(config.out, "folds")
+    say(report.check_terms([(name, report.terms_of(file)) for name, file in zip(names, files)]))
+    runs = [(name, scoring.read_scores(file)) for name, file in zip(names, files)]
+    table = statistics.fold_table(runs, seed=config.seed)
+    if written:
+        write_tables(written, table, "folds")
     print(report.fold_text(table))
     return table
 
@@ -169,40 +195,102 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
 
 
 def folder(config: CasesConfig) -> Path:
-    """Where results go, if they can. It is `made` when the first is there: what is refused leaves nothing behind."""
+    """Where results go, if they can. It is made with its first file: what is refused leaves nothing behind."""
     if not config.out:
         raise InputError("--out: name a folder for what is made")
     checkpoint.check_out_folder(Path(config.out), resume=True)
     return Path(config.out)
 
 
-def made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def tables_in(out: str, name: str) -> Written | None:
+    """Where the tables of `compare` and `folds` go, if they are written at all."""
+    if not out:
+        return None
+    checkpoint.check_out_folder(Path(out), resume=True)
+    written = Written(Path(out))
+    written.check((f"{name}.csv", f"{name}.json"))
+    return written
 
 
-def one_plan(saved: Sequence[Mapping[str, Any]], config: PredictConfig) -> dict[str, Any]:
-    """The plan that all checkpoints of an ensemble share. Raises InputError where they do not."""
-    first = saved[0]["plan"]
-    if not first["classes"]:
-        raise InputError(f"--checkpoint {config.checkpoint[0]}: names no classes; fine-tune it with train_seg.py")
-    for name, state in zip(config.checkpoint, saved):
-        for fact in SHARED:
-            if state["plan"].get(fact) != first.get(fact):
-                raise InputError(f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}")
-    return dict(first)
+def write_tables(written: Written, lines: Sequence[dict[str, Any]], name: str) -> None:
+    written.write(f"{name}.csv", partial(report.write_table, lines))
+    written.write(f"{name}.json", partial(report.write_lines, lines))
 
 
-def network_of(state: Mapping[str, Any], device: torch.device, config: PredictConfig, name: str) -> nn.Module:
-    plan, path = state["plan"], Path(name)
+def say(warning: str) -> None:
+    if warning:
+        print(warning, file=sys.stderr)
+
+
+def counted(things: Sequence[object], name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+# --- predict: checkpoints
+
+
+def members_of(config: PredictConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[nn.Module]]:
+    """What each checkpoint says of itself, and its network. Raises InputError where they make no ensemble."""
+    saved, networks = list[dict[str, Any]](), list[nn.Module]()
+    for name in config.checkpoint:
+        state, network = member(name, saved[0]["plan"] if saved else None, config, device)
+        saved.append(state)
+        networks.append(network)
+    if not saved:
+        raise InputError("--checkpoint: give the best.pt of a fine-tuning run, or several")
+    return saved, networks
+
+
+def member(
+    name: str, first: Mapping[str, Any] | None, config: PredictConfig, device: torch.device
+) -> tuple[dict[str, Any], nn.Module]:
+    """A checkpoint without what is LARGE in it, and its network. `first` is the plan that it must agree with."""
+    state = checkpoint.load(Path(name))
+    if first is None and not state["plan"]["classes"]:
+        raise InputError(f"--checkpoint {name}: names no classes; fine-tune it with train_seg.py")
+    plan = trained_plan(state)
+    for fact in SHARED:
+        if first is not None and plan.get(fact) != first.get(fact):
+            raise InputError(f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}")
+    network = network_of(plan, state["model"], device, config, name)
+    return {key: value for key, value in state.items() if key not in LARGE} | {"plan": plan}, network
+
+
+def trained_plan(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan of a checkpoint, with what older ones leave to its configuration."""
+    plan, config = dict(state["plan"]), state.get("config", {})
+    plan.setdefault("flip_axes", ())
+    flips = flips_of(plan, config)
+    cut = plan.get("foreground_crop", config.get("foreground_crop", False))
+    return plan | {"foreground_crop": cut, "flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
+
+
+def network_of(
+    plan: Mapping[str, Any], weights: Mapping[str, Any], device: torch.device, config: PredictConfig, name: str
+) -> nn.Module:
+    path = Path(name)
     try:
         network = backbone_of(plan, config, path)(
             plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
         )
     except TypeError as error:  # a network of the user's own, changed since
         raise InputError(f"{path}: {plan['backbone']} does not take its options any more ({error})") from error
-    checkpoint.load_weights(network, state["model"], path)
+    checkpoint.load_weights(network, weights, path)
     return network.to(device).eval()
+
+
+def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
+    """Which flips --tta averages over, and what is known to be wrong with the network's own, in words."""
+    names = {int(label): name for label, name in plan["classes"].items()}
+    mixed = [] if plan["swap"] or "flips" in plan or 0 not in plan["flip_axes"] else likely_pairs(names)
+    doubt = f"; trained with left-right flips, so {in_words(mixed, names)} may be taken for each other" if mixed else ""
+    if not config.tta:
+        return f"no flips{doubt}"
+    if not plan["flip_axes"]:
+        return "no flips: --tta takes those of the training, which had none"
+    axes = ", ".join(f"{axis} ({AXES[axis]})" for axis in plan["flip_axes"])
+    exchange = f", {in_words(plan['swap'], names)} change places" if plan["swap"] else ""
+    return f"averaged over flips along axes {axes}{exchange}{doubt}"
 
 
 def predictor(network: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Callable[[Tensor], Tensor]:
@@ -252,20 +340,135 @@ def known_cases(
     return set(trained)
 
 
+# --- predict: images
+
+
 def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
     """Single files and folders of them, without labels, as items of the checkpoint's modality."""
     kinds = plan["modalities"]
     kind = config.modality or (kinds[0] if len(kinds) == 1 else "")
-    if kind not in plan["intensity"]:
-        raise InputError(f"--modality {kind or '(none)'}: the network knows {', '.join(kinds)}; name the images' own")
+    intensity = known_intensity(kind, plan, f"--modality {kind or '(none)'}")
     found: list[Path] = []
     for name in config.images:
         path = Path(name)
-        inside = sorted(p for p in path.glob("*") if p.name.endswith((".nii", ".nii.gz"))) if path.is_dir() else [path]
+        if not path.exists():
+            raise InputError(f"--images {path}: no such file")
+        inside = scoring.volumes_in(path) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"--images {path}: no .nii or .nii.gz files in it")
         found += inside
-    return [Item((path,), tuple(kind.split("+")), tuple(plan["intensity"][kind]), path.name) for path in found]
+    return [Item((path,), tuple(kind.split("+")), intensity, path.name) for path in found]
+
+
+def known_intensity(kind: str, plan: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """How the network's training normalised a modality. Raises InputError on one that it never met."""
+    known = plan["intensity"]
+    if kind not in known:
+        raise InputError(f"{where}: the network knows {', '.join(known)}; name the images' own")
+    return tuple(known[kind])
+
+
+def check_intensity(item: Item, plans: Sequence[Mapping[str, Any]]) -> None:
+    """Raises InputError unless every network has met the item's modality, normalised as the item is."""
+    for plan in plans:
+        known = known_intensity(item.kind, plan, f"{item.image[0]}: modality {item.kind}")
+        names = {"mr": plan["mr_intensity"]}
+        here = "+".join(names.get(how, how) for how in item.intensity)
+        there = "+".join(names.get(how, how) for how in known)
+        if here != there:
+            raise InputError(
+                f"{item.image[0]}: intensity {here}, but the network was trained on {item.kind} by {there}; "
+                "change it in the list"
+            )
+
+
+def source_of(item: Item) -> dict[str, Any]:
+    """What a label map was made from. Raises InputError where a file is not there."""
+    for path in item.image:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+    return {
+        "images": [str(path.absolute()) for path in item.image],
+        "sha256": sha256_of(item.image),
+        "modality": item.kind,
+        "intensity": list(item.intensity),
+    }
+
+
+def is_finished(written: Written, file: str, source: Mapping[str, Any]) -> bool:
+    """Whether a label map of this very image is there. Where the image lies does not matter."""
+    then = written.last(file).get("source", {})
+    same = all(then.get(fact) == source[fact] for fact in ("sha256", "modality", "intensity"))
+    return same and written.is_whole(file)
+
+
+def settings_of(config: PredictConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """All that decides a label map beside its image, by flag."""
+    return {
+        "checkpoint": [checkpoint.seal_of(Path(name))[:16] for name in config.checkpoint],
+        "tta": config.tta,
+        "overlap": config.overlap,
+        "ensemble": config.ensemble,
+        "amp": str(dtype),
+        "postprocess": sha256_of([Path(config.postprocess)])[:16] if config.postprocess else "",
+    }
+
+
+def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping[str, Any]) -> None:
+    """Raises InputError where label maps would replace inputs, or lie among those of other settings or images."""
+    inputs = [path for item in items.values() for path in item.image]
+    inputs += [item.label for item in items.values() if item.label]
+    check_apart(written.folder, inputs)
+    written.check((f"{name}.nii.gz" for name in items), inputs)
+
+    for file in sorted({line["file"] for line in written.lines if "settings" in line}):
+        if not (written.folder / file).exists():
+            continue
+        then, where = written.last(file), f"--out {written.folder}: {file}"
+        for flag, value in settings.items():
+            if then["settings"].get(flag) != value:
+                was = then["settings"].get(flag)
+                raise InputError(f"{where} was predicted with another --{flag} ({was}); name another folder")
+        item, source = items.get(scoring.case_name(Path(file))), then["source"]
+        if item and is_another_image(item, source):
+            raise InputError(f"{where} was predicted from {source['images'][0]}; name another folder")
+
+
+def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
+    """Whether an item has other files than a label map was made from, and they hold other bytes as well."""
+    if [str(path.absolute()) for path in item.image] == source["images"]:
+        return False  # a file that has changed in its place is predicted again
+    return not all(path.is_file() for path in item.image) or sha256_of(item.image) != source["sha256"]
+
+
+def predicted(
+    volume: Volume,
+    item: Item,
+    predictors: Sequence[Callable[[Tensor], Tensor]],
+    plan: Mapping[str, Any],
+    recipe: Recipe,
+    config: PredictConfig,
+    device: torch.device,
+    steps: postprocess.Plan,
+) -> Labels:
+    """The label map of one image (d, h, w), on the image's own grid. Raises InputError."""
+    prepared = normalise(volume, item, recipe)
+    if len(prepared.data) != plan["in_channels"]:
+        raise InputError(f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}")
+    classes = [int(label) for label in plan["classes"]]
+    slabs = sliding_window(
+        prepared.data, predictors, window=tuple(plan["crop"]), classes=len(classes), overlap=config.overlap,
+        batch=config.batch, device=device, background=prepared.background.tolist(),
+        flips=plan["flip_axes"] if config.tta else (), combine=config.ensemble,
+        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]], swap_axes=plan["swap_axes"],
+    )  # fmt: skip
+    slabs = in_place(slabs, prepared.box, prepared.grid) if prepared.box else slabs
+    places = label_map(slabs, prepared.grid, volume.data.shape[1:])
+    labels: Labels = np.array(classes, dtype=np.uint8)[places]
+    return postprocess.apply(labels, steps, volume.spacing) if steps else labels
+
+
+# --- score and tune: predictions and labels
 
 
 class Truths(NamedTuple):

@@ -26,12 +26,12 @@ from torch.utils.data import default_collate
 
 from dae.config import InputError, if_asked_for, to_json
 from dae.data import datalist, leaks
-from dae.data.augment import names_a_side
 from dae.data.batches import LabelledCrops, addresses, loader
 from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList
 from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
+from dae.data.sides import Flips, choose_flips, continued, flips_of
 from dae.evaluation.validation import dice_of_volumes
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import checkpoint
@@ -187,7 +187,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     classes = dict(sorted(items.labels.items()))
     if left and not config.steps and config.epochs == left["config"]["epochs"]:
         config = replace(config, steps=left["config"]["steps"])  # as long as it was begun
-    crops, held_out, config = crops_of(config, recipe, items, classes, ranks)
+    flips = flips_for(config, items, classes, left)
+    crops, held_out, config = crops_of(config, recipe, items, classes, flips, ranks)
     trained, validated = ([volume.content for volume in volumes] for volumes in (crops.volumes, held_out))
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
@@ -242,8 +243,15 @@ def split(config: SegConfig) -> DataList:
     return datalist.fraction(items, config.label_fraction, split_seed=config.split_seed)
 
 
+def flips_for(config: SegConfig, items: DataList, classes: dict[int, str], left: dict[str, Any] | None) -> Flips:
+    """Which axes are flipped, by the names of the classes and the list's `swap`. Raises InputError."""
+    turned = config.rotate > 0 and config.crop[0] == config.crop[1]
+    flips = choose_flips(classes, items.swap, chance=config.flip, turned=turned)
+    return continued(flips, flips_of(left["plan"], left["config"]), Path(config.out) / "last.pt") if left else flips
+
+
 def crops_of(
-    config: SegConfig, recipe: Recipe, items: DataList, classes: dict[int, str], ranks: Ranks
+    config: SegConfig, recipe: Recipe, items: DataList, classes: dict[int, str], flips: Flips, ranks: Ranks
 ) -> tuple[LabelledCrops, list[Cached], SegConfig]:
     """Training crops, whole validation volumes, and the configuration with its number of steps."""
     everything = (*items.training, *items.validation)
@@ -256,9 +264,9 @@ def crops_of(
     if not config.allow_trained:
         leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
     config = replace(config, steps=config.steps or math.ceil(config.epochs * n / global_batch))
-    sides = names_a_side(classes) and not items.swap
-    crops = LabelledCrops(volumes[:n], list(classes), config, global_batch=global_batch,
-                          flip_axes=(1, 2) if sides else (0, 1, 2), swap=items.swap, ignore=items.ignore)  # fmt: skip
+    crops = LabelledCrops(
+        volumes[:n], list(classes), config, global_batch=global_batch, flips=flips, ignore=items.ignore
+    )
     return crops, volumes[n:], config
 
 
@@ -293,7 +301,8 @@ def plan_of(config: SegConfig, items: DataList, crops: LabelledCrops, classes: d
         "crop": list(config.crop), "spacing": list(config.spacing), "modalities": items.kinds(),
         "intensity": {item.kind: list(item.intensity) for item in items.training}, "ct_window": list(config.ct_window),
         "mr_intensity": config.mr_intensity, "foreground_crop": config.foreground_crop,
-        "flip_axes": list(crops.flip_axes), "swap": [list(p) for p in items.swap],
+        "flip_axes": list(crops.flips.axes), "swap": [list(pair) for pair in crops.flips.swap],
+        "swap_axes": list(crops.flips.swap_axes), "flips": crops.flips.reason,
         "method": "segmentation", "recon": "plain",
     }  # fmt: skip
 
@@ -349,14 +358,14 @@ def begin(run: Run) -> Log:
              "notes": run.notes}  # fmt: skip
     record.event("resume" if step else "start", **facts, **(versions() if ranks.is_main else {}),
                  config=to_json(config))  # fmt: skip
-    flips = "" if 0 in run.crops.flip_axes else "; labels name a side, so left and right are not flipped"
     begins = f"goes on from step {step}" if step else "with weights drawn anew"
     begins = f"weights of {config.pretrained}\n{run.taken}" if run.taken and not step else begins
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     for note in run.notes:
         record.say(note)
     record.say(f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-               f"{facts['global_batch']}{flips}{faster}; {begins}")  # fmt: skip
+               f"{facts['global_batch']}{faster}; {begins}")  # fmt: skip
+    record.say(str(run.crops.flips))
     return record
 
 

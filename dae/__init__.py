@@ -23,6 +23,7 @@ only what stands above it.
     data/nnunet.py            an nnU-Net raw folder as the content of a list
     data/datalist.py          data lists, folds, what is held out
     data/leaks.py             who was trained on; nobody is on both sides of a split
+    data/sides.py             left and right in the names of classes, and the flips that are safe for them
     data/preprocess.py        spacing, intensity, foreground; one recipe per run
     data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
     data/augment.py           crops and augmentations
@@ -44,6 +45,7 @@ only what stands above it.
 
   how good it is
     evaluation/metrics.py     Dice, HD, HD95, MSD, NSD of all classes at once, in mm
+    evaluation/written.py     what eval.py wrote into a folder, and what it may write there
     evaluation/scoring.py     predictions against labels, file by file
     evaluation/inference.py   sliding window, flips, ensembles, back to the original grid
     evaluation/validation.py  Dice over whole volumes, while training

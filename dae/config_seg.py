@@ -40,8 +40,8 @@ class LabelConfig:
 class AugmentConfig:
     """augmentation (sec. 3.2: noise, contrast, zoom, flips); each figure a chance per sample"""
 
-    flip: float = opt(0.2, "along each axis; left and right only where no label names a side or the list swaps them",
-                      low=0, high=1)  # fmt: skip
+    flip: float = opt(0.2, "along each axis; left and right only where the list says which labels 'swap', or no two "
+                      "classes can be a pair", low=0, high=1)  # fmt: skip
     rotate: float = opt(0.2, "by 90, 180 or 270 degrees in the axial plane", low=0, high=1)
     zoom: float = opt(0.2, "by 0.9 to 1.1", low=0, high=1)
     brightness: float = opt(0.1, "scale by 0.9 to 1.1 and shift by up to 0.1", low=0, high=1)

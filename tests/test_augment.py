@@ -1,13 +1,17 @@
-"""dae/data/augment.py: a crop is a slice where there is a volume, and background where there is none."""
+"""dae/data/augment.py: a crop is a slice of its volume; an augmentation moves an image and its label as one."""
 
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from dae.data.augment import corner_around, crop, labelled_crop, random_corner, random_crop
+from dae.config_seg import AugmentConfig
+from dae.data.augment import augment, contrasted, corner_around, crop, labelled_crop, random_corner, random_crop, zoomed
 from dae.data.cache import Cached
+from dae.data.sides import choose_flips
 
 VOLUME = np.random.default_rng(0).normal(size=(2, 6, 7, 8)).astype(np.float16)
 BACKGROUND = (-1.0, -2.0)
@@ -103,3 +107,167 @@ def test_the_generator_decides_the_crop(tmp_path: Path) -> None:
         return [random_crop(volume, (3, 3, 3), np.random.default_rng(seed)).tobytes() for seed in range(20)]
 
     assert crops() == crops() and len(set(crops())) > 10
+
+
+# --- augmentation: every voxel carries the place that it came from -----------------------------------
+
+SHAPE = (21, 21, 19)  # so large that a zoom moves labels; a square axial plane can be turned by 90 degrees
+PLACES = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(np.float32)  # (3, d, h, w)
+LABEL = np.random.default_rng(1).integers(0, 5, SHAPE).astype(np.uint8)
+LABEL[0, 0, 0] = 255  # what was not annotated
+
+
+def only(**chances: float) -> AugmentConfig:
+    """No augmentation but the named ones."""
+    none = dict.fromkeys(("flip", "rotate", "zoom", "brightness", "contrast", "noise"), 0.0)
+    return AugmentConfig(**{**none, **chances})
+
+
+def drawn(
+    chances: AugmentConfig, n: int, *, x: np.ndarray = PLACES, label: np.ndarray = LABEL, **how: Any
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """`n` augmentations of one crop, whose arrays must come out as training takes them."""
+    for seed in range(n):
+        before = x.copy(), label.copy()
+        found, its = augment(x, label, np.random.default_rng(seed), chances, **{"flip_axes": (0, 1, 2), **how})
+        assert np.array_equal(x, before[0]) and np.array_equal(label, before[1])
+        assert found.dtype == np.float32 and its.dtype == np.uint8
+        assert found.flags.c_contiguous and its.flags.c_contiguous and found.shape[1:] == its.shape == label.shape
+        yield found, its
+
+
+def origins(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each voxel, where in the crop it was: an index into it."""
+    return tuple(np.rint(x).astype(int))
+
+
+def test_nothing_changes_where_every_chance_is_0() -> None:
+    for x, label in drawn(only(), 5, swap=[(1, 2)]):
+        assert np.array_equal(x, PLACES) and np.array_equal(label, LABEL)
+
+
+@pytest.mark.parametrize("chances, positions", [
+    ({"flip": 0.5}, 8), ({"rotate": 0.5}, 4), ({"flip": 0.5, "rotate": 0.5}, 16),
+])  # fmt: skip
+def test_a_label_stays_on_its_voxel_through_flips_and_rotations(chances: dict[str, float], positions: int) -> None:
+    seen = set()
+    for x, label in drawn(only(**chances), 100):
+        assert np.array_equal(label, LABEL[origins(x)])
+        seen.add(x.tobytes())
+    assert len(seen) == positions
+
+
+def test_flips_are_those_of_numpy_along_each_axis_that_is_named_and_no_other() -> None:
+    for axes in ((), (0,), (2,), (1, 2)):
+        for x, label in drawn(only(flip=1.0), 1, flip_axes=axes):
+            assert np.array_equal(x, np.flip(PLACES, [axis + 1 for axis in axes]))
+            assert np.array_equal(label, np.flip(LABEL, axes))
+
+
+def test_rotations_are_by_90_180_and_270_degrees_in_the_axial_plane() -> None:
+    quarter = [np.rot90(PLACES, n, (1, 2)) for n in (1, 2, 3)]
+    counts = [sum(np.array_equal(x, turned) for x, _ in drawn(only(rotate=1.0), 90)) for turned in quarter]
+    assert sum(counts) == 90 and min(counts) > 15
+    oblong = PLACES[:, :, :19]
+    for x, _ in drawn(only(rotate=1.0), 5, x=oblong, label=LABEL[:, :19]):
+        assert np.array_equal(x, oblong)  # d and h differ: it cannot be turned
+
+
+@pytest.mark.parametrize("factor", [0.9, 0.93, 1.04, 1.1])
+def test_image_and_label_are_enlarged_together_about_the_centre(factor: float) -> None:
+    """A ramp is interpolated exactly: output voxel o shows c + (o - c) / factor, and the edge beyond."""
+    x, label = zoomed(PLACES, LABEL, factor)
+    centre = (np.array(SHAPE) - 1)[:, None, None, None] / 2
+    outer = (np.array(SHAPE) - 1)[:, None, None, None]
+    expected = np.clip(centre + (PLACES - centre) / factor, 0, outer)
+    assert np.abs(x - expected).max() < 1e-5
+    assert np.array_equal(label, LABEL[origins(expected)])
+
+
+def test_zooms_lie_between_nine_and_eleven_tenths_and_take_the_label_along() -> None:
+    factors = []
+    for x, label in drawn(only(zoom=1.0), 60):
+        assert np.array_equal(label, LABEL[origins(x)])
+        factors.append(1 / (x[0, 11, 9, 9] - x[0, 10, 9, 9]))
+    assert 0.9 <= min(factors) < 0.92 and 1.08 < max(factors) <= 1.1
+
+
+def test_brightness_scales_and_shifts_all_channels_alike_and_no_label() -> None:
+    scales, shifts = [], []
+    for x, label in drawn(only(brightness=1.0), 100):
+        scale, shift = np.polyfit(PLACES.ravel(), x.ravel(), 1)
+        assert np.abs(x - (scale * PLACES + shift)).max() < 1e-5 and np.array_equal(label, LABEL)
+        scales.append(scale)
+        shifts.append(shift)
+    assert 0.9 <= min(scales) < 0.91 and 1.09 < max(scales) <= 1.1
+    assert -0.1 <= min(shifts) < -0.09 and 0.09 < max(shifts) <= 0.1
+    assert abs(np.corrcoef(scales, shifts)[0, 1]) < 0.4
+
+
+def test_contrast_is_a_gamma_between_each_channels_own_ends() -> None:
+    own = PLACES * np.array([1.0, -2.0, 0.1])[:, None, None, None] + np.array([5.0, 0.0, -3.0])[:, None, None, None]
+    low, span = own.min((1, 2, 3), keepdims=True), np.ptp(own, (1, 2, 3), keepdims=True)
+    share, gammas = (own - low) / span, []
+    for x, label in drawn(only(contrast=1.0), 100, x=own.astype(np.float32)):
+        gamma = np.log((x[0, 3, 0, 0] - low[0, 0, 0, 0]) / span[0, 0, 0, 0]) / np.log(share[0, 3, 0, 0])
+        assert np.abs(x - (low + span * share**gamma)).max() < 1e-4 and np.array_equal(label, LABEL)
+        gammas.append(gamma)
+    assert 0.7 <= min(gammas) < 0.72 and 1.47 < max(gammas) <= 1.5
+
+
+def test_contrast_of_a_constant_channel_is_that_channel() -> None:
+    assert np.array_equal(contrasted(np.full((1, 3, 3, 3), 2.0, np.float32), 0.8), np.full((1, 3, 3, 3), 2.0))
+
+
+def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:
+    flat, label = np.zeros((2, 20, 20, 20), np.float32), np.ones((20, 20, 20), np.uint8)
+    stds = []
+    for x, its in drawn(only(noise=1.0), 60, x=flat, label=label):
+        assert np.array_equal(its, label)
+        assert abs(x.mean()) < 5 * x.std() / x.size**0.5
+        assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.06  # each voxel has its own
+        stds.append(x.std())
+    assert min(stds) < 0.01 and 0.09 < max(stds) < 0.102
+
+
+@pytest.mark.parametrize("name", ["flip", "rotate", "zoom", "brightness", "contrast", "noise"])
+def test_each_augmentation_comes_as_often_as_its_own_chance_says(name: str) -> None:
+    changed = np.mean([not np.array_equal(x, PLACES) for x, _ in drawn(only(**{name: 0.3}), 400, flip_axes=(1,))])
+    assert abs(changed - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
+
+
+# --- sides -------------------------------------------------------------------------------------------
+
+
+def test_a_left_right_flip_exchanges_the_labels_of_each_pair_and_no_others() -> None:
+    names = {0: 0, 1: 2, 2: 1, 3: 3, 4: 4, 255: 255}
+    for x, label in drawn(only(flip=0.5), 40, swap=[(1, 2)]):
+        moved = LABEL[origins(x)]
+        if x[0, 0, 0, 0] > x[0, -1, 0, 0]:  # the patient's right is on the left
+            moved = np.vectorize(names.get)(moved)
+        assert np.array_equal(label, moved)
+
+
+def symmetric_body() -> tuple[np.ndarray, np.ndarray]:
+    """Two like organs, 1 on the left and 2 on the right, and a spine behind: its own mirror image."""
+    image, label = np.zeros((1, 8, 8, 4), np.float32), np.zeros((8, 8, 4), np.uint8)
+    label[1:3, 3:5, 1:3], label[5:7, 3:5, 1:3] = 1, 2
+    image[0][label > 0], image[0, 3:5, 0] = 1.0, 2.0
+    image[0, :, :, 3] += 0.5  # and a head
+    assert np.array_equal(image, image[:, ::-1])
+    return image, label
+
+
+@pytest.mark.parametrize("swap", [None, ((1, 2),)], ids=["without swap", "with swap"])
+@pytest.mark.parametrize("rotate", [0.0, 0.5])
+def test_no_two_augmentations_show_one_image_with_other_labels(
+    swap: tuple[tuple[int, int], ...] | None, rotate: float
+) -> None:
+    """A front-back flip that is turned by 180 degrees is a left-right flip."""
+    image, label = symmetric_body()
+    flips = choose_flips({0: "background", 1: "kidney_left", 2: "kidney_right"}, swap, turned=rotate > 0)
+    how = {"flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
+    seen: dict[bytes, bytes] = {}
+    for x, its in drawn(only(flip=0.5, rotate=rotate), 300, x=image, label=label, **how):
+        assert seen.setdefault(x.tobytes(), its.tobytes()) == its.tobytes()
+    assert len(seen) == (8 if rotate else 4)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import NETWORK, ROOT, environment
+from torch import Tensor
 
 from dae.config import InputError, run_or_explain
-from dae.config_seg import FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.evaluation.metrics import score_labels
 from dae.evaluation.scoring import COLUMNS, read_scores, write_scores
 from dae.model import SwinUNETR
@@ -153,7 +156,7 @@ def test_folds_are_put_together_from_the_shell(tmp_path: Path) -> None:
     assert table[0]["folds"]["fold0_scores"] == {"mean": pytest.approx(0.7), "n": 2}
     with (tmp_path / "out/folds.csv").open() as file:
         assert [row["metric"] for row in csv.DictReader(file)] == [line["metric"] for line in table]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"folds.json", "folds.csv"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"folds.json", "folds.csv", "written.jsonl"}
 
 
 def test_folds_that_are_not_there_or_given_twice_are_one_line(tmp_path: Path) -> None:
@@ -304,6 +307,352 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) ->
         done = shell(*line)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
         assert done.stderr.startswith("eval.py") and not done.stdout
+
+
+# --- what is predicted
+
+
+def noise(path: Path, seed: int = 0, **change: Any) -> Path:
+    values = np.random.default_rng(seed).normal(0, 200, (12, 14, 16)).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, np.diag([*SPACING, 1.0])), path)
+    return path
+
+
+@pytest.fixture
+def predict(tmp_path: Path) -> Callable[..., list[Path]]:
+    """Predict with a checkpoint of an untrained network into tmp_path/out; other arguments override."""
+
+    def run(*images: Path, **given: Any) -> list[Path]:
+        if "checkpoint" not in given and not (tmp_path / "good.pt").exists():
+            weights(tmp_path / "good.pt")
+        common: dict[str, Any] = {"checkpoint": (str(tmp_path / "good.pt"),), "out": str(tmp_path / "out")}
+        common |= {"device": "cpu", "amp": "off", "images": tuple(map(str, images))}
+        return list(evaluate.predict(PredictConfig(**{**common, **given})))
+
+    return run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The images that a network was asked about, in order."""
+    seen: list[Path] = []
+
+    def predicted(item: Any, *given: Any, now: Any = evaluate.predicted) -> Any:
+        seen.append(item.image[0])
+        return now(item, *given)
+
+    monkeypatch.setattr(evaluate, "predicted", predicted)
+    return seen
+
+
+Predict = Callable[..., list[Path]]
+
+
+def bytes_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_no_scan_and_no_label_is_ever_written_over(predict: Predict, asked: list[Path], tmp_path: Path) -> None:
+    """The folder of the scans, by a link as well; that of the labels; a folder with other people's label maps."""
+    scans, labels = tmp_path / "set/imagesTr", tmp_path / "set/labelsTr"
+    items = []
+    for n in range(2):
+        noise(scans / f"s{n}.nii.gz", n)
+        saved(labels / f"s{n}.nii.gz", blobs(0)[:12, :14, :16])
+        saved(tmp_path / "set/others/s1.nii.gz", blobs(0))
+        items.append({"image": f"imagesTr/s{n}.nii.gz", "label": f"labelsTr/s{n}.nii.gz", "modality": "ct"})
+    (tmp_path / "set/list.json").write_text(json.dumps({"training": items, "test": items, "labels": NAMED}))
+    (tmp_path / "link").symlink_to(scans)
+    before = bytes_in(tmp_path / "set")
+    data = {"data": str(tmp_path / "set/list.json"), "split": "test"}
+    for given, out, word in (
+        ({"images": (str(scans),)}, scans, "is the folder of"),
+        ({"images": (str(scans / "s0.nii.gz"),)}, tmp_path / "link", "is the folder of"),
+        (data, scans, "is the folder of"), (data, labels, "is the folder of"),
+        (data, tmp_path / "set/others", "others/s1.nii.gz is there already"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=word) as error:
+            predict(out=str(out), **given)
+        assert f"--out {out}: " in str(error.value)
+    assert not asked and bytes_in(tmp_path / "set") == before
+    predict(**data, out=str(tmp_path / "set/imagesTr/predictions"))  # a folder of its own
+    assert bytes_in(tmp_path / "set").items() > before.items()
+
+
+def test_a_prediction_corrected_by_hand_is_kept(predict: Predict, tmp_path: Path) -> None:
+    image = noise(tmp_path / "in/s0.nii.gz")
+    (path,) = predict(image)
+    saved(path, np.ones((12, 14, 16), np.uint8))
+    corrected = path.read_bytes()
+    with pytest.raises(InputError, match=r"s0.nii.gz was changed since it was written"):
+        predict(image)
+    assert path.read_bytes() == corrected
+
+
+def damaged(folder: Path) -> dict[str, str]:
+    """Four files that cannot be used, and why."""
+    whole = noise(folder / "a.nii.gz")
+    values = np.asarray(nib.load(whole).dataobj)
+    (folder / "cut.nii.gz").write_bytes(whole.read_bytes()[:-2000])
+    saved(folder / "flat.nii.gz", np.zeros_like(values))
+    saved(folder / "nan.nii.gz", np.where(values > 300, np.nan, values))
+    saved(folder / "two.nii.gz", np.stack([values, values], axis=-1))
+    return {"cut": "cut short or damaged", "flat": "every voxel is 0", "nan": "NaN or infinite", "two": "2 channels"}
+
+
+def test_a_bad_file_does_not_keep_the_others_from_prediction(predict: Predict, tmp_path: Path) -> None:
+    reasons = damaged(tmp_path / "in")
+    noise(tmp_path / "in/z.nii.gz", 1)
+    with pytest.raises(InputError) as error:
+        predict(tmp_path / "in")
+    line = str(error.value)
+    assert line.startswith("4 of 6 cases could not be predicted: ") and "\n" not in line
+    assert all(f"in/{name}.nii.gz: " in line and reason in line for name, reason in reasons.items())
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.nii.gz", "z.nii.gz", "written.jsonl"}
+    (tmp_path / "in/two.nii.gz").unlink()
+    items = [{"image": f"in/{name}.nii.gz", "modality": "ct"} for name in ("a", "lost", "z")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": items, "test": items}))
+    with pytest.raises(InputError, match=r"1 of 3 cases could not be predicted: .*in/lost.nii.gz: no such file"):
+        predict(data=str(tmp_path / "list.json"), split="test", out=str(tmp_path / "listed"))
+    assert (tmp_path / "listed/a.nii.gz").is_file() and (tmp_path / "listed/z.nii.gz").is_file()
+
+
+def test_from_the_shell_cases_that_failed_are_named_and_the_exit_code_is_2(tmp_path: Path) -> None:
+    damaged(tmp_path / "in")
+    line = ("predict", "--checkpoint", weights(tmp_path / "w.pt"), "--images", tmp_path / "in", "--out", tmp_path / "o")
+    done = shell(*line, "--device", "cpu")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "cut.nii.gz" in done.stderr
+    assert f"1 label map in {tmp_path / 'o'}" in done.stdout and (tmp_path / "o/a.nii.gz").is_file()
+
+
+def test_finished_cases_are_not_predicted_again(predict: Predict, asked: list[Path], tmp_path: Path) -> None:
+    images = [noise(tmp_path / f"in/s{n}.nii.gz", n) for n in range(3)]
+    assert predict(*images[:2]) == [tmp_path / "out/s0.nii.gz", tmp_path / "out/s1.nii.gz"]
+    assert predict(*images) == [tmp_path / f"out/s{n}.nii.gz" for n in range(3)]
+    assert asked == images
+    (tmp_path / "out/s1.nii.gz").unlink()
+    noise(images[2], seed=9)  # the same file with other voxels
+    predict(*images)
+    assert asked[3:] == images[1:]
+    (tmp_path / "in").rename(tmp_path / "moved")
+    predict(*(tmp_path / f"moved/s{n}.nii.gz" for n in range(3)))
+    assert len(asked) == 5
+    lines = [json.loads(line) for line in (tmp_path / "out/written.jsonl").read_text().splitlines()]
+    assert lines[0]["settings"]["overlap"] == 0.5 and lines[0]["source"]["images"] == [str(images[0])]
+
+
+def test_predictions_of_other_settings_or_images_do_not_come_into_one_folder(predict: Predict, tmp_path: Path) -> None:
+    image = noise(tmp_path / "in/s0.nii.gz")
+    predict(image)
+    before = bytes_in(tmp_path / "out")
+    (tmp_path / "steps.json").write_text("{}")
+    other = str(weights(tmp_path / "other.pt", flip_axes=[1, 2]))
+    for given, flag in [
+        ({"checkpoint": (other,)}, "checkpoint"), ({"tta": True}, "tta"), ({"overlap": 0.25}, "overlap"),
+        ({"ensemble": "logits"}, "ensemble"), ({"amp": "bf16"}, "amp"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=f"s0.nii.gz was predicted with another --{flag} "):
+            predict(image, **given)
+        with pytest.raises(InputError, match=f"another --{flag} "):
+            predict(noise(tmp_path / "in/s1.nii.gz", 1), **given)
+    with pytest.raises(InputError, match=r"s0.nii.gz was predicted from .*in/s0.nii.gz"):
+        predict(noise(tmp_path / "elsewhere/s0.nii.gz", 5))
+    assert bytes_in(tmp_path / "out") == before
+    predict(image, batch=1)  # how many windows go at once changes nothing
+
+
+def test_hidden_files_are_no_images(predict: Predict, tmp_path: Path) -> None:
+    noise(tmp_path / "in/S0.NII.GZ")
+    (tmp_path / "in/._S0.NII.GZ").write_bytes(b"\0\5\26\7 Mac OS X")
+    assert predict(tmp_path / "in") == [tmp_path / "out/S0.nii.gz"]
+
+
+def test_a_network_meets_only_what_it_was_trained_on(predict: Predict, asked: list[Path], tmp_path: Path) -> None:
+    """The modality and its intensity, whether a list or a flag names them, of every member of an ensemble."""
+    image = noise(tmp_path / "s0.nii.gz")
+    mr = {"modalities": ["t1"], "intensity": {"t1": ["mr"]}}
+    ct, t1 = str(weights(tmp_path / "ct.pt")), str(weights(tmp_path / "t1.pt", **mr))
+
+    def of_list(*checkpoints: str, modality: str = "", **entry: str) -> list[Path]:
+        items = [{"image": "s0.nii.gz", **entry}]
+        (tmp_path / "list.json").write_text(json.dumps({"training": items, "test": items}))
+        where = {"data": str(tmp_path / "list.json"), "split": "test", "modality": modality}
+        return predict(checkpoint=checkpoints, out=str(tmp_path / f"out{len(asked)}"), **where)
+
+    for call, word in [
+        (lambda: of_list(ct, modality="t1"), "s0.nii.gz: modality t1: the network knows ct"),
+        (lambda: of_list(ct, modality="mr"), "modality mr: the network knows ct"),
+        (lambda: predict(image, checkpoint=(ct,), modality="t1"), "--modality t1: the network knows ct"),
+        (lambda: of_list(ct, t1, modality="ct"), "modality ct: the network knows t1"),
+        (lambda: predict(image, checkpoint=(ct, t1)), "modality ct: the network knows t1"),
+        (lambda: of_list(ct, modality="ct", intensity="percentile"), "intensity percentile, but .* on ct by window"),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match=word):
+            call()
+    assert not asked
+    assert of_list(ct, modality="ct") and of_list(t1, modality="t1")
+    assert of_list(t1, modality="t1", intensity="zscore")  # what "mr" means in this plan
+
+
+# --- test-time flips
+
+
+def flipped(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What `sliding_window` was asked for."""
+    seen: list[dict[str, Any]] = []
+
+    def asked(*given: Any, now: Any = evaluate.sliding_window, **how: Any) -> Any:
+        seen.append(how)
+        return now(*given, **how)
+
+    monkeypatch.setattr(evaluate, "sliding_window", asked)
+    return seen
+
+
+def test_test_time_flips_are_those_of_the_training(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of before names all axes whatever --flip was; its configuration says that it was 0."""
+    image, seen = noise(tmp_path / "s0.nii.gz"), flipped(monkeypatch)
+    all_axes = weights(tmp_path / "flipped.pt", flip_axes=[0, 1, 2])
+    state = checkpoint.load(all_axes)
+    checkpoint.save(tmp_path / "still.pt", {**state, "config": {"flip": 0.0}})
+    checkpoint.save(tmp_path / "often.pt", {**state, "config": {"flip": 0.5}})
+    for name, expected, words in [
+        ("flipped", (0, 1, 2), "averaged over flips along axes 0 (left-right), 1 (front-back), 2 (up-down)"),
+        ("still", (), "--tta takes those of the training, which had none"), ("often", (0, 1, 2), "averaged over"),
+    ]:  # fmt: skip
+        predict(image, checkpoint=(str(tmp_path / f"{name}.pt"),), tta=True, out=str(tmp_path / name))
+        assert tuple(seen[-1]["flips"]) == expected and words in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"still.pt: its flip_axes differs from that of .*often.pt"):
+        predict(image, checkpoint=(str(tmp_path / "often.pt"), str(tmp_path / "still.pt")))
+
+
+def test_labels_that_swap_keep_their_side_under_test_time_flips(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two like organs, labels 3 and 7, and a network that tells them by their side alone."""
+    values, truth = np.full((16, 16, 16), -100, np.float32), np.zeros((16, 16, 16), np.uint8)
+    truth[2:6, 4:9, 5:9], truth[10:14, 4:9, 5:9] = 3, 7
+    values[truth > 0] = 300
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "s0.nii.gz")
+
+    def sided(x: Tensor) -> Tensor:
+        organ = (x[:, 0] > 0.5).float()
+        first = (torch.arange(16) < 8).float()[:, None, None]
+        return 9 * torch.stack([1 - organ, organ * first, organ * (1 - first)], dim=1)
+
+    monkeypatch.setattr(evaluate, "predictor", lambda *_: sided)
+    classes = {"0": "background", "3": "organ left", "7": "organ right"}
+    swap = {"classes": classes, "flip_axes": [0, 1, 2], "swap": [[3, 7]]}
+    path = str(weights(tmp_path / "swap.pt", **swap))
+    for tta in (False, True):
+        (found,) = predict(tmp_path / "s0.nii.gz", checkpoint=(path,), tta=tta, out=str(tmp_path / f"{tta}"))
+        assert np.array_equal(np.asarray(nib.load(found).dataobj), truth)
+    other = str(weights(tmp_path / "other.pt", **{**swap, "swap": []}))
+    with pytest.raises(InputError, match=r"other.pt: its swap differs"):
+        predict(tmp_path / "s0.nii.gz", checkpoint=(path, other))
+
+
+def test_a_network_of_before_that_mirrored_its_sides_is_named(
+    predict: Predict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = {"classes": {"0": "background", "1": "rkid", "2": "lkid"}, "flip_axes": [0, 1, 2]}
+    image = noise(tmp_path / "s0.nii.gz")
+    predict(image, checkpoint=(str(weights(tmp_path / "old.pt", **mixed)),))
+    assert "'rkid' and 'lkid' may be taken for each other" in capsys.readouterr().out
+    decided = weights(tmp_path / "new.pt", **mixed, swap=[], flips='the list says "swap": []')
+    predict(image, checkpoint=(str(decided),), out=str(tmp_path / "new"))
+    assert "taken for each other" not in capsys.readouterr().out
+
+
+def test_an_ensemble_holds_its_networks_and_nothing_else_of_its_checkpoints(
+    predict: Predict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The optimiser is twice as large as the network; twenty members have twenty."""
+    path = weights(tmp_path / "w.pt")
+    state = checkpoint.load(path)
+    state["optimizer"] = {"exp_avg": torch.ones(7)}
+    checkpoint.save(path, state)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def load(path: Path, now: Any = checkpoint.load) -> dict[str, Any]:
+        assert sum(reference() is not None for reference in alive) == 0  # one at a time
+        state = dict(now(path))
+        alive.extend(weakref.ref(tensor) for tensor in (*state["model"].values(), state["optimizer"]["exp_avg"]))
+        return state
+
+    monkeypatch.setattr(checkpoint, "load", load)
+    monkeypatch.setattr(evaluate, "predicted", lambda item, *_: np.zeros((12, 14, 16), np.uint8))
+    predict(noise(tmp_path / "s0.nii.gz"), checkpoint=(str(path),) * 3)
+    assert len(alive) > 30 and all(reference() is None for reference in alive)
+
+
+# --- what the other commands write
+
+
+def test_no_command_replaces_a_file_that_is_not_its_own(scored: Scored, tmp_path: Path) -> None:
+    """And each may be run again over what it wrote itself."""
+    scored()
+    where = {"predictions": str(tmp_path / "predictions"), "labels": str(tmp_path / "labels")}
+    a, b = fold(tmp_path / "a", {"s0": 0.5, "s1": 0.6}), fold(tmp_path / "b", {"s0": 0.6, "s1": 0.7})
+    for name, call in [
+        ("scores.csv", lambda out: evaluate.score(ScoreConfig(**where, out=out))),
+        ("summary.json", lambda out: evaluate.score(ScoreConfig(**where, out=out))),
+        ("report.html", lambda out: evaluate.score(ScoreConfig(**where, out=out))),
+        ("figures/worst-s1.png", lambda out: evaluate.score(ScoreConfig(**where, out=out))),
+        ("postprocess.json", lambda out: evaluate.tune(TuneConfig(**where, out=out))),
+        ("compare.csv", lambda out: evaluate.compare(CompareConfig(a=str(a), b=str(b), out=out))),
+        ("folds.json", lambda out: evaluate.folds(FoldsConfig(scores=(str(a), str(b)), out=out))),
+    ]:  # fmt: skip
+        out = tmp_path / f"{name}-out"
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text("of the user")
+        with pytest.raises(InputError, match="is there already"):
+            call(str(out))
+        assert bytes_in(out) == {name: b"of the user"}
+        (out / name).unlink()
+        call(str(out))
+        first = bytes_in(out)
+        call(str(out))
+        assert bytes_in(out).keys() == first.keys() and name in first
+
+
+def test_scores_made_in_another_way_are_not_compared(scored: Scored, tmp_path: Path) -> None:
+    """Neither two runs nor folds: by another tolerance, or against labels that have been corrected since."""
+    scored()
+    (tmp_path / "scores").rename(tmp_path / "a")
+    scored(tolerance=2.0)
+    (tmp_path / "scores").rename(tmp_path / "b")
+    scored()
+    (tmp_path / "scores").rename(tmp_path / "same")
+    labels = blobs(0)
+    labels[3, 3, 4] = 2
+    saved(tmp_path / "labels/s1.nii.gz", labels)
+    scored()
+    a = str(tmp_path / "a")
+    for name, word in (("b", "different --tolerance"), ("scores", "label maps of case s1")):
+        with pytest.raises(InputError, match=word):
+            evaluate.compare(CompareConfig(a=a, b=str(tmp_path / name)))
+        with pytest.raises(InputError, match=word):
+            evaluate.folds(FoldsConfig(scores=(a, str(tmp_path / name))))
+    assert evaluate.compare(CompareConfig(a=a, b=str(tmp_path / "same")))
+
+
+def test_scores_without_a_summary_are_compared_with_one_line_of_warning(
+    scored: Scored, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored()
+    (tmp_path / "scores").rename(tmp_path / "a")
+    old = fold(tmp_path / "old", {"s0": 0.5, "s1": 0.6})
+    capsys.readouterr()
+    evaluate.compare(CompareConfig(a=str(tmp_path / "a"), b=str(old)))
+    error = capsys.readouterr().err
+    assert error.startswith(f"warning: {old}: ") and error.count("\n") == 1
+
+
+# --- help
 
 
 @pytest.mark.parametrize("command", ["", *evaluate.CONFIGS])

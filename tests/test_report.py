@@ -12,18 +12,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dae.config import InputError
 from dae.data.phantom import body_ct
 from dae.evaluation import report
 from dae.evaluation.report import (
     COLOURS,
+    check_terms,
     comparison_text,
     distribution,
     figures,
     fold_text,
     overlay,
-    write_comparison,
+    terms_of,
+    write_lines,
     write_page,
     write_summary,
+    write_table,
 )
 from dae.evaluation.scoring import Case, Pair, pair, score
 from dae.evaluation.statistics import OVERALL, OVERALL_NAME, compare, fold_table, summarise
@@ -73,14 +77,15 @@ def run(tmp_path_factory):
             path.parent.mkdir(exist_ok=True)
             nib.save(nib.Nifti1Image(labels, np.diag([1.5, 2.0, 3.0, 1.0])), path)
     pairs = pair(folder / "predictions", folder / "labels")
-    return *score(pairs, CLASSES), pairs, folder
+    rows, diagonals, _ = score(pairs, CLASSES)
+    return rows, diagonals, pairs, folder
 
 
 @pytest.fixture(scope="module")
 def page(run):
     """The page's text, and where it lies."""
     rows, diagonals, pairs, folder = run
-    pictures = figures(rows, pairs, folder / "figures")
+    pictures = figures(rows, pairs)
     write_page(rows, summarise(rows, diagonals=diagonals, tolerance=1.0), pictures, folder / "report.html")
     return (folder / "report.html").read_text(encoding="utf-8"), pictures
 
@@ -130,11 +135,8 @@ def test_a_summary_is_json_without_nan_or_infinity(run, tmp_path):
 # figures
 
 
-def test_pictures_are_written_and_handed_on(run, page):
+def test_there_is_a_picture_of_all_cases_and_one_of_each_of_the_worst(page):
     pictures = page[1]
-    folder = run[3] / "figures"
-    assert sorted(file.name for file in folder.iterdir()) == sorted(f"{name}.png" for name in pictures)
-    assert all((folder / f"{name}.png").read_bytes() == content for name, content in pictures.items())
     assert len(pictures) == 4 and "worst-case_1&co" in pictures and "worst-case_0&co" not in pictures
 
 
@@ -230,9 +232,9 @@ def test_an_image_lies_under_its_overlay_if_it_is_on_the_labels_grid(run, tmp_pa
     drawn = {}
     for name, affine in (("same", np.diag([1.5, 2.0, 3.0, 1.0])), ("other", np.diag([1.0, 2.0, 3.0, 1.0]))):
         nib.save(nib.Nifti1Image(ramp, affine), tmp_path / f"{name}.nii")
-        found = figures(rows, pairs, tmp_path / name, images={case: tmp_path / f"{name}.nii"})
+        found = figures(rows, pairs, images={case: tmp_path / f"{name}.nii"})
         drawn[name] = found[f"worst-{case}"]
-    assert drawn["same"] != drawn["other"] == figures(rows, pairs, tmp_path / "same")[f"worst-{case}"]
+    assert drawn["same"] != drawn["other"] == figures(rows, pairs)[f"worst-{case}"]
 
 
 # the page
@@ -333,8 +335,8 @@ def test_one_perfect_case_makes_a_page(tmp_path):
     for name in ("p.nii", "t.nii"):
         nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / name)
     pairs = [Pair("p", tmp_path / "p.nii", tmp_path / "t.nii")]
-    rows, _ = score(pairs, {1: "a", 2: "b"})
-    write_page(rows, summarise(rows), figures(rows, pairs, tmp_path / "figures"), tmp_path / "page.html")
+    rows = score(pairs, {1: "a", 2: "b"}).rows
+    write_page(rows, summarise(rows), figures(rows, pairs), tmp_path / "page.html")
     assert "1.000\n–" in Reader((tmp_path / "page.html").read_text()).cells
 
 
@@ -343,6 +345,55 @@ def test_one_perfect_case_makes_a_page(tmp_path):
 
 def columns(line):
     return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def terms(folder, *, labels=("a", "b"), mm=20.0, **other):
+    """What `eval.py score` leaves beside scores.csv, of two cases whose label maps have these contents."""
+    rows = [row("s1", 1, 0.5), row("s2", 1, 0.6), row("s1", 2, 0.5), row("s2", 2, 0.6)]
+    summary = summarise(rows, diagonals={"s1": mm, "s2": 30.0}, **other)
+    folder.mkdir()
+    write_summary({**summary, "labels": dict(zip(("s1", "s2"), labels))}, folder / "summary.json")
+    return str(folder), terms_of(folder / "scores.csv")
+
+
+@pytest.mark.parametrize("a, b, word", [
+    ({}, {"definition": "medpy"}, "different --definition: default and medpy"),
+    ({}, {"ignore": 9}, "different --ignore: None and 9"),
+    ({}, {"tolerance": 2.0}, "different --tolerance: 1.0 and 2.0 mm for organ"),
+    ({}, {"tolerance": {1: 1.0, 2: 3.0}}, "different --tolerance: 1.0 and 3.0 mm for organ 2"),
+    ({}, {"labels": ("a", "x")}, "against different label maps of case s2"),
+    ({}, {"mm": 40.0}, "against different label maps of case s1"),
+])  # fmt: skip
+def test_scores_made_in_another_way_are_not_compared(tmp_path, a, b, word):
+    runs = [terms(tmp_path / "a", **a), terms(tmp_path / "b", **b)]
+    for some in (runs, [terms(tmp_path / "first", **a), *runs]):
+        with pytest.raises(InputError, match=word) as error:
+            check_terms(some)
+        assert str(tmp_path / "a") in str(error.value) or str(tmp_path / "first") in str(error.value)
+
+
+def test_scores_made_in_one_way_are_compared_without_a_word(tmp_path):
+    same = [terms(tmp_path / "a", tolerance=2.0), terms(tmp_path / "b", tolerance={1: 2.0, 2: 2.0}, policy="diagonal")]
+    assert check_terms(same) == ""  # the policy changes no row
+    rounded = [terms(tmp_path / "c"), terms(tmp_path / "d", mm=20.0001)]
+    assert check_terms(rounded) == ""
+    one, other = terms(tmp_path / "e"), terms(tmp_path / "f", labels=("x", "y"))
+    elsewhere = {**other[1], "labels": {"s3": "x", "s4": "y"}}
+    assert check_terms([one, ("other cases", elsewhere)]) == ""  # folds have other cases
+    assert check_terms([one]) == ""
+
+
+def test_scores_that_do_not_tell_how_they_were_made_are_named_in_one_line(tmp_path):
+    told = terms(tmp_path / "a")
+    silent = {key: value for key, value in told[1].items() if key != "labels"}  # as summaries of before
+    for unknown in (silent, terms_of(tmp_path / "nowhere" / "scores.csv")):
+        warning = check_terms([told, ("old", unknown)])
+        assert warning.startswith("warning: old: ") and "\n" not in warning
+    with pytest.raises(InputError, match="--definition"):
+        check_terms([("old", {**silent, "definition": "medpy"}), told])
+    for content in ("{", "[]", '{"cases": 2}'):
+        (tmp_path / "summary.json").write_text(content)
+        assert terms_of(tmp_path / "scores.csv") == {}
 
 
 def test_the_text_of_a_comparison_is_an_aligned_table_for_each_metric():
@@ -374,7 +425,8 @@ def test_a_comparison_is_written_as_csv_and_as_json(tmp_path):
     b = rows_of(B)
     b[0] |= {"dice": 0.0, "hd95": inf, "status": "missed"}
     lines = compare(rows_of(A), b)
-    write_comparison(lines, tmp_path)
+    write_table(lines, tmp_path / "compare.csv")
+    write_lines(lines, tmp_path / "compare.json")
     found = strict((tmp_path / "compare.json").read_text())
     assert [line["class"] for line in found[:4]] == [1, 2, 3, OVERALL] and found[3]["t_p_holm"] is None
     assert found[0]["t_p"] == lines[0]["t_p"] and found[0]["better"] == lines[0]["better"]
@@ -393,7 +445,8 @@ def test_a_fold_table_is_text_csv_and_json(tmp_path):
     assert columns(table[0])[:4] == ["Dice", "fold0", "fold1", "mean of folds"]
     assert columns(table[2])[:6] == ["organ 1", "0.800", "0.600", "0.700", "0.141", "0.733"]
     assert columns(table[2])[-1] == "3"
-    write_comparison(lines, tmp_path, "folds")
+    write_table(lines, tmp_path / "folds.csv")
+    write_lines(lines, tmp_path / "folds.json")
     assert strict((tmp_path / "folds.json").read_text())[0]["folds"]["fold0"] == {"mean": pytest.approx(0.8), "n": 2}
     assert (tmp_path / "folds.csv").read_text().count("\n") == 1 + len(lines)
 
@@ -409,7 +462,8 @@ def test_no_file_is_ever_half_written(tmp_path, monkeypatch, run):
     monkeypatch.setattr(Path, "replace", stopped)
     for write in (
         lambda: write_summary({}, tmp_path / "summary.json"),
-        lambda: write_comparison(compare(rows, rows), tmp_path),
+        lambda: write_table(compare(rows, rows), tmp_path / "compare.csv"),
+        lambda: write_lines(compare(rows, rows), tmp_path / "compare.json"),
     ):
         with pytest.raises(OSError, match="stopped here"):
             write()

@@ -17,11 +17,13 @@ from dae.evaluation.scoring import (
     case_name,
     case_names,
     classes_in,
+    content_of,
     diagonals,
     pair,
     read_scores,
     score,
     score_case,
+    volumes_in,
     write_scores,
 )
 
@@ -121,6 +123,24 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     refusal(lambda: pair(tmp_path, [("b", lost)]), "the list: no label for case a")
     refusal(lambda: pair(tmp_path, [("a", lost), ("b", lost)]), tmp_path, "no prediction for case b")
     refusal(lambda: pair(tmp_path, [("a", lost), ("a", lost)]), "case a more than once")
+
+
+def test_hidden_files_are_no_cases(tmp_path):
+    """macOS leaves a ._name beside each name; it is no volume."""
+    for folder in ("predictions", "labels"):
+        saved(tmp_path / folder / "a.nii.gz", two_boxes())
+        (tmp_path / folder / "._a.nii.gz").write_bytes(b"\0\5\26\7 Mac OS X")
+    assert [each.case for each in pair(tmp_path / "predictions", tmp_path / "labels")] == ["a"]
+    saved(tmp_path / "labels" / ".b.nii", two_boxes())
+    assert volumes_in(tmp_path / "labels") == [tmp_path / "labels" / "a.nii.gz"]
+
+
+def test_nothing_is_scored_against_itself(tmp_path):
+    label = saved(tmp_path / "labels" / "a.nii.gz", two_boxes())
+    refusal(lambda: pair(tmp_path / "labels", tmp_path / "labels"), label, "is the prediction as well")
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "predictions" / "a.nii.gz").symlink_to(label)
+    refusal(lambda: pair(tmp_path / "predictions", [("a", label)]), label, "is the prediction as well")
 
 
 def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):
@@ -279,10 +299,27 @@ def test_all_cases_are_scored_in_order_and_each_has_a_diagonal(tmp_path):
         saved(tmp_path / "p" / f"{name}.nii.gz", two_boxes(shift))
         saved(tmp_path / "l" / f"{name}.nii.gz", two_boxes())
     pairs = pair(tmp_path / "p", tmp_path / "l")
-    rows, lengths = score(pairs, CLASSES, tolerance=6.0)
+    rows, lengths, contents = score(pairs, CLASSES, tolerance=6.0)
     assert [(row["case"], row["class"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
-    assert rows[2]["nsd"] == 1 and score(pairs, CLASSES)[0][2]["nsd"] < 1
+    assert rows[2]["nsd"] == 1 and score(pairs, CLASSES).rows[2]["nsd"] < 1
+    assert contents["a"] == contents["b"]  # the label maps are alike, the predictions are not
     assert lengths == diagonals(pairs) == pytest.approx(dict.fromkeys("ab", sqrt(48**2 + 12**2 + 20**2)))
+
+
+def test_the_content_of_a_label_map_is_its_voxels_however_they_are_stored(tmp_path):
+    labels = two_boxes()
+    path = saved(tmp_path / "a.nii", labels)
+    content = score([Pair("a", path, path)], CLASSES).labels["a"]
+    turned = nib.Nifti1Image(labels.astype(np.int32), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
+    nib.save(turned, tmp_path / "b.nii.gz")
+    saved(tmp_path / "c.nii", labels.astype(np.float32))
+    assert [score([Pair("x", path, tmp_path / name)], CLASSES).labels["x"] for name in ("b.nii.gz", "c.nii")] == [
+        content, content,
+    ]  # fmt: skip
+    labels[0, 0, 0] = 1
+    changed = saved(tmp_path / "d.nii", labels)
+    assert score([Pair("x", path, changed)], CLASSES).labels["x"] != content
+    assert content_of(np.zeros((2, 3, 4), np.uint8)) != content_of(np.zeros((4, 3, 2), np.uint8))
 
 
 # scores.csv

@@ -44,7 +44,42 @@ def test_the_run_starts_from_the_pretrained_weights_and_says_so(tiny_seg: Config
     report = events(config, "start")[0]["weights"]
     assert set(report["new"]) == set(report["dropped"]) == {"head.weight", "head.bias"} and not report["adapted"]
     plan = checkpoint.load(Path(config.out) / "best.pt")["plan"]
-    assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [1, 2]  # kidneys name a side
+    assert plan["classes"]["4"] == "liver" and plan["flip_axes"] == [2]  # kidneys name a side, crops are turned
+
+
+def with_swap(folder: Path, content: dict[str, Any]) -> None:
+    content["swap"] = KIDNEYS
+
+
+KIDNEYS = [[label for label, name in CT_LABELS.items() if "kidney" in name]]
+
+
+@pytest.mark.parametrize("given, change, axes, swap, words", [
+    ({"rotate": 0.0}, None, [1, 2], [], "left and right are not flipped, since 'right kidney' and 'left kidney'"),
+    ({"rotate": 0.0}, with_swap, [0, 1, 2], KIDNEYS, "axes 0 (left-right), 1 (front-back), 2 (up-down)"),
+    ({"flip": 0.0}, with_swap, [], [], "no flips: --flip is 0"),
+])  # fmt: skip
+def test_the_start_line_and_the_plan_say_which_axes_are_flipped(
+    tiny_seg: Config, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: dict[str, Any],
+    change: Any, axes: list[int], swap: list[list[int]], words: str,
+) -> None:  # fmt: skip
+    data = {"data": broken_list(pretrained, tmp_path, change)} if change else {}
+    config = tiny_seg(steps=1, **data, **given)
+    main(config)
+    assert words in capsys.readouterr().err
+    plan = checkpoint.load(Path(config.out) / "last.pt")["plan"]
+    assert plan["flip_axes"] == axes and plan["swap"] == swap
+
+
+def test_a_run_that_mirrored_its_sides_is_not_gone_on_with(tiny_seg: Config) -> None:
+    """As runs of before did where no class was called left or right in so many words."""
+    config = tiny_seg(stop_after=1, rotate=0.0)
+    main(config)
+    path = Path(config.out) / "last.pt"
+    left = checkpoint.load(path)
+    checkpoint.save(path, {**left, "plan": {**left["plan"], "flip_axes": [0, 1, 2]}})
+    with pytest.raises(InputError, match=r"the run so far flipped left and right; .*'right kidney' and 'left kidney'"):
+        main(replace(config, stop_after=0, resume=True))
 
 
 def test_files_of_others_are_fine_tuned_as_they_were_made(tiny_seg: Config, tmp_path: Path) -> None:

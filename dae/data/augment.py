@@ -68,17 +68,17 @@ def labelled_crop(
 
 def augment(
     x: Array, label: NDArray[np.uint8], rng: Generator, chances: AugmentConfig, *, flip_axes: Sequence[int],
-    swap: Sequence[tuple[int, int]] = (),
+    swap: Sequence[tuple[int, int]] = (), swap_axes: Sequence[int] = (0,),
 ) -> tuple[Array, NDArray[np.uint8]]:  # fmt: skip
     """Each of flips, rotation, zoom, brightness, contrast and noise with its own chance (sec. 3.2).
 
     A flip of axis 0 makes a left kidney look like a right one: `flip_axes` leaves it out, or `swap` names the pairs of
-    labels that change places with it.
+    labels that change places in a flip along one of `swap_axes`. Which of them are safe is for `sides.choose_flips`.
     """
     for axis in flip_axes:
         if rng.random() < chances.flip:
             x, label = np.flip(x, axis + 1), np.flip(label, axis)
-            label = swapped(label, swap) if axis == 0 else label
+            label = swapped(label, swap) if axis in swap_axes else label
     if rng.random() < chances.rotate and x.shape[1] == x.shape[2]:
         turns = int(rng.integers(1, 4))
         x, label = np.rot90(x, turns, (1, 2)), np.rot90(label, turns, (0, 1))
@@ -116,7 +116,3 @@ def contrasted(x: Array, gamma: float) -> Array:
     low, high = (f(x, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
     span = np.maximum(high - low, 1e-6)
     return np.asarray(low + span * ((x - low) / span) ** gamma, dtype=np.float32)
-
-
-def names_a_side(labels: dict[int, str]) -> bool:
-    return any(word in name.lower().replace("_", " ").split() for name in labels.values() for word in ("left", "right"))

@@ -26,6 +26,7 @@ from dae.config import InputError, Size3
 from dae.config_seg import SegConfig
 from dae.data.augment import augment, labelled_crop, random_crop
 from dae.data.cache import Cached
+from dae.data.sides import Flips
 
 # Streams of their own beside those of (seed, step, j); trailing zeros in a key would change nothing.
 VALIDATION = 2**32 - 1  # in place of a step: crops that never change
@@ -93,10 +94,10 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(
         self, volumes: Sequence[Cached], classes: Sequence[int], config: SegConfig, *, global_batch: int,
-        flip_axes: Sequence[int], swap: Sequence[tuple[int, int]], ignore: int | None = None,
+        flips: Flips, ignore: int | None = None,
     ) -> None:  # fmt: skip
         self.volumes, self.classes, self.config, self.global_batch = volumes, classes, config, global_batch
-        self.flip_axes, self.swap, self.ignore = flip_axes, swap, ignore
+        self.flips, self.ignore = flips, ignore
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x (c, d, h, w) float32, label (d, h, w) int64; -1 where there is none."""
@@ -104,7 +105,8 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed)
         rng = np.random.default_rng([config.seed, step, j])
         x, label = labelled_crop(self.volumes[index], config.crop, rng, positive=config.positive, ignore=self.ignore)
-        x, label = augment(x, label, rng, config, flip_axes=self.flip_axes, swap=self.swap)
+        x, label = augment(x, label, rng, config, flip_axes=self.flips.axes, swap=self.flips.swap,
+                           swap_axes=self.flips.swap_axes)  # fmt: skip
         return torch.from_numpy(x), torch.from_numpy(places_of(label, self.classes, self.ignore))
 
 

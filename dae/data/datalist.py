@@ -82,7 +82,7 @@ class DataList:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     labels: dict[int, str]
-    swap: tuple[tuple[int, int], ...] = ()  # labels that change places in a left-right flip
+    swap: tuple[tuple[int, int], ...] | None = None  # labels that change places in a left-right flip; None: not said
     tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
     regions: tuple[str, ...] = ()  # names of several labels at once, which pre-training need not know
@@ -99,7 +99,7 @@ class DataList:
         how = [[(item.modality, item.intensity) for item in split] for split in (self.training, self.validation)]
         content: list[Any] = [how, training, validation]
         if labels:
-            content += [sorted(self.labels.items()), self.swap, self.ignore]
+            content += [sorted(self.labels.items()), self.swap or (), self.ignore]
         return BY_VOXELS + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
     def fingerprint_by_size(self, *, labels: bool = False) -> str:
@@ -112,7 +112,7 @@ class DataList:
         content: list[Any] = [[facts(item.image), item.modality, item.intensity] for item in used]
         if labels:
             content += [facts([item.label]) for item in used if item.label]
-            content += [sorted(self.labels.items()), self.swap, self.ignore]
+            content += [sorted(self.labels.items()), self.swap or (), self.ignore]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
     def kinds(self) -> list[str]:
@@ -153,7 +153,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
         validation,
         test,
         labels=labels,
-        swap=_pairs(content.get("swap", []), labels, path),
+        swap=_pairs(content["swap"], labels, path) if "swap" in content else None,
         tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
         ignore=ignore,
         regions=regions,

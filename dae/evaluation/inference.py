@@ -61,13 +61,23 @@ def gaussian(window: Size3) -> Tensor:
     return (bell / bell.max()).clamp(min=1e-3).float()
 
 
-def ensemble(predictors: Sequence[Predict], flips: Sequence[int], combine: Combine, classes: int) -> Predict:
+def ensemble(
+    predictors: Sequence[Predict], flips: Sequence[int], combine: Combine, classes: int, *,
+    swap: Sequence[tuple[int, int]] = (), swap_axes: Sequence[int] = (0,),
+) -> Predict:  # fmt: skip
     """One predictor that averages several, each over every combination of flips along the axes `flips` of the grid.
+
+    In a flipped window a right kidney is called a left one by a network that was trained so. `swap` names such pairs
+    by their place among the classes. What is said of them changes places wherever a window was flipped along one of
+    `swap_axes` (or along any odd number of them).
 
     It gives the mean of softmax or of logits, in float32. Members that are equally sure of themselves are better
     averaged as logits; where one is too sure, logits let it outvote the others.
     """
-    turns = [turn for n in range(len(flips) + 1) for turn in combinations([axis + 2 for axis in flips], n)]
+    turns = [turn for n in range(len(flips) + 1) for turn in combinations(flips, n)]
+    mirrored = list(range(classes))
+    for a, b in swap:
+        mirrored[a], mirrored[b] = b, a
 
     @torch.inference_mode()
     def mean(windows: Tensor) -> Tensor:
@@ -75,9 +85,12 @@ def ensemble(predictors: Sequence[Predict], flips: Sequence[int], combine: Combi
         total = torch.zeros(shape, device=windows.device)
         for turn, predict in product(turns, predictors):
             # `flip` copies, along no axis as well: a predictor may write into what it gets. What it gives is only read.
-            logits = predict(windows.flip(turn)).float()
+            dims = [axis + 2 for axis in turn]
+            logits = predict(windows.flip(dims)).float()
             refuse(logits.shape != shape, f"predicted {tuple(logits.shape)} for windows that need {shape}")
-            total += (logits.softmax(1) if combine == "softmax" else logits).flip(turn)
+            answer = (logits.softmax(1) if combine == "softmax" else logits).flip(dims)
+            exchanged = bool(swap) and len(set(turn) & set(swap_axes)) % 2 == 1
+            total += answer[:, mirrored] if exchanged else answer
         return total.div_(len(turns) * len(predictors))
 
     return mean
@@ -122,6 +135,8 @@ def sliding_window(
     device: torch.device | str,
     background: Sequence[float] | NDArray[np.float32],
     flips: Sequence[int] = (),
+    swap: Sequence[tuple[int, int]] = (),
+    swap_axes: Sequence[int] = (0,),
     combine: Combine = "softmax",
 ) -> Iterator[Tensor]:
     """Class probabilities of a whole image (c, d, h, w), as slabs (k, planes, h, w) in order along its first axis.
@@ -129,6 +144,7 @@ def sliding_window(
     Windows overlap by a share of `overlap` or more, and their predictions are averaged with the weights of `gaussian`.
     An image smaller than the window is centred in it, as in training, with `background` (c,) around. Several predictors
     are an ensemble, as is one over `flips` (axes 0, 1, 2; 0 swaps left and right, for a network that was trained so).
+    `swap` are pairs of classes, by their place, that change places in a flip along one of `swap_axes`.
     `combine` says whether windows, flips and predictors are averaged as softmax or as logits. Raises ValueError.
     """
     pixels: NDArray[Any] = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
@@ -139,7 +155,10 @@ def sliding_window(
     refuse(not 0 <= overlap < 1, f"overlap must lie in [0, 1), got {overlap}")
     refuse(combine not in ("softmax", "logits"), f"combine must be softmax or logits, got {combine}")
     refuse(not set(flips) <= {0, 1, 2}, f"flips must be axes 0, 1, 2, got {flips}")
-    predict_all = ensemble(predictors, sorted(set(flips)), combine, classes)
+    paired = [each for pair in swap for each in pair]
+    refuse(len(set(paired)) < len(paired), f"swap must name each class once, got {swap}")
+    refuse(not set(paired) <= set(range(classes)), f"swap must name places among {classes} classes, got {swap}")
+    predict_all = ensemble(predictors, sorted(set(flips)), combine, classes, swap=swap, swap_axes=swap_axes)
     size, around = pixels.shape[1:], [float(value) for value in background]
     margin = [max(s - n, 0) // 2 for n, s in zip(size, window)]
 

@@ -10,8 +10,8 @@ from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import cycle
-from math import ceil, isfinite, isnan
+from itertools import combinations, cycle
+from math import ceil, isclose, isfinite, isnan
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,61 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     put(path, strict(summary, indent=1).encode())
 
 
+# What the scores of two runs must share, by its name in summary.json, and the flag that decides it.
+TERMS = {"definition": "--definition", "ignore": "--ignore", "tolerance_mm": "--tolerance"}
+AS_LONG = 1e-3  # of two diagonals: less is rounding of the header's float32
+
+
+def terms_of(scores: Path) -> dict[str, Any]:
+    """By what a scores.csv was made: the summary.json beside it, or nothing where there is none."""
+    try:
+        found = json.loads((scores.parent / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and TERMS.keys() <= found.keys() else {}
+
+
+def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Raises InputError where two runs were scored by different definitions, tolerances or label maps.
+
+    Returns a warning that names the runs whose summary.json does not tell.
+    """
+    for (a, one), (b, other) in combinations(runs, 2):
+        for fact, flag in TERMS.items():
+            if one and other and (differing := differing_terms(one, other, fact)):
+                raise InputError(f"{a} and {b} were scored with different {flag}: {differing}; score one of them again")
+        for case in sorted(one.get("labels", {}).keys() & other.get("labels", {}).keys()):
+            if one["labels"][case] != other["labels"][case] or not as_long(one, other, case):
+                raise InputError(f"{a} and {b} were scored against different label maps of case {case}; "
+                                 "score one of them again")  # fmt: skip
+    silent = [name for name, terms in runs if "labels" not in terms]
+    if len(runs) < 2 or not silent:
+        return ""
+    return (f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance and the label "
+            "maps of the scores; whether they can be compared is not known")  # fmt: skip
+
+
+def differing_terms(one: Mapping[str, Any], other: Mapping[str, Any], fact: str) -> str:
+    """Both values where they differ, in words; of a tolerance the first class that has another."""
+    if fact != "tolerance_mm":
+        return "" if one[fact] == other[fact] else f"{one[fact]} and {other[fact]}"
+    for cls in sorted(one["classes"].keys() & other["classes"].keys()):
+        a, b = (run[fact].get(cls) if isinstance(run[fact], dict) else run[fact] for run in (one, other))
+        if a != b:
+            return f"{a} and {b} mm for {one['classes'][cls]['name']}"
+    return ""
+
+
+def as_long(one: Mapping[str, Any], other: Mapping[str, Any], case: str) -> bool:
+    """Whether both label maps of a case have one diagonal in mm: equal voxels of other sizes are other labels."""
+    a, b = (run.get("diagonals_mm", {}).get(case) for run in (one, other))
+    return a is None or b is None or isclose(a, b, rel_tol=AS_LONG)
+
+
 def figures(
-    rows: Sequence[Row], pairs: Sequence[Pair], folder: Path, *, images: Mapping[str, Path] = {},
-    ignore: int | None = None,
-) -> dict[str, bytes]:  # fmt: skip
-    """`distribution` and `worst-<case>`, both also .png in `folder`; `images` lie under the latter.
+    rows: Sequence[Row], pairs: Sequence[Pair], *, images: Mapping[str, Path] = {}, ignore: int | None = None
+) -> dict[str, bytes]:
+    """`distribution` and `worst-<case>`, as PNG; `images` lie under the latter.
 
     What is labelled `ignore` is drawn as background, in the prediction as well.
     """
@@ -62,9 +112,6 @@ def figures(
         )
         classes = dict.fromkeys(row["class"] for row in rows)
         pictures[f"worst-{case}"] = overlay(both, classes, beneath(images[case], true) if case in images else None)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in pictures.items():
-        put(folder / f"{name}.png", content)
     return pictures
 
 
@@ -271,8 +318,12 @@ def aligned(head: Sequence[str], body: Mapping[str, list[list[str]]]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
-def write_comparison(lines: Sequence[Row], folder: Path, name: str = "compare") -> None:
-    """The rows of `compare`, or of `fold_table`, as .csv and as .json."""
+def write_table(lines: Sequence[Row], path: Path) -> None:
+    """The rows of `compare`, or of `fold_table`, as .csv."""
     flat = [{k: strict(v) if isinstance(v, Mapping) else v for k, v in line.items()} for line in lines]
-    write_csv(flat, folder / f"{name}.csv", list(flat[0]))
-    put(folder / f"{name}.json", strict(lines, indent=1).encode())
+    write_csv(flat, path, list(flat[0]))
+
+
+def write_lines(lines: Sequence[Row], path: Path) -> None:
+    """The same as .json."""
+    put(path, strict(lines, indent=1).encode())

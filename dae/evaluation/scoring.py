@@ -6,6 +6,7 @@ order, so that two files may store one grid along different axes. What cannot be
 """
 
 import csv
+import hashlib
 import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -90,13 +91,21 @@ def pair(predictions: Path, labels: Path | Sequence[tuple[str, Path | None]]) ->
     pairs = [Pair(case, predicted[case], label) for case, label in true.items() if label is not None]
     lost = [str(each.label) for each in pairs if not each.label.is_file()]
     refuse(lost, f"{several(lost, 'label')}: no such file")
+    same = [str(each.label) for each in pairs if each.prediction.samefile(each.label)]
+    refuse(same, f"{several(same, 'label')}: is the prediction as well; name the folder of the predictions")
     return pairs
+
+
+def volumes_in(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, in order of name. Hidden files are none: macOS leaves a ._name beside each name."""
+    files = (file for file in folder.iterdir() if not file.name.startswith("."))
+    return sorted(file for file in files if file.name.lower().endswith(ENDINGS))
 
 
 def files_in(folder: Path) -> dict[str, Path]:
     """The NIfTI files of a folder by case, in order of name. Raises InputError where there are none."""
     refuse(not folder.is_dir(), f"{folder}: no such folder")
-    files = sorted(file for file in folder.iterdir() if file.name.lower().endswith(ENDINGS))
+    files = volumes_in(folder)
     refuse(not files, f"{folder}: holds no .nii or .nii.gz file")
     found = {case_name(file): file for file in files}
     twice = [case for case, times in Counter(map(case_name, files)).items() if times > 1]
@@ -157,9 +166,16 @@ def score_case(
     Voxels whose true label is `ignore` count for nothing, and no surface ends at them.
     """
     case = read_case(prediction, label, classes, ignore=ignore)
+    return rows_of(case, label, classes, tolerance=tolerance, definition=definition)
+
+
+def rows_of(
+    case: Case, label: Path, classes: Classes, *, tolerance: float | Mapping[int, float], definition: DefinitionName
+) -> list[Row]:
+    """`score_case` of a case that has been read, `label` being its file."""
     names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
-    scored = {value: name for value, name in names.items() if value not in (0, ignore)}
-    hidden = None if ignore is None else ~case.annotated
+    scored = {value: name for value, name in names.items() if value not in (0, case.ignore)}
+    hidden = None if case.ignore is None else ~case.annotated
     try:
         rows = score_labels(
             case.prediction, case.truth, case.spacing, scored,
@@ -170,12 +186,33 @@ def score_case(
     return [{"case": case.name, **row} for row in rows]
 
 
-def score(pairs: Sequence[Pair], classes: Classes, **choices: Any) -> tuple[list[Row], dict[str, float]]:
-    """The rows of all cases, one in memory at a time, and their `diagonals`; `choices` are those of `score_case`."""
-    rows = []
-    for _, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):  # silent without a terminal
-        rows += score_case(prediction, label, classes, **choices)
-    return rows, diagonals(pairs)
+class Scores(NamedTuple):
+    """Of all cases."""
+
+    rows: list[Row]
+    diagonals: dict[str, float]  # of each case, in mm
+    labels: dict[str, str]  # what each case's label map holds, as a hash
+
+
+def score(
+    pairs: Sequence[Pair], classes: Classes, *, tolerance: float | Mapping[int, float] = 1.0,
+    definition: DefinitionName = "default", ignore: int | None = None,
+) -> Scores:  # fmt: skip
+    """The rows of `score_case` of all cases, one in memory at a time, with what tells their label maps from others."""
+    rows, labels = list[Row](), dict[str, str]()
+    for name, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):  # silent without a terminal
+        case = read_case(prediction, label, classes, ignore=ignore)
+        rows += rows_of(case, label, classes, tolerance=tolerance, definition=definition)
+        labels[name] = content_of(case.truth)
+    return Scores(rows, diagonals(pairs), labels)
+
+
+def content_of(labels: Labels) -> str:
+    """A hash of the size and the voxels of a label map, however its file stores them."""
+    digest = hashlib.sha256(repr(labels.shape).encode())
+    for plane in labels:
+        digest.update(np.ascontiguousarray(plane, dtype="<i8").tobytes())
+    return digest.hexdigest()[:20]
 
 
 def diagonals(pairs: Iterable[Pair]) -> dict[str, float]:

@@ -120,9 +120,7 @@ def check_same_samples(
     if saved["data"] == (facts["data"] if by_voxels else data_by_size):
         return
     older = "" if by_voxels else " or its split, which older versions drew otherwise,"
-    raise InputError(
-        f"{path}: the data list{older} is not what it was ({saved['data']}); the samples would be others"
-    )
+    raise InputError(f"{path}: the data list{older} is not what it was ({saved['data']}); the samples would be others")
 
 
 def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
@@ -185,6 +183,13 @@ def has_seal(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-COMMENT, os.SEEK_END)
         return file.read(len(MARK)) == MARK
+
+
+def seal_of(path: Path) -> str:
+    """The SHA-256 that stands in a checkpoint: two files with one seal are one checkpoint."""
+    with path.open("rb") as file:
+        file.seek(-COMMENT + len(MARK), os.SEEK_END)
+        return file.read().decode()
 
 
 def _is_sealed(file: Any) -> bool:

@@ -67,6 +67,18 @@ def test_nearest_downsampling_makes_blocks_of_one_voxels_value() -> None:
     assert downsample(x, 4, "nearest")[0, 0, :, 0, 0].tolist() == [0, 0, 0, 0, 4, 4, 4, 4]
 
 
+def test_area_downsampling_makes_blocks_of_their_mean() -> None:
+    x = torch.tensor([0.0, 1, 3, 8, 9, 4, 6, 1]).reshape(1, 1, 8, 1, 1).expand(1, 1, 8, 4, 4)
+    assert downsample(x, 4, "area")[0, 0, :, 0, 0].tolist() == [3, 3, 3, 3, 5, 5, 5, 5]
+
+
+@pytest.mark.parametrize("n, factor, values", [(17, 3, 6), (16, 3, 5), (8, 4, 2), (2, 8, 1), (1, 4, 1)])
+def test_the_coarse_grid_has_the_nearest_number_of_voxels_and_at_least_one(n: int, factor: float, values: int) -> None:
+    x = torch.arange(float(n)).reshape(1, 1, n, 1, 1).expand(1, 1, n, 8, 8)
+    for mode in ("nearest", "area"):
+        assert len(downsample(x, factor, mode)[0, 0, :, 0, 0].unique()) == values
+
+
 @pytest.mark.parametrize("ratio, zeroed", [(0.6, 29), (0.4, 19), (0.0, 0), (0.99, 47)])
 def test_masked_channels_are_zero_and_their_share_is_r(ratio: float, zeroed: int) -> None:
     """Of 48 channels r = 60 % is 28.8: 29, the nearest (the authors cut it to 28); never all of them."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dae.config import PretextConfig
 from dae.model import SwinUNETR
-from dae.pretext.methods import METHODS, Pretext, Step, l1_of
+from dae.pretext.methods import METHODS, Pretext, Step, l1_of, std
 
 X = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
 MODALITY, SEEDS = torch.tensor([0, 1]), [11, 12]
@@ -157,3 +157,16 @@ def test_what_a_method_learned_beside_the_backbone_is_saved_apart_and_comes_back
     other.load_own_state(net.own_state())
     assert torch.equal(other.mask_token, net.mask_token)
     assert pretext("dae").own_state() == {}
+
+
+@pytest.mark.parametrize("recon", ["scaled", "output", "residual"])
+def test_a_crop_of_nothing_but_air_is_scaled_by_a_hundredth_and_not_by_its_noise(recon: str) -> None:
+    """Its own std is 0 or rounding; divided by that, one such crop would be the whole gradient."""
+    air = torch.zeros_like(X)
+    assert std(air).unique().tolist() == [pytest.approx(0.01)]
+    assert std(air + 1e-6 * X).max().item() == pytest.approx(0.01)
+    net = pretext(recon=recon, noise_std=0.0)
+    result = step(net, air)
+    result.loss.backward()
+    assert result.loss.isfinite() and result.l1 < 10
+    assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())

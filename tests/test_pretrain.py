@@ -138,7 +138,7 @@ def test_a_run_goes_on_with_other_factors_of_its_global_batch_and_in_other_ways_
     straight = tiny(out=str(tmp_path / "straight"), batch_size=4, steps=6, alpha=0.0)
     main(straight)
     for name, alpha, changed in (
-        ("batch", 0.0, {"batch_size": 2, "accumulate": 2}),
+        ("batch", 0.0, {"batch_size": 1, "accumulate": 4}),
         ("way", 0.0, {"batch_size": 2, "accumulate": 2, "checkpointing": True, "workers": 1, "validate_crops": 1}),
         ("contrast", 0.05, {"batch_size": 2, "accumulate": 2}),
     ):

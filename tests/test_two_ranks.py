@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,15 +57,19 @@ def as_a_rank(out: Path) -> None:
     mine = z[2 * rank : 2 * rank + 2].clone().requires_grad_()
     everyone, modality = gather(mine, MODALITY[2 * rank : 2 * rank + 2])
     cmcl(everyone, modality).backward()
-    facts = {"gradients": gradients(DistributedDataParallel, slice(2 * rank, 2 * rank + 2)), "z": everyone.detach(),
-             "modality": modality, "z_gradient": mine.grad}  # fmt: skip
+    facts = {
+        "gradients": {n: gradients(DistributedDataParallel, slice(n * rank, n * rank + n)) for n in (1, 2)},
+        "z": everyone.detach(),
+        "modality": modality,
+        "z_gradient": mine.grad,
+    }
     facts["weights"] = trained(slice(2 * rank, 2 * rank + 2))
     torch.save(facts, out / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("ranks")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(out)]
     env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
@@ -73,19 +78,22 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tens
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 
-def test_gradients_of_two_ranks_are_identical_and_equal_those_of_one_process(ranks: list[dict]) -> None:  # type: ignore[type-arg]
-    alone = gradients(lambda pretext: pretext, slice(None))
-    first, second = (rank["gradients"] for rank in ranks)
+@pytest.mark.parametrize("samples", [1, 2])
+def test_gradients_of_two_ranks_are_identical_and_equal_those_of_one_process(
+    ranks: list[dict[str, Any]], samples: int
+) -> None:
+    alone = gradients(lambda pretext: pretext, slice(2 * samples))
+    first, second = (rank["gradients"][samples] for rank in ranks)
     assert same_weights(first, second)
     for name, gradient in alone.items():
         assert torch.allclose(first[name], gradient, atol=1e-6, rtol=1e-5), name
 
 
-def test_weights_of_two_ranks_stay_identical(ranks: list[dict]) -> None:  # type: ignore[type-arg]
+def test_weights_of_two_ranks_stay_identical(ranks: list[dict[str, Any]]) -> None:
     assert same_weights(ranks[0]["weights"], ranks[1]["weights"])
 
 
-def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict]) -> None:  # type: ignore[type-arg]
+def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict[str, Any]]) -> None:
     """A gather without gradient has the right loss and half the gradient; the mean over ranks undoes the factor W."""
     z = ranks[0]["z"].clone().requires_grad_()
     cmcl(z, MODALITY).backward()
@@ -95,12 +103,14 @@ def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict]
         assert torch.allclose(facts["z_gradient"] / 2, z.grad[2 * rank : 2 * rank + 2], atol=1e-7)
 
 
-@pytest.mark.parametrize("amp, alpha, lr, tolerance", [("off", 1.0, 1e-3, 1e-5), ("bf16", 0.05, 4e-4, 1e-3)])
+@pytest.mark.parametrize("amp, samples, alpha, lr, tolerance", [
+    ("off", 1, 1.0, 1e-3, 1e-5), ("off", 2, 1.0, 1e-3, 1e-5), ("bf16", 2, 0.05, 4e-4, 1e-3),
+])  # fmt: skip
 def test_two_ranks_train_as_one_process_with_twice_the_batch(
-    tiny: Config, tmp_path: Path, amp: str, alpha: float, lr: float, tolerance: float
+    tiny: Config, tmp_path: Path, amp: str, samples: int, alpha: float, lr: float, tolerance: float
 ) -> None:
-    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=4, alpha=alpha, lr=lr, amp=amp)
-    two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=2, alpha=alpha, lr=lr, amp=amp)
+    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=2 * samples, alpha=alpha, lr=lr, amp=amp)
+    two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=samples, alpha=alpha, lr=lr, amp=amp)
     main(one)
     done = train(two, ranks=2)
     assert done.returncode == 0, done.stderr

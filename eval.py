@@ -67,6 +67,7 @@ from dae.evaluation.metrics import Labels
 from dae.evaluation.written import Written, check_apart, sha256_of
 from dae.training import checkpoint
 from dae.training.distributed import start
+from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
 from dae.training.transfer import backbone_of
 
@@ -81,6 +82,7 @@ def predict(config: PredictConfig) -> list[Path]:
     if config.images and config.data:
         raise InputError("--images: not beside --data; give one of them")
     device = start(config.device).device
+    choose_kernels(device, tf32=False)
     saved, networks = members_of(config, device)
     plan = saved[0]["plan"]
     dtype = autocast_type(config.amp, device)
@@ -110,7 +112,7 @@ def predict(config: PredictConfig) -> list[Path]:
                     if not config.images and not config.allow_trained:
                         leaks.refuse_trained([name], str(item.image[0]), "predict")
                     trained.add(name)
-                labels = predicted(volume, item, predictors, plan, recipe, config, device, steps)
+                labels = predicted(item, volume, predictors, plan, recipe, config, device, steps)
                 written.write(file, partial(save_like, item.image[0], labels), settings=settings, source=source)
                 now.append(name)
             made.append(out / file)
@@ -276,7 +278,9 @@ def network_of(
     except TypeError as error:  # a network of the user's own, changed since
         raise InputError(f"{path}: {plan['backbone']} does not take its options any more ({error})") from error
     checkpoint.load_weights(network, weights, path)
-    return network.to(device).eval()
+    network = network.to(device).eval()
+    lay_out(network, device, compiled=False)
+    return network
 
 
 def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
@@ -442,8 +446,8 @@ def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
 
 
 def predicted(
-    volume: Volume,
     item: Item,
+    volume: Volume,
     predictors: Sequence[Callable[[Tensor], Tensor]],
     plan: Mapping[str, Any],
     recipe: Recipe,

@@ -374,7 +374,7 @@ def test_code_is_never_imported_because_a_checkpoint_says_so(
     with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
         fine_tune(fine_tuning(phantoms, tmp_path / "trap.pt", tmp_path / "run"))
     with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
-        evaluate.network_of(state, torch.device("cpu"), PredictConfig(), "trap.pt")
+        evaluate.network_of(state["plan"], state["model"], torch.device("cpu"), PredictConfig(), "trap.pt")
     assert "trap" not in sys.modules and not (tmp_path / "run").exists()
 
 

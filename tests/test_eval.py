@@ -409,7 +409,9 @@ def test_a_bad_file_does_not_keep_the_others_from_prediction(predict: Predict, t
     line = str(error.value)
     assert line.startswith("4 of 6 cases could not be predicted: ") and "\n" not in line
     assert all(f"in/{name}.nii.gz: " in line and reason in line for name, reason in reasons.items())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.nii.gz", "z.nii.gz", "written.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "a.nii.gz", "z.nii.gz", "predicted.json", "written.jsonl",
+    }  # fmt: skip
     (tmp_path / "in/two.nii.gz").unlink()
     items = [{"image": f"in/{name}.nii.gz", "modality": "ct"} for name in ("a", "lost", "z")]
     (tmp_path / "list.json").write_text(json.dumps({"training": items, "test": items}))

@@ -30,7 +30,7 @@ def key_list(name: str) -> Tensors:
     """A file of full size at random values: its names and shapes were read off the original."""
     lines = (GOLDENS / f"keys_{name}.tsv").read_text().split("\n")
     shapes = {key: tuple(map(int, shape.split("x"))) for key, shape in (line.split("\t") for line in lines if line)}
-    index = relative_position_index((7, 7, 7))
+    index = relative_position_index((7, 7, 7), (7, 7, 7))
     return {k: index.clone() if k.endswith("_index") else torch.randn(s) for k, s in shapes.items()}
 
 

@@ -45,18 +45,20 @@ def clip_window(grid: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]
     return cast(Size3, inside), cast(Size3, moved)
 
 
-def relative_position_index(window: Size3) -> Tensor:
+def relative_position_index(window: Size3, table_window: Size3, device: torch.device | None = None) -> Tensor:
     """Row of the bias table for every pair of tokens of a window: (i, j), int64.
 
-    The table has a row for each offset between two tokens: prod(2 w - 1) of them.
+    The table has a row for each offset between two tokens of `table_window`: prod(2 w - 1) of them.
+    Made on the device in every forward pass: a table from the host would have to be waited for, and
+    one kept in the module would be lost where a network is built without values (device meta).
     """
-    axes = [torch.arange(n) for n in window]
+    axes = [torch.arange(n, device=device) for n in window]
     place = torch.stack(torch.meshgrid(*axes, indexing="ij"))
     place = rearrange(place, "axes wd wh ww -> axes (wd wh ww)")
     offsets = rearrange(place, "axes i -> axes i 1") - rearrange(place, "axes j -> axes 1 j")
 
     row = torch.zeros_like(offsets[0])
-    for offset, size in zip(offsets, window):
+    for offset, size in zip(offsets, table_window):
         row = row * (2 * size - 1) + offset + size - 1
     return row
 
@@ -236,8 +238,6 @@ def formula_backward(
 class WindowAttention(nn.Module):
     """Multi-head attention among the tokens of each window, with a learned bias per offset and head."""
 
-    relative_position_index: Tensor
-
     def __init__(self, channels: int, heads: int, window: Size3, clipped_bias: ClippedBias) -> None:
         super().__init__()
         self.heads, self.window, self.clipped_bias = heads, window, clipped_bias
@@ -246,27 +246,21 @@ class WindowAttention(nn.Module):
         rows = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
         self.bias_table = nn.Parameter(torch.zeros(rows, heads))
         trunc_normal_(self.bias_table, std=0.02)
-        index = relative_position_index(window)
-        self.register_buffer("relative_position_index", index, persistent=False)
 
     def bias(self, window: Size3) -> Tensor:
         """Bias of each pair of tokens of a window, which the grid may have clipped: (heads, i, j).
 
-        `rebuilt`: the tokens of a clipped window are a corner of the whole one's, and keep the
-        offsets that they have there. `sliced` takes the first rows and columns instead, as MONAI and
-        the authors do: with 6 tokens of 7 along each axis, 98 % of the pairs then read another
-        offset's row.
+        `rebuilt` looks up the true offset of each pair. `sliced` takes the first rows and columns of
+        the whole window's index, as MONAI and the authors do: with 6 tokens of 7 along each axis,
+        98 % of the pairs then read another offset's row.
         """
-        index = self.relative_position_index
-        d, h, w = window
+        device = self.bias_table.device
         if self.clipped_bias == "rebuilt":
-            by_place = "(wd wh ww) (vd vh vw) -> wd wh ww vd vh vw"
-            wd, wh, ww = self.window
-            index = rearrange(index, by_place, wd=wd, wh=wh, ww=ww, vd=wd, vh=wh, vw=ww)
-            index = index[:d, :h, :w, :d, :h, :w]
-            index = rearrange(index, "wd wh ww vd vh vw -> (wd wh ww) (vd vh vw)")
-        n = d * h * w
-        return rearrange(self.bias_table[index[:n, :n]], "i j heads -> heads i j")
+            index = relative_position_index(window, self.window, device)
+        else:
+            n = window[0] * window[1] * window[2]
+            index = relative_position_index(self.window, self.window, device)[:n, :n]
+        return rearrange(self.bias_table[index], "i j heads -> heads i j")
 
     def forward(self, tokens: Tensor, window: Size3, shift: Size3) -> Tensor:
         """(b, nd, nh, nw, i, c), windows of a grid already rolled by `shift` -> the same shape."""

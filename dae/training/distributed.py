@@ -152,7 +152,6 @@ def parallel(network: nn.Module, ranks: Ranks) -> nn.Module:
     return DistributedDataParallel(
         network,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,  # index tables, the same on every rank
         gradient_as_bucket_view=True,  # gradients lie in the buffers that travel: 250 MB less
     )
 

@@ -116,7 +116,7 @@ def to_monai(state_dict: Tensors, window: Size3 | None = None) -> dict[str, Tens
         theirs[name] = value
         if name.endswith("relative_position_bias_table"):
             size = window or cube(len(value))
-            theirs[name.replace("_bias_table", "_index")] = relative_position_index(size)
+            theirs[name.replace("_bias_table", "_index")] = relative_position_index(size, size)
     return theirs
 
 
@@ -248,7 +248,7 @@ def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
         ((a + 1) // 2, (b + 1) // 2, (rows // (a * b) + 1) // 2) for a in odd for b in odd if rows % (a * b) == 0
     ]
     if index is not None:
-        fitting = [w for w in fitting if prod(w) == len(index) and torch.equal(relative_position_index(w), index)]
+        fitting = [w for w in fitting if prod(w) == len(index) and torch.equal(relative_position_index(w, w), index)]
     elif rows:
         return cube(rows)
     if not fitting:

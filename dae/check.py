@@ -26,7 +26,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "unet": {"feature_size": 8, "depths": (1, 2, 1)},
     "vit_unetr": {"feature_size": 4, "vit_channels": 24, "vit_depth": 3, "vit_heads": 2, "vit_patch": 8},
 }
-ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-3}
+# Seen: 3e-11 and less in float64; in float32 4e-3 on an H200 and 1e-2 on a CPU, for single small
+# parameters, because rounding moves a few activations across the kink of leaky ReLU. A wrong kernel
+# is off by 1 or more.
+ALLOWED = {torch.float64: 1e-9, torch.float32: 5e-2}
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dae import check
 from dae.config import PretextConfig
 from dae.model import SwinUNETR
 from dae.pretext.methods import METHODS, Pretext
@@ -88,7 +89,7 @@ def test_gradients_in_float32_are_those_of_a_cpu_in_float64(batch: int) -> None:
     for (name, a), b in zip(here.named_parameters(), there.parameters()):
         assert a.grad is not None and b.grad is not None
         off = (a.grad.cpu().double() - b.grad).norm() / b.grad.norm()
-        assert off < 1e-4, (name, float(off))
+        assert off < check.ALLOWED[torch.float32], (name, float(off))
 
 
 def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
@@ -103,6 +104,7 @@ def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
 
 @pytest.mark.slow
 def test_compiled_is_one_graph_and_gives_the_same_gradients() -> None:
+    """As test_compile.py on a CPU; what it allows is explained there."""
     losses, gradients = [], []
     for compiled in (False, True):
         net, x = pretext(compiled=compiled), crops()
@@ -110,8 +112,13 @@ def test_compiled_is_one_graph_and_gives_the_same_gradients() -> None:
         loss = run(x, MODALITY.to(GPU), net.draw(x, [1, 2])).loss
         loss.backward()
         losses.append(loss.item())
-        gradients.append({name: p.grad for name, p in net.named_parameters()})
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    for name, gradient in gradients[0].items():
-        off = (gradient - gradients[1][name]).norm() / gradient.norm()
-        assert off < 1e-3, (name, float(off))
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
+
+
+def test_the_check_of_a_machine_finds_its_gradients_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check", "--device", "cuda"])
+    assert check.main() == 0, capsys.readouterr().out

@@ -42,7 +42,7 @@ from dae.training.distributed import (
     parallel,
 )
 from dae.training.figures import loss_curve, reconstruction_sheet
-from dae.training.kernels import advice, choose_kernels, lay_out
+from dae.training.kernels import adopt_layout, advice, choose_kernels, lay_out
 from dae.training.log import (
     Log,
     greeting,
@@ -296,6 +296,7 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
     run.pretext.load_own_state(left["pretext"])
     run.optimizer.load_state_dict(left["optimizer"])
+    adopt_layout(run.optimizer)
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}

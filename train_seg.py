@@ -46,7 +46,7 @@ from dae.training.distributed import (
     parallel,
 )
 from dae.training.figures import overlay_sheet, seg_curve
-from dae.training.kernels import advice, choose_kernels, lay_out
+from dae.training.kernels import adopt_layout, advice, choose_kernels, lay_out
 from dae.training.log import Log, dice_in_words, read, stopped, time_left, versions
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
 from dae.training.schedule import adamw_in_parts, due, fine_tuning_factors, warmup_steps
@@ -317,6 +317,7 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     checkpoint.check_same_samples(run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size)
     checkpoint.load_weights(run.network, left["model"], run.out / "last.pt")
     run.optimizer.load_state_dict(left["optimizer"])
+    adopt_layout(run.optimizer)
     run.scaler.load_state_dict(left["scaler"])
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}

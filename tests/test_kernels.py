@@ -1,5 +1,7 @@
 """dae/training/kernels.py: layouts change no number, and follow a run that is resumed in another way."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from conftest import NETWORK
@@ -53,7 +55,7 @@ def test_a_resumed_optimizer_takes_on_the_layout_of_its_parameters_and_goes_on_a
     resumed.load_state_dict(model.state_dict())
     set_layout(resumed, torch.channels_last_3d)
     again = adamw(resumed.named_parameters(), OptimConfig())
-    again.load_state_dict(optimizer.state_dict())
+    again.load_state_dict(deepcopy(optimizer.state_dict()))
     adopt_layout(again)
     assert all(state["exp_avg"].stride() == p.stride() for p, state in again.state.items())
 

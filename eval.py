@@ -92,13 +92,21 @@ def predict(config: PredictConfig) -> list[Path]:
     for item in items:
         check_intensity(item, [state["plan"] for state in saved])
     names = scoring.case_names([item.image[0] for item in items])
+    before = leaks.read_record(out)  # that it can be added to is known before anything is predicted
     trained = known_cases(config, items, names, seen, unknown)
     written, settings = Written(out), settings_of(config, dtype)
     check_targets(written, dict(zip(names, items)), settings)
+    written.check([leaks.RECORD])
     print(f"{counted(items, 'image')}, {counted(networks, 'checkpoint')}, {averaging(config, plan)}")
 
     recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], plan["foreground_crop"])
     predictors = [predictor(network, dtype, device) for network in networks]
+
+    def keep_record() -> None:
+        split = "" if config.images else config.split
+        make = partial(leaks.write_record, seen=seen, before=before, split=split, cases=now, trained=sorted(trained))
+        written.write(leaks.RECORD, make)
+
     made, now, kept, failed = list[Path](), list[str](), 0, list[str]()
     for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
         file = f"{name}.nii.gz"
@@ -106,6 +114,8 @@ def predict(config: PredictConfig) -> list[Path]:
             source = source_of(item)
             if is_finished(written, file, source):
                 kept += 1
+                if written.last(file).get("trained"):
+                    trained.add(name)
             else:
                 volume = read_channels(item.image)
                 if leaks.is_trained(volume.data, seen):
@@ -113,8 +123,11 @@ def predict(config: PredictConfig) -> list[Path]:
                         leaks.refuse_trained([name], str(item.image[0]), "predict")
                     trained.add(name)
                 labels = predicted(item, volume, predictors, plan, recipe, config, device, steps)
-                written.write(file, partial(save_like, item.image[0], labels), settings=settings, source=source)
+                facts = {"settings": settings, "source": source, "trained": name in trained}
+                written.write(file, partial(save_like, item.image[0], labels), **facts)
                 now.append(name)
+                if name in trained:
+                    keep_record()  # at once: a run that is stopped must not leave a trained case unmarked
             made.append(out / file)
         # What is wrong with one image, or with its size, is not wrong with the next; a full disk is.
         except (InputError, ValueError, RuntimeError, MemoryError) as error:
@@ -124,8 +137,11 @@ def predict(config: PredictConfig) -> list[Path]:
             failed.append(reason if str(item.image[0]) in reason else f"{item.image[0]}: {reason}")
     print(f"{counted(made, 'label map')} in {out}" + f", {kept} of them from before" * (kept > 0))
     if made:
-        split = "" if config.images else config.split
-        leaks.write_record(out, seen, split=split, cases=now, trained=sorted(trained))
+        keep_record()
+    if known := sorted(trained) if config.images else []:
+        say(
+            f"warning: the network was trained on {counted(known, 'image')} of these, as {known[0]}; score refuses them"
+        )
     if failed:
         raise InputError(f"{len(failed)} of {len(items)} cases could not be predicted: {'; '.join(failed)}")
     return made
@@ -333,7 +349,6 @@ def known_cases(
     config: PredictConfig, items: Sequence[Item], names: Sequence[str], seen: leaks.Seen, unknown: Sequence[str]
 ) -> set[str]:
     """Cases whose subject the checkpoints were trained on; refused without --allow-trained. Raises InputError."""
-    leaks.read_record(Path(config.out))  # that it can be added to is known before anything is predicted
     if unknown:
         print(f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on")
     if config.images:

@@ -111,7 +111,8 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
             record.event("validation", step=step, **validation)
             record.say(f"step {step}: {in_words(validation)}")
             draw_losses(run)
-            keep_best(run, validation)
+            if step > first:
+                keep_best(run, validation)
             advise(run, record, validation, done=done)
         if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
             save(run, "last.pt")
@@ -208,7 +209,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     facts = {
         "config": to_json(config), "plan": plan_of(config, items, channels),
         "data": items.fingerprint([volume.content for volume in crops.volumes]),
-        "global_batch": crops.global_batch, "threads": torch.get_num_threads(),
+        "global_batch": crops.global_batch, "threads": torch.get_num_threads(), "drawn_on": ranks.device.type,
     }  # fmt: skip
     run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
     run.notes = list(items.notes)
@@ -305,7 +306,12 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     was = contrasted(then, left["global_batch"] // (then.batch_size * then.accumulate))
     if run.config.alpha and was != (now := contrasted(run.config, run.ranks.world)):
         notes.append(f"CMCL compared {was} samples with each other before, {now} now")
-    if left["config"]["validate_crops"] != run.config.validate_crops:
+    if run.config.mask_scope == "batch" and then.batch_size != run.config.batch_size:
+        notes.append("--mask-scope batch draws a mask for each micro-batch, which has other samples now")
+    drawn_on = run.facts["drawn_on"]
+    if left.get("drawn_on", drawn_on) != drawn_on:
+        notes.append(f"noise and masks were drawn on {left['drawn_on']} and are on {drawn_on} now: others")
+    if left["config"]["validate_crops"] != run.config.validate_crops and left["step"] < run.config.steps:
         run.state["best"] = math.inf
         notes.append("validation is on other crops, so best.pt is chosen anew")
     run.note = "".join(f"; {note}" for note in notes)

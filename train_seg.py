@@ -211,7 +211,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         "data": items.fingerprint(trained, validated, labels=True), "global_batch": crops.global_batch,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    notes = [*items.notes, *leaks.known_before(items, before)]
+    notes = [*items.notes, *leaks.known_before(items, validated, before)]
     notes += notes_on(given) if given and taken else []
     run = Run(config, ranks, out, classes, crops, held_out, network, network, optimizer, scaler, dtype, facts, taken,
               notes, items.fingerprint_by_size(labels=True) if left else "")  # fmt: skip

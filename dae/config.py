@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
@@ -136,7 +136,9 @@ class RunConfig:
     preset: str = opt("", "paper: the text; official: the authors' code; demo: phantoms on a CPU, in minutes")
     out: str = opt("runs/pretrain", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
     resume: bool = opt(False, "continue the run in --out, or start it where there is none yet")
-    stop_after: int = opt(0, "save and stop after this step; --resume goes on; 0: run to --steps", low=0)
+    stop_after: int = opt(
+        0, "save and stop after this step; --resume without this flag goes on; 0: run to --steps", low=0
+    )
     log_every: int = opt(10, "steps between train events in log.jsonl", low=1)
     validate_every: int = opt(0, "steps between validations; 0: a tenth of --steps", low=0)
     save_every: int = opt(0, "steps between checkpoints; 0: a tenth of --steps, at most 500", low=0)
@@ -300,9 +302,12 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
-    """Flags whose value is not the saved one, of those that a resumed run may not change."""
-    now = json.loads(json.dumps(to_json(config)))
-    return [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name, MISSING)]
+    """Flags whose value is not the saved one, of those that a resumed run may not change.
+
+    A flag that the run of an older version did not know yet was at its default.
+    """
+    now, usual = (json.loads(json.dumps(to_json(each))) for each in (config, type(config)()))
+    return [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name, usual[name])]
 
 
 def from_command_line(cls: type[C], *, prog: str, description: str, arguments: Sequence[str] | None = None) -> C:

@@ -50,9 +50,10 @@ def test_half_a_launch_is_refused_by_what_is_there_and_what_is_not(monkeypatch: 
 
 
 def test_tasks_of_slurm_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    launch(monkeypatch, SLURM_NTASKS="8")
-    assert refusal().startswith("SLURM_NTASKS 8: ") and "--out" in refusal()
-    launch(monkeypatch, SLURM_STEP_NUM_TASKS="1")  # one task of a job that has room for eight
+    launch(monkeypatch, SLURM_STEP_NUM_TASKS="8")
+    assert refusal().startswith("SLURM_STEP_NUM_TASKS 8: ") and "--out" in refusal()
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    launch(monkeypatch, SLURM_NTASKS="8")  # a batch script, which is one process
     assert start("cpu").world == 1
     launch(monkeypatch, SLURM_STEP_NUM_TASKS="8", WORLD_SIZE="1")
     assert "8 runs" in refusal()

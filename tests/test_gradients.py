@@ -228,6 +228,23 @@ def test_the_check_of_a_machine_finds_a_wrong_gradient(
     assert capsys.readouterr().out.startswith("gradients right" if right else "gradients WRONG")
 
 
+def test_the_check_of_a_machine_takes_nan_for_wrong(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a bf16 kernel of torch 2.14 has made them; a comparison with NaN is never true."""
+    right = check.gradients
+
+    def spoilt(model: nn.Module, x: Tensor) -> Gradients:
+        found = right(model, x)
+        next(iter(found.values())).fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(check, "gradients", spoilt)
+    monkeypatch.setattr("sys.argv", ["check", "--device", "cpu"])
+    assert check.main() == 1
+    assert capsys.readouterr().out.startswith("gradients WRONG")
+
+
 def torch_is_wrong_at_batch_1() -> bool:
     """Whether this torch still has the fault; once it is gone, so may be ContiguousGradient."""
     x = torch.randn(1, 4, 3, 4, 5, dtype=torch.float64, requires_grad=True)

@@ -215,6 +215,32 @@ def test_a_trained_image_is_known_by_its_voxels_whatever_its_name(
     assert json.loads((tmp_path / "q" / leaks.RECORD).read_text())["trained"] == ["anonymous"]
 
 
+def test_a_trained_image_stays_known_when_prediction_stops_after_it(
+    tiny_seg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mark is written with the label map, and is there after a stop and after going on."""
+    config = tiny_seg(steps=1)
+    main(config)
+    content = json.loads(Path(config.data).read_text())
+    image, other = (str(Path(config.data).parent / entry["image"]) for entry in content["training"][:2])
+    common = {"checkpoint": (f"{config.out}/last.pt",), "device": "cpu", "amp": "off", "out": str(tmp_path / "p")}
+    predicted, calls = evaluate.predicted, []
+
+    def stop_at_the_second(*given: Any) -> Any:
+        calls.append(given)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return predicted(*given)
+
+    monkeypatch.setattr(evaluate, "predicted", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.predict(PredictConfig(images=(image, other), **common))
+    name = Path(image).name.removesuffix(".nii.gz")
+    assert json.loads((tmp_path / "p/predicted.json").read_text())["trained"] == [name]
+    evaluate.predict(PredictConfig(images=(image, other), **common))
+    assert name in json.loads((tmp_path / "p/predicted.json").read_text())["trained"]
+
+
 def test_checkpoints_of_several_folds_hold_out_what_none_of_them_has_seen(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path
 ) -> None:

@@ -506,3 +506,11 @@ def test_on_real_volumes_it_beats_its_input(tmp_path: Path) -> None:
         window=(4, 4, 4), feature_size=12, recon="residual", lr=1e-3, warmup=20, steps=300,
     ))  # fmt: skip
     assert result["l1"] < result["l1_input"]
+
+
+def test_a_finished_run_that_is_resumed_with_other_crops_keeps_its_best(tiny: Config) -> None:
+    config = tiny(steps=4, validate_every=1)
+    main(config)
+    best = (Path(config.out) / "best.pt").read_bytes()
+    main(replace(config, resume=True, validate_crops=1))
+    assert (Path(config.out) / "best.pt").read_bytes() == best

@@ -12,7 +12,7 @@ from dae.config_seg import SegConfig
 from dae.data.batches import LabelledCrops
 from dae.data.cache import Cached
 from dae.data.datalist import load
-from dae.data.sides import Flips, choose_flips, continued, flips_of, likely_pairs, names_a_side
+from dae.data.sides import Flips, choose_flips, continued, flips_of, likely_pairs
 
 # As people write them: TotalSegmentator, FreeSurfer, TG-263, MONAI's BTCV list, and by hand.
 PAIRS = [
@@ -50,7 +50,7 @@ def test_a_pair_is_known_however_it_is_written_and_stops_left_right_flips(names:
     for one, other in (names, names[::-1]):
         its = classes("liver", one, other)
         flips = choose_flips(its, None)
-        assert likely_pairs(its) == [(2, 3)] and names_a_side(its)
+        assert likely_pairs(its) == [(2, 3)]
         assert flips.axes == (1, 2) and not flips.swap
         assert repr(one) in flips.reason and repr(other) in flips.reason and '"swap": [[2, 3]]' in flips.reason
 

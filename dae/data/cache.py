@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from dae.config import InputError
 from dae.data.datalist import Content, Item
+from dae.data.nifti import read_grid
 from dae.data.preprocess import Recipe, prepare
 
 FORMAT = 4  # of the folders below; counts up when what they hold changes
@@ -175,17 +176,14 @@ def room_for(item: Item, recipe: Recipe) -> int:
     voxels, channels = 0, 0
     for path in item.image:
         try:
-            image = nib.load(path)
-            shape, affine = image.shape, image.affine
-            unit = {"meter": 1000.0, "micron": 0.001}.get(image.header.get_xyzt_units()[0], 1.0)
-            size = dict(zip(nib.io_orientation(affine)[:, 0], zip(shape, unit * voxel_sizes(affine))))
-        except Exception:  # nibabel has a dozen kinds of error for a file that is none
+            grid, shape = read_grid(path), nib.load(path).shape
+        except InputError:
             return 0
-        along = [size.get(axis, (0, 0.0)) for axis in range(3)]  # voxels and mm along d h w
+        mm = voxel_sizes(grid.affine)
         if recipe.spacing:
-            voxels = math.prod(round(n * mm / new) for (n, mm), new in zip(along, recipe.spacing))
+            voxels = math.prod(round(n * old / new) for n, old, new in zip(grid.shape, mm, recipe.spacing))
         else:
-            voxels = math.prod(n for n, _ in along)
+            voxels = math.prod(grid.shape)
         channels += shape[3] if len(shape) > 3 and item.channel is None else 1
     places = 4096 * 3 * 4  # of some foreground
     return voxels * (channels * np.dtype(DTYPE).itemsize + (item.label is not None)) + places

@@ -158,9 +158,15 @@ def seen_by(
     }
 
 
-def known_before(items: DataList, before: Seen | None) -> list[str]:
-    """A line, or none, on those who validate and were trained on by the weights that the run starts from."""
-    known = [items.validation[n].image[0].name for n in trained_among(items.validation, before or {})]
+def known_before(items: DataList, validated: Sequence[Content], before: Seen | None) -> list[str]:
+    """A line, or none, on those who validate and were trained on by the weights that the run starts from.
+
+    validated: what was found in the files that validate, in their order; known by voxels or by subject.
+    """
+    voxels = set((before or {}).get("voxels", ()))
+    places = set(trained_among(items.validation, before or {}))
+    places |= {n for n, content in enumerate(validated) if voxels & set(content.image)}
+    known = [items.validation[n].image[0].name for n in sorted(places)]
     told = (
         f"warning: the weights were trained on {len(known)} of the images that validate, as {', '.join(known[:1])}: "
         "their Dice says nothing of new ones"
@@ -178,7 +184,7 @@ def seen_of(saved: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[d
     known: list[Mapping[str, Any]] = [state["plan"].get("seen", {}) for state in saved]
     trained, voxels = ({name for one in known for name in one.get(key, ())} for key in ("trained", "voxels"))
     held = set.intersection(*(set(one.get("held_out", ())) for one in known))
-    told = {**flags[0], "trained": sorted(trained), "held_out": sorted(held - trained), "voxels": sorted(voxels)}
+    told = {**flags[0], "trained": sorted(trained), "held_out": sorted(held), "voxels": sorted(voxels)}
     return told, [name for name, one in zip(names, known) if not one]
 
 
@@ -224,20 +230,19 @@ def read_record(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_record(folder: Path, seen: Seen, *, split: str, cases: Sequence[str], trained: Sequence[str]) -> None:
-    """Beside predictions: which split they are of, whom the network held out, and which cases it was trained on.
+def write_record(
+    path: Path, seen: Seen, *, before: Mapping[str, Any], split: str, cases: Sequence[str], trained: Sequence[str]
+) -> None:
+    """For predictions: which split they are of, whom the network held out, and which cases it was trained on.
 
-    Cases of an earlier prediction into this folder stay known.
+    Cases of an earlier prediction into the folder, of which `before` is the record, stay known.
     """
-    before = set(read_record(folder).get("trained", [])) - set(cases)
     content = {
         "split": split,
         **{name: seen[name] for name in ("fold", "split_seed", "held_out")},
-        "trained": sorted(before | set(trained)),
+        "trained": sorted((set(before.get("trained", [])) - set(cases)) | set(trained)),
     }
-    aside = folder / f"{RECORD}.part"
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(folder / RECORD)
+    path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def refuse_trained(cases: Sequence[str], where: str, doing: str) -> None:

@@ -130,12 +130,6 @@ def in_words(pairs: Pairs, organs: Mapping[int, str], most: int = 3) -> str:
     return named + (f" and {len(pairs) - most} more" if len(pairs) > most else "")
 
 
-def names_a_side(classes: Mapping[int, str]) -> bool:
-    """Whether a class may be the left or the right one of a pair."""
-    organs = {label: name for label, name in classes.items() if label != 0}
-    return bool(likely_pairs(organs)) or any(map(side_of, organs.values()))
-
-
 # --- names
 
 

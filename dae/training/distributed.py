@@ -116,11 +116,11 @@ def check_not_repeated() -> None:
 
     Each would be a whole run of its own, and all would write one --out.
     """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or "1"
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; a batch script has SLURM_NTASKS and is one process
     if tasks.isdecimal() and int(tasks) > 1:
         raise InputError(
-            f"SLURM_NTASKS {tasks}: {tasks} tasks without torchrun would be {tasks} runs on one --out; start one "
-            "torchrun a node (srun --ntasks-per-node=1 torchrun ...), or set SLURM_NTASKS=1 for one process"
+            f"SLURM_STEP_NUM_TASKS {tasks}: {tasks} tasks of srun without torchrun would be {tasks} runs on one --out; "
+            "start one torchrun a node (srun --ntasks-per-node=1 torchrun ...), or take srun --ntasks=1"
         )
 
 

@@ -87,8 +87,14 @@ def predict(config: PredictConfig) -> list[Path]:
     plan = saved[0]["plan"]
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
+    if strange := [label for label in steps if str(label) not in plan["classes"]]:
+        raise InputError(f"--postprocess {config.postprocess}: label {strange[0]} is no class of the checkpoint")
     seen, unknown = leaks.seen_of(saved, config.checkpoint)
-    items = images_of(config, plan) if config.images else cases_of(config, config.modality, seen, unknown)[1]
+    if config.images:
+        items: Sequence[Item] = images_of(config, plan)
+    else:
+        listed, items = cases_of(config, config.modality, seen, unknown)
+        check_classes(listed.labels, plan, config.data)
     for item in items:
         check_intensity(item, [state["plan"] for state in saved])
     names = scoring.case_names([item.image[0] for item in items])
@@ -385,6 +391,14 @@ def known_intensity(kind: str, plan: Mapping[str, Any], where: str) -> tuple[str
     if kind not in known:
         raise InputError(f"{where}: the network knows {', '.join(known)}; name the images' own")
     return tuple(known[kind])
+
+
+def check_classes(labels: Mapping[int, str], plan: Mapping[str, Any], data: str) -> None:
+    """Raises InputError where the list gives a label of the checkpoint another name: it is another task's."""
+    for label, name in labels.items():
+        known = plan["classes"].get(str(label), name)
+        if label != 0 and known.casefold() != name.casefold():
+            raise InputError(f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint")
 
 
 def check_intensity(item: Item, plans: Sequence[Mapping[str, Any]]) -> None:

@@ -178,9 +178,10 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
     out = Path(config.out)
     demo = config.preset == "demo" and not config.data
-    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo")
+    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo",
+                                inputs=(config.init, config.data))  # fmt: skip
     # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    left = checkpoint.left_in(out, resume=config.resume)
+    left = checkpoint.left_in(out, resume=config.resume, script="train_pretrain.py")
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
         checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)

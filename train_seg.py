@@ -167,9 +167,10 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
     out = Path(config.out)
     demo = config.preset == "demo" and not config.data
-    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo_seg")
+    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo_seg",
+                                inputs=(config.pretrained, config.data))  # fmt: skip
     # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    left = checkpoint.left_in(out, resume=config.resume)
+    left = checkpoint.left_in(out, resume=config.resume, script="train_seg.py")
     given = files.read(Path(config.pretrained), files.asked_quirks(config)) if config.pretrained and not left else None
     if not (left or given or config.from_scratch):
         raise InputError("--pretrained: give a file of weights, or --from-scratch")

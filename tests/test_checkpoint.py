@@ -133,3 +133,31 @@ def test_every_random_state_is_restored(tmp_path: Path) -> None:
     first = draws()
     checkpoint.restore_rng(checkpoint.load(path)["rng"])
     assert draws() == first
+
+
+@pytest.mark.parametrize("name", ["best.pt", "config.json", "figures/loss.png"])
+def test_a_file_that_is_not_a_runs_is_not_replaced_by_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which a run would replace"):
+        checkpoint.check_out_folder(tmp_path, resume=False)
+
+
+def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_path: Path) -> None:
+    """Weights or a data list in the run folder, under a name of the run's own, or a link to one."""
+    (tmp_path / "config.json").write_text("a data list")
+    (tmp_path / "link.json").symlink_to(tmp_path / "config.json")
+    for given in ("config.json", "link.json"):
+        with pytest.raises(InputError, match=f"{given} is read and would be replaced"):
+            checkpoint.check_out_folder(tmp_path, resume=True, inputs=("", str(tmp_path / given)))
+
+
+@pytest.mark.parametrize("classes, made_by", [({}, "train_pretrain.py"), ({"0": "background"}, "train_seg.py")])
+def test_a_run_of_the_other_script_is_named_when_it_is_resumed(
+    classes: dict[str, str], made_by: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": classes}})
+    other = {"train_pretrain.py": "train_seg.py", "train_seg.py": "train_pretrain.py"}[made_by]
+    with pytest.raises(InputError, match=f"is of a run of {made_by}; name another --out"):
+        checkpoint.left_in(tmp_path, resume=True, script=other)
+    assert checkpoint.left_in(tmp_path, resume=True, script=made_by) is not None

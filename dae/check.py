@@ -24,7 +24,13 @@ from dae.training.kernels import set_layout
 SMALL: dict[str, dict[str, Any]] = {
     "swin_unetr": {"feature_size": 8, "depths": (2, 2), "heads": (2, 2), "window": (3, 3, 3)},
     "unet": {"feature_size": 8, "depths": (1, 2, 1)},
-    "vit_unetr": {"feature_size": 4, "vit_channels": 24, "vit_depth": 3, "vit_heads": 2, "vit_patch": 8},
+    "vit_unetr": {
+        "feature_size": 4,
+        "vit_channels": 24,
+        "vit_depth": 3,
+        "vit_heads": 2,
+        "vit_patch": 8,
+    },
 }
 # Seen: 3e-11 and less in float64; in float32 4e-3 on an H200 and 1e-2 on a CPU, for single small
 # parameters, because rounding moves a few activations across the kink of leaky ReLU. A wrong kernel
@@ -33,8 +39,12 @@ ALLOWED = {torch.float64: 1e-9, torch.float32: 5e-2}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m dae.check", description=(__doc__ or "").strip())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser = argparse.ArgumentParser(
+        prog="python -m dae.check", description=(__doc__ or "").strip()
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda"
+    )
     device = torch.device(parser.parse_args().device)
     dtype = torch.float32 if device.type == "cuda" else torch.float64
     torch.backends.cudnn.allow_tf32 = False

@@ -15,19 +15,32 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import PretrainConfig, RunConfig, asked_for
-from dae.config_seg import SegConfig
-from dae.data.phantom import write_phantoms
+from dae.config.command_line import was_set
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
+from dae.config.shared import RunConfig
+from dae.demo.phantom import write_phantoms
 from dae.training.log import read
 
 ROOT = Path(__file__).parents[1]
-NETWORK: dict[str, Any] = {"feature_size": 8, "depths": (1, 1), "heads": (2, 2), "window": (2, 2, 2)}
+NETWORK: dict[str, Any] = {
+    "feature_size": 8,
+    "depths": (1, 1),
+    "heads": (2, 2),
+    "window": (2, 2, 2),
+}
 torch.set_num_threads(1)  # tiny tensors: threads only cost
 
 
-def smooth_volume(rng: np.random.Generator, modality: str, size: tuple[int, int, int]) -> np.ndarray:
+def smooth_volume(
+    rng: np.random.Generator, modality: str, size: tuple[int, int, int]
+) -> np.ndarray:
     """Blocks of 6 voxels in HU or in arbitrary MR units."""
-    coarse = rng.normal(0, 300, [-(-n // 6) for n in size]) if modality == "ct" else rng.uniform(100, 900, [5, 5, 5])
+    coarse = (
+        rng.normal(0, 300, [-(-n // 6) for n in size])
+        if modality == "ct"
+        else rng.uniform(100, 900, [5, 5, 5])
+    )
     fine = coarse.repeat(6, 0).repeat(6, 1).repeat(6, 2)
     return fine[: size[0], : size[1], : size[2]].astype(np.float32)
 
@@ -44,8 +57,12 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return {"image": f"{name}.nii", "modality": modality, "subject": name}
 
     kinds = ("ct", "t1", "t2", "ct", "t1")
-    training = [entry(f"train{n}", kind, (20, 24, 12 if n == 2 else 18)) for n, kind in enumerate(kinds)]
-    validation = [entry(f"held{n}", kind, (18, 18, 18)) for n, kind in enumerate(("t1", "ct", "t2"))]
+    training = [
+        entry(f"train{n}", kind, (20, 24, 12 if n == 2 else 18)) for n, kind in enumerate(kinds)
+    ]
+    validation = [
+        entry(f"held{n}", kind, (18, 18, 18)) for n, kind in enumerate(("t1", "ct", "t2"))
+    ]
     path = folder / "list.json"
     path.write_text(json.dumps({"training": training, "validation": validation}))
     return path
@@ -57,10 +74,20 @@ def tiny(volumes: Path, tmp_path: Path) -> Callable[..., PretrainConfig]:
 
     def config(**given: Any) -> PretrainConfig:
         defaults: dict[str, Any] = {
-            "data": str(volumes), "out": str(tmp_path / "run"), "cache_dir": str(volumes.parent / "cache"),
-            "crop": (16, 16, 16), **NETWORK, "steps": 4, "lr": 1e-2, "workers": 0, "device": "cpu", "amp": "off",
-            "log_every": 1, "validate_crops": 3, "validate_every": 1000,
-        }  # fmt: skip
+            "data": str(volumes),
+            "out": str(tmp_path / "run"),
+            "cache_dir": str(volumes.parent / "cache"),
+            "crop": (16, 16, 16),
+            **NETWORK,
+            "steps": 4,
+            "lr": 1e-2,
+            "workers": 0,
+            "device": "cpu",
+            "amp": "off",
+            "log_every": 1,
+            "validate_crops": 3,
+            "validate_every": 1000,
+        }
         return PretrainConfig(**{**defaults, **given})
 
     return config
@@ -73,10 +100,20 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_phantoms(folder / "phantoms", subjects=3, size=(32, 32, 32))
     from train_pretrain import main
 
-    main(PretrainConfig(
-        data=str(folder / "phantoms/pretrain.json"), out=str(folder / "pre"), cache_dir=str(folder / "cache"),
-        crop=(16, 16, 16), **NETWORK, steps=2, workers=0, device="cpu", amp="off", validate_crops=1,
-    ))  # fmt: skip
+    main(
+        PretrainConfig(
+            data=str(folder / "phantoms/pretrain.json"),
+            out=str(folder / "pre"),
+            cache_dir=str(folder / "cache"),
+            crop=(16, 16, 16),
+            **NETWORK,
+            steps=2,
+            workers=0,
+            device="cpu",
+            amp="off",
+            validate_crops=1,
+        )
+    )
     return folder
 
 
@@ -86,10 +123,19 @@ def tiny_seg(pretrained: Path, tmp_path: Path) -> Callable[..., SegConfig]:
 
     def config(**given: Any) -> SegConfig:
         defaults: dict[str, Any] = {
-            "data": str(pretrained / "phantoms/ct_seg.json"), "pretrained": str(pretrained / "pre/last.pt"),
-            "out": str(tmp_path / "run"), "cache_dir": str(pretrained / "cache"), "crop": (16, 16, 16), "steps": 4,
-            "batch_size": 2, "workers": 0, "device": "cpu", "amp": "off", "log_every": 1, "validate_every": 1000,
-        }  # fmt: skip
+            "data": str(pretrained / "phantoms/ct_seg.json"),
+            "pretrained": str(pretrained / "pre/last.pt"),
+            "out": str(tmp_path / "run"),
+            "cache_dir": str(pretrained / "cache"),
+            "crop": (16, 16, 16),
+            "steps": 4,
+            "batch_size": 2,
+            "workers": 0,
+            "device": "cpu",
+            "amp": "off",
+            "log_every": 1,
+            "validate_every": 1000,
+        }
         return SegConfig(**{**defaults, **given})
 
     return config
@@ -103,7 +149,7 @@ def flags(config: RunConfig) -> list[str]:
     """The command line that gives this configuration."""
     arguments: list[str] = []
     for name, value in vars(config).items():
-        if not asked_for(config, name):
+        if not was_set(config, name):
             continue
         flag = name.replace("_", "-")
         if isinstance(value, bool):
@@ -117,22 +163,35 @@ def flags(config: RunConfig) -> list[str]:
 
 def train(config: RunConfig, *, ranks: int = 0, **keys: Any) -> subprocess.CompletedProcess[str]:
     """train_pretrain.py or train_seg.py in a process of its own, or under torchrun."""
-    return subprocess.run(command(config, ranks=ranks), capture_output=True, text=True, env=environment(), **keys)
+    return subprocess.run(
+        command(config, ranks=ranks), capture_output=True, text=True, env=environment(), **keys
+    )
 
 
 def command(config: RunConfig, *, ranks: int = 0) -> list[str]:
     script = "train_seg.py" if isinstance(config, SegConfig) else "train_pretrain.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
     return [*(launch if ranks else [sys.executable]), str(ROOT / script), *flags(config)]
 
 
 def interrupt(config: RunConfig, number: signal.Signals, *, after_step: int, ranks: int = 0) -> int:
     """Start a run, send a signal once it has logged a step, and give the exit code."""
     process = subprocess.Popen(
-        command(config, ranks=ranks), stderr=subprocess.DEVNULL, env=environment(), start_new_session=True
+        command(config, ranks=ranks),
+        stderr=subprocess.DEVNULL,
+        env=environment(),
+        start_new_session=True,
     )
     path = Path(config.out) / "log.jsonl"
-    while process.poll() is None and not (path.exists() and any(e.get("step", 0) >= after_step for e in read(path))):
+    while process.poll() is None and not (
+        path.exists() and any(e.get("step", 0) >= after_step for e in read(path))
+    ):
         time.sleep(0.05)
     os.killpg(process.pid, number)  # as schedulers do: the workers that read ahead are hit as well
     return process.wait(timeout=60)

@@ -8,8 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dae.config_seg import AugmentConfig
-from dae.data.augment import augment, contrasted, corner_around, crop, labelled_crop, random_corner, random_crop, zoomed
+from dae.config.segment import AugmentConfig
+from dae.data.augment import (
+    augment,
+    contrasted,
+    corner_around,
+    crop,
+    labelled_crop,
+    random_corner,
+    random_crop,
+    zoomed,
+)
 from dae.data.cache import Cached
 from dae.data.sides import choose_flips
 
@@ -36,9 +45,13 @@ def test_a_crop_is_a_copy() -> None:
 
 
 @pytest.mark.parametrize("corner", [(-2, -1, -3), (3, 4, 5), (-1, 3, 0), (-9, 0, 0)], ids=str)
-def test_beyond_the_volume_a_crop_shows_the_background_of_each_channel(corner: tuple[int, int, int]) -> None:
+def test_beyond_the_volume_a_crop_shows_the_background_of_each_channel(
+    corner: tuple[int, int, int],
+) -> None:
     size = (9, 5, 12) if corner != (-9, 0, 0) else (3, 7, 8)  # the last lies wholly outside
-    padded = np.stack([np.pad(x, 20, constant_values=value) for x, value in zip(VOLUME, BACKGROUND)])
+    padded = np.stack(
+        [np.pad(x, 20, constant_values=value) for x, value in zip(VOLUME, BACKGROUND)]
+    )
     d, h, w = (slice(at + 20, at + 20 + s) for at, s in zip(corner, size))
     assert np.array_equal(crop(VOLUME, corner, size, BACKGROUND), padded[:, d, h, w])
 
@@ -57,13 +70,21 @@ def test_a_volume_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path) -> No
 def test_random_corners_reach_all_of_the_grid_and_never_leave_it() -> None:
     rng = np.random.default_rng(0)
     corners = np.array([random_corner((6, 7, 8), (4, 7, 2), rng) for _ in range(500)])
-    assert [sorted(set(along)) for along in corners.T.tolist()] == [[0, 1, 2], [0], [0, 1, 2, 3, 4, 5, 6]]
+    assert [sorted(set(along)) for along in corners.T.tolist()] == [
+        [0, 1, 2],
+        [0],
+        [0, 1, 2, 3, 4, 5, 6],
+    ]
     middle_counts = np.bincount(corners[:, 0])
-    assert middle_counts.min() > 500 / 3 - 4 * (500 * 2 / 9) ** 0.5  # evenly: four standard deviations
+    assert (
+        middle_counts.min() > 500 / 3 - 4 * (500 * 2 / 9) ** 0.5
+    )  # evenly: four standard deviations
 
 
 @pytest.mark.parametrize("n, size", list(product((5, 8), (1, 2, 3, 5))))
-def test_a_crop_around_a_place_has_it_as_near_to_the_centre_as_the_grid_allows(n: int, size: int) -> None:
+def test_a_crop_around_a_place_has_it_as_near_to_the_centre_as_the_grid_allows(
+    n: int, size: int
+) -> None:
     for place in range(n):
         by_force = min(range(n - size + 1), key=lambda at: abs(at + size // 2 - place))
         (found, *_) = corner_around((place, 0, 0), (n, 1, 1), (size, 1, 1))
@@ -81,11 +102,15 @@ def test_a_crop_on_foreground_holds_a_foreground_voxel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_share_of_crops_on_foreground_is_the_one_asked_for(share: float, tmp_path: Path) -> None:
+def test_the_share_of_crops_on_foreground_is_the_one_asked_for(
+    share: float, tmp_path: Path
+) -> None:
     data = np.zeros((1, 30, 30, 30))
     data[0, 29, 29, 29] = 1  # a crop elsewhere has it once in 28^3
     volume, rng = on_disk(tmp_path, data, (29, 29, 29)), np.random.default_rng(0)
-    held = np.mean([random_crop(volume, (3, 3, 3), rng, foreground=share).max() for _ in range(300)])
+    held = np.mean(
+        [random_crop(volume, (3, 3, 3), rng, foreground=share).max() for _ in range(300)]
+    )
     assert abs(held - share) <= 4 * (share * (1 - share) / 300) ** 0.5
 
 
@@ -96,7 +121,9 @@ def test_no_crop_is_centred_on_what_was_not_annotated(tmp_path: Path) -> None:
     volume, rng = on_disk(tmp_path, label[None], *places), np.random.default_rng(0)
     np.save(tmp_path / "label.npy", label)
     for ignore, met in ((None, {1, 2, 9}), (9, {1, 2})):
-        crops = [labelled_crop(volume, (3, 3, 3), rng, positive=1.0, ignore=ignore)[1] for _ in range(40)]
+        crops = [
+            labelled_crop(volume, (3, 3, 3), rng, positive=1.0, ignore=ignore)[1] for _ in range(40)
+        ]
         assert {int(crop[1, 1, 1]) for crop in crops} == met
 
 
@@ -104,15 +131,24 @@ def test_the_generator_decides_the_crop(tmp_path: Path) -> None:
     volume = on_disk(tmp_path, VOLUME, (3, 3, 3))
 
     def crops() -> list[bytes]:
-        return [random_crop(volume, (3, 3, 3), np.random.default_rng(seed)).tobytes() for seed in range(20)]
+        return [
+            random_crop(volume, (3, 3, 3), np.random.default_rng(seed)).tobytes()
+            for seed in range(20)
+        ]
 
     assert crops() == crops() and len(set(crops())) > 10
 
 
 # --- augmentation: every voxel carries the place that it came from -----------------------------------
 
-SHAPE = (21, 21, 19)  # so large that a zoom moves labels; a square axial plane can be turned by 90 degrees
-PLACES = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(np.float32)  # (3, d, h, w)
+SHAPE = (
+    21,
+    21,
+    19,
+)  # so large that a zoom moves labels; a square axial plane can be turned by 90 degrees
+PLACES = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(
+    np.float32
+)  # (3, d, h, w)
 LABEL = np.random.default_rng(1).integers(0, 5, SHAPE).astype(np.uint8)
 LABEL[0, 0, 0] = 255  # what was not annotated
 
@@ -129,10 +165,16 @@ def drawn(
     """`n` augmentations of one crop, whose arrays must come out as training takes them."""
     for seed in range(n):
         before = x.copy(), label.copy()
-        found, its = augment(x, label, np.random.default_rng(seed), chances, **{"flip_axes": (0, 1, 2), **how})
+        found, its = augment(
+            x, label, np.random.default_rng(seed), chances, **{"flip_axes": (0, 1, 2), **how}
+        )
         assert np.array_equal(x, before[0]) and np.array_equal(label, before[1])
         assert found.dtype == np.float32 and its.dtype == np.uint8
-        assert found.flags.c_contiguous and its.flags.c_contiguous and found.shape[1:] == its.shape == label.shape
+        assert (
+            found.flags.c_contiguous
+            and its.flags.c_contiguous
+            and found.shape[1:] == its.shape == label.shape
+        )
         yield found, its
 
 
@@ -146,10 +188,17 @@ def test_nothing_changes_where_every_chance_is_0() -> None:
         assert np.array_equal(x, PLACES) and np.array_equal(label, LABEL)
 
 
-@pytest.mark.parametrize("chances, positions", [
-    ({"flip": 0.5}, 8), ({"rotate": 0.5}, 4), ({"flip": 0.5, "rotate": 0.5}, 16),
-])  # fmt: skip
-def test_a_label_stays_on_its_voxel_through_flips_and_rotations(chances: dict[str, float], positions: int) -> None:
+@pytest.mark.parametrize(
+    "chances, positions",
+    [
+        ({"flip": 0.5}, 8),
+        ({"rotate": 0.5}, 4),
+        ({"flip": 0.5, "rotate": 0.5}, 16),
+    ],
+)
+def test_a_label_stays_on_its_voxel_through_flips_and_rotations(
+    chances: dict[str, float], positions: int
+) -> None:
     seen = set()
     for x, label in drawn(only(**chances), 100):
         assert np.array_equal(label, LABEL[origins(x)])
@@ -166,7 +215,9 @@ def test_flips_are_those_of_numpy_along_each_axis_that_is_named_and_no_other() -
 
 def test_rotations_are_by_90_180_and_270_degrees_in_the_axial_plane() -> None:
     quarter = [np.rot90(PLACES, n, (1, 2)) for n in (1, 2, 3)]
-    counts = [sum(np.array_equal(x, turned) for x, _ in drawn(only(rotate=1.0), 90)) for turned in quarter]
+    counts = [
+        sum(np.array_equal(x, turned) for x, _ in drawn(only(rotate=1.0), 90)) for turned in quarter
+    ]
     assert sum(counts) == 90 and min(counts) > 15
     oblong = PLACES[:, :, :19]
     for x, _ in drawn(only(rotate=1.0), 5, x=oblong, label=LABEL[:, :19]):
@@ -205,18 +256,25 @@ def test_brightness_scales_and_shifts_all_channels_alike_and_no_label() -> None:
 
 
 def test_contrast_is_a_gamma_between_each_channels_own_ends() -> None:
-    own = PLACES * np.array([1.0, -2.0, 0.1])[:, None, None, None] + np.array([5.0, 0.0, -3.0])[:, None, None, None]
+    own = (
+        PLACES * np.array([1.0, -2.0, 0.1])[:, None, None, None]
+        + np.array([5.0, 0.0, -3.0])[:, None, None, None]
+    )
     low, span = own.min((1, 2, 3), keepdims=True), np.ptp(own, (1, 2, 3), keepdims=True)
     share, gammas = (own - low) / span, []
     for x, label in drawn(only(contrast=1.0), 100, x=own.astype(np.float32)):
-        gamma = np.log((x[0, 3, 0, 0] - low[0, 0, 0, 0]) / span[0, 0, 0, 0]) / np.log(share[0, 3, 0, 0])
+        gamma = np.log((x[0, 3, 0, 0] - low[0, 0, 0, 0]) / span[0, 0, 0, 0]) / np.log(
+            share[0, 3, 0, 0]
+        )
         assert np.abs(x - (low + span * share**gamma)).max() < 1e-4 and np.array_equal(label, LABEL)
         gammas.append(gamma)
     assert 0.7 <= min(gammas) < 0.72 and 1.47 < max(gammas) <= 1.5
 
 
 def test_contrast_of_a_constant_channel_is_that_channel() -> None:
-    assert np.array_equal(contrasted(np.full((1, 3, 3, 3), 2.0, np.float32), 0.8), np.full((1, 3, 3, 3), 2.0))
+    assert np.array_equal(
+        contrasted(np.full((1, 3, 3, 3), 2.0, np.float32), 0.8), np.full((1, 3, 3, 3), 2.0)
+    )
 
 
 def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:
@@ -232,7 +290,9 @@ def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:
 
 @pytest.mark.parametrize("name", ["flip", "rotate", "zoom", "brightness", "contrast", "noise"])
 def test_each_augmentation_comes_as_often_as_its_own_chance_says(name: str) -> None:
-    changed = np.mean([not np.array_equal(x, PLACES) for x, _ in drawn(only(**{name: 0.3}), 400, flip_axes=(1,))])
+    changed = np.mean(
+        [not np.array_equal(x, PLACES) for x, _ in drawn(only(**{name: 0.3}), 400, flip_axes=(1,))]
+    )
     assert abs(changed - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
 
 
@@ -265,7 +325,9 @@ def test_no_two_augmentations_show_one_image_with_other_labels(
 ) -> None:
     """A front-back flip that is turned by 180 degrees is a left-right flip."""
     image, label = symmetric_body()
-    flips = choose_flips({0: "background", 1: "kidney_left", 2: "kidney_right"}, swap, turned=rotate > 0)
+    flips = choose_flips(
+        {0: "background", 1: "kidney_left", 2: "kidney_right"}, swap, turned=rotate > 0
+    )
     how = {"flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
     seen: dict[bytes, bytes] = {}
     for x, its in drawn(only(flip=0.5, rotate=rotate), 300, x=image, label=label, **how):

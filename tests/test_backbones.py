@@ -20,15 +20,18 @@ from conftest import NETWORK, same_weights
 from test_porting import block
 from torch import Tensor, nn
 
-from dae.config import InputError, NetworkConfig, PretextConfig, PretrainConfig
-from dae.config_seg import PredictConfig, ScoreConfig, SegConfig
-from dae.data.phantom import write_phantoms
+from dae.config.evaluate import PredictConfig, ScoreConfig
+from dae.config.pretrain import PretextConfig, PretrainConfig
+from dae.config.segment import SegConfig
+from dae.config.shared import NetworkConfig
+from dae.demo.phantom import write_phantoms
+from dae.errors import InputError
 from dae.model import BACKBONES, Backbone, UNet, ViTUNETR, arguments_of, backbone_named
 from dae.model.conv import InstanceNorm
 from dae.model.vit import ViTEncoder, position_embedding
-from dae.pretext.methods import METHODS, Pretext, Step
-from dae.training import checkpoint
-from dae.training.transfer import backbone_of
+from dae.pretext.methods import METHODS, Output, Pretext
+from dae.weights import checkpoint
+from dae.weights.plan import backbone_of
 from train_pretrain import main as pretrain
 from train_seg import main as fine_tune
 
@@ -37,7 +40,13 @@ MINE = "mynet:MyNet"
 TINY: dict[str, dict[str, Any]] = {
     "swin_unetr": NETWORK,
     "unet": {"feature_size": 6, "depths": (1, 2, 1)},
-    "vit_unetr": {"feature_size": 4, "vit_channels": 24, "vit_depth": 3, "vit_heads": 2, "vit_patch": 8},
+    "vit_unetr": {
+        "feature_size": 4,
+        "vit_channels": 24,
+        "vit_depth": 3,
+        "vit_heads": 2,
+        "vit_patch": 8,
+    },
     MINE: {"feature_size": 6},
 }
 every = pytest.mark.parametrize("name", TINY)
@@ -72,7 +81,9 @@ def network(name: str, c_in: int = 1, c_out: int = 1, **given: Any) -> Any:
     return backbone_named(name)(c_in, c_out, **{**TINY[name], **given})
 
 
-def crops(*, batch: int = 2, channels: int = 1, size: tuple[int, ...] = (16, 16, 16), seed: int = 0) -> Tensor:
+def crops(
+    *, batch: int = 2, channels: int = 1, size: tuple[int, ...] = (16, 16, 16), seed: int = 0
+) -> Tensor:
     """Rough at the scale of a voxel and at that of a patch."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(batch, channels, *(n // 4 for n in size), generator=generator)
@@ -80,9 +91,9 @@ def crops(*, batch: int = 2, channels: int = 1, size: tuple[int, ...] = (16, 16,
     return torch.nn.functional.interpolate(coarse, size, mode="trilinear") + 0.3 * fine
 
 
-def step(net: Pretext, x: Tensor) -> Step:
+def step(net: Pretext, x: Tensor) -> Output:
     result = net(x, torch.tensor([0, 1]), net.draw(x, [1, 2]))
-    assert isinstance(result, Step)
+    assert isinstance(result, Output)
     return result
 
 
@@ -108,7 +119,9 @@ def test_the_suite_knows_every_backbone() -> None:
 
 @every
 @pytest.mark.parametrize("channels", [1, 2, 4])
-def test_shapes_are_as_promised_on_a_grid_of_three_different_sides(name: str, channels: int) -> None:
+def test_shapes_are_as_promised_on_a_grid_of_three_different_sides(
+    name: str, channels: int
+) -> None:
     model = network(name, channels, 3)
     assert isinstance(model, Backbone)
     size = (2 * model.divisor, model.divisor, 3 * model.divisor)
@@ -117,17 +130,23 @@ def test_shapes_are_as_promised_on_a_grid_of_three_different_sides(name: str, ch
     assert tokens.shape == (1, model.embed_dim, *(n // model.stride for n in size))
     states = model.encode(tokens)
     assert all(s.ndim == 5 and len(s) == 1 for s in states) and len(states) > 1
-    assert min(states, key=lambda s: s[0, 0].numel()).shape[2:] == states[-1].shape[2:]  # the bottleneck is the last
+    assert (
+        min(states, key=lambda s: s[0, 0].numel()).shape[2:] == states[-1].shape[2:]
+    )  # the bottleneck is the last
     y = model.decode(states, x)
     assert y.shape == (1, 3, *size) and torch.equal(model(x), y)
 
 
 @every
-def test_tokenize_and_encode_use_the_weights_called_encoder_and_decode_uses_the_others(name: str) -> None:
+def test_tokenize_and_encode_use_the_weights_called_encoder_and_decode_uses_the_others(
+    name: str,
+) -> None:
     model, x = network(name), crops(batch=1)
     states = model.encode(model.tokenize(x))
     sum(s.square().mean() for s in states).backward()
-    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    reached = {
+        n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert reached == {n for n, _ in model.named_parameters() if n.startswith("encoder.")}
     model.zero_grad(set_to_none=True)
     model.decode([s.detach() for s in states], x).square().mean().backward()
@@ -145,7 +164,9 @@ def test_the_options_of_the_command_line_reach_the_constructor(name: str) -> Non
 def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
     model = network(name)
     with pytest.raises(ValueError, match=f"multiple of {model.divisor}"):
-        model.tokenize(torch.zeros(1, 1, 2 * model.divisor, 2 * model.divisor, 2 * model.divisor - 1))
+        model.tokenize(
+            torch.zeros(1, 1, 2 * model.divisor, 2 * model.divisor, 2 * model.divisor - 1)
+        )
     with pytest.raises(ValueError, match="would fit"):
         model.tokenize(torch.zeros(1, 1, *[model.divisor] * 3))  # one voxel at the bottleneck
 
@@ -157,7 +178,11 @@ def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name: str) -> None:
     net = Pretext(network(name), "dae")
     step(net, crops()).loss.backward()
-    assert [n for n, p in net.named_parameters() if p.grad is None or not 0 < p.grad.abs().sum() < math.inf] == []
+    assert [
+        n
+        for n, p in net.named_parameters()
+        if p.grad is None or not 0 < p.grad.abs().sum() < math.inf
+    ] == []
 
 
 @every
@@ -169,7 +194,10 @@ def test_every_method_gives_a_finite_loss_and_gradient(name: str, method: str, z
     result.loss.backward()
     assert result.loss.isfinite() and result.x_rec.shape == (2, 1, 16, 16, 16)
     reached = [p for p in net.parameters() if p.grad is not None]
-    assert all(p.grad.isfinite().all() for p in reached) and sum(p.grad.abs().sum() for p in reached) > 0
+    assert (
+        all(p.grad.isfinite().all() for p in reached)
+        and sum(p.grad.abs().sum() for p in reached) > 0
+    )
 
 
 @every
@@ -189,11 +217,15 @@ def test_masked_channels_reach_encode_as_zeros_and_pass_no_gradient_back(name: s
     masked = (tokens == 0).all(dim=(2, 3, 4))
     assert masked.sum(dim=1).tolist() == [round(0.6 * net.backbone.embed_dim)] * 2
     assert gradient is not None
-    assert bool((gradient[masked] == 0).all()) and bool((gradient[~masked].abs().amax(dim=(1, 2, 3)) > 0).all())
+    assert bool((gradient[masked] == 0).all()) and bool(
+        (gradient[~masked].abs().amax(dim=(1, 2, 3)) > 0).all()
+    )
 
 
 @every
-def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_it_is_shown(name: str) -> None:
+def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_it_is_shown(
+    name: str,
+) -> None:
     model, image = network(name), crops(seed=9)
     outputs = []
     for seed in (1, 2):
@@ -205,7 +237,9 @@ def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_
 @every
 @pytest.mark.parametrize("method", ["local_mask", "mae"])
 @pytest.mark.parametrize("skip", ["auto", "input"])
-def test_the_full_resolution_skip_does_not_leak_the_target(name: str, method: str, skip: str) -> None:
+def test_the_full_resolution_skip_does_not_leak_the_target(
+    name: str, method: str, skip: str
+) -> None:
     """With the way through the tokens cut, the output depends on the target only where --skip input asks for it."""
     net = Pretext(network(name), method, PretextConfig(method=method, mask_block=8, skip=skip))
     watch(net, Tensor.detach)
@@ -239,7 +273,11 @@ def test_checkpointing_recomputes_the_blocks_and_changes_no_gradient(name: str) 
     gradients, calls = [], []
     for checkpointing in (False, True):
         model = network(name, checkpointing=checkpointing)
-        blocks = [m for m in model.encoder.modules() if type(m).__name__ in ("SwinBlock", "ResidualUnit", "Block")]
+        blocks = [
+            m
+            for m in model.encoder.modules()
+            if type(m).__name__ in ("SwinBlock", "ResidualUnit", "Block")
+        ]
         count: list[int] = []
         for module in blocks:
             module.register_forward_pre_hook(lambda *_, count=count: count.append(1))
@@ -257,7 +295,9 @@ def test_checkpointing_recomputes_the_blocks_and_changes_no_gradient(name: str) 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     name: str, tiny: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:
-    straight = replace(tiny(out=str(tmp_path / "a"), steps=3, recon="residual"), backbone=name, **TINY[name])
+    straight = replace(
+        tiny(out=str(tmp_path / "a"), steps=3, recon="residual"), backbone=name, **TINY[name]
+    )
     broken = replace(straight, out=str(tmp_path / "b"), stop_after=1)
     for config in (straight, broken, replace(broken, stop_after=0, resume=True)):
         pretrain(config)
@@ -281,11 +321,21 @@ def pretrained(phantoms: Path, mynet: None) -> Callable[[str], Path]:
     def made(name: str) -> Path:
         out = phantoms / name.replace(":", "_")
         if not out.exists():
-            pretrain(PretrainConfig(
-                data=str(phantoms / "phantoms/pretrain.json"), out=str(out), cache_dir=str(phantoms / "cache"),
-                crop=(16, 16, 16), backbone=name, **TINY[name], steps=2, workers=0, device="cpu", amp="off",
-                validate_crops=1,
-            ))  # fmt: skip
+            pretrain(
+                PretrainConfig(
+                    data=str(phantoms / "phantoms/pretrain.json"),
+                    out=str(out),
+                    cache_dir=str(phantoms / "cache"),
+                    crop=(16, 16, 16),
+                    backbone=name,
+                    **TINY[name],
+                    steps=2,
+                    workers=0,
+                    device="cpu",
+                    amp="off",
+                    validate_crops=1,
+                )
+            )
         return out / "last.pt"
 
     return made
@@ -293,10 +343,19 @@ def pretrained(phantoms: Path, mynet: None) -> Callable[[str], Path]:
 
 def fine_tuning(phantoms: Path, given: Path, out: Path, **keys: Any) -> SegConfig:
     return SegConfig(
-        data=str(phantoms / "phantoms/ct_seg.json"), pretrained=str(given), out=str(out), overlap=0.0,
-        cache_dir=str(phantoms / "cache"), crop=(16, 16, 16), steps=2, batch_size=2, workers=0, device="cpu", amp="off",
+        data=str(phantoms / "phantoms/ct_seg.json"),
+        pretrained=str(given),
+        out=str(out),
+        overlap=0.0,
+        cache_dir=str(phantoms / "cache"),
+        crop=(16, 16, 16),
+        steps=2,
+        batch_size=2,
+        workers=0,
+        device="cpu",
+        amp="off",
         **keys,
-    )  # fmt: skip
+    )
 
 
 def named(name: str) -> dict[str, str]:
@@ -309,12 +368,22 @@ def named(name: str) -> dict[str, str]:
 def test_what_is_pretrained_is_fine_tuned(
     name: str, parts: str, phantoms: Path, pretrained: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    config = fine_tuning(phantoms, pretrained(name), tmp_path, transfer=parts, lr=0.0, **named(name))
+    config = fine_tuning(
+        phantoms, pretrained(name), tmp_path, transfer=parts, lr=0.0, **named(name)
+    )
     fine_tune(config)
-    before, after = (checkpoint.load(path)["model"] for path in (pretrained(name), tmp_path / "best.pt"))
+    before, after = (
+        checkpoint.load(path)["model"] for path in (pretrained(name), tmp_path / "best.pt")
+    )
     same = {n for n in before if torch.equal(before[n], after[n])}
-    assert same >= {n for n in before if n.startswith("encoder.") or (parts == "both" and not n.startswith("head."))}
-    drawn = {n for n in before if before[n].ndim == 5 and not n.startswith("encoder.") and n not in same}
+    assert same >= {
+        n
+        for n in before
+        if n.startswith("encoder.") or (parts == "both" and not n.startswith("head."))
+    }
+    drawn = {
+        n for n in before if before[n].ndim == 5 and not n.startswith("encoder.") and n not in same
+    }
     assert (drawn == {"head.weight"}) == (parts == "both") and "head.weight" not in same
 
 
@@ -324,11 +393,20 @@ def test_and_predicts_and_is_scored(
 ) -> None:
     fine_tune(fine_tuning(phantoms, pretrained(name), tmp_path / "seg", lr=1e-2, **named(name)))
     common: dict[str, Any] = {"data": str(phantoms / "phantoms/ct_seg.json"), "split": "test"}
-    evaluate.predict(PredictConfig(
-        **common, checkpoint=(str(tmp_path / "seg/best.pt"),), out=str(tmp_path / "a"), overlap=0.0, device="cpu",
-        amp="off", **named(name),
-    ))  # fmt: skip
-    evaluate.score(ScoreConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "scores")))
+    evaluate.predict(
+        PredictConfig(
+            **common,
+            checkpoint=(str(tmp_path / "seg/best.pt"),),
+            out=str(tmp_path / "a"),
+            overlap=0.0,
+            device="cpu",
+            amp="off",
+            **named(name),
+        )
+    )
+    evaluate.score(
+        ScoreConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "scores"))
+    )
     rows = list(csv.DictReader((tmp_path / "scores/scores.csv").open()))
     assert len(rows) == 7 and all(0 <= float(row["dice"]) <= 1 for row in rows)
 
@@ -336,21 +414,46 @@ def test_and_predicts_and_is_scored(
 # --- what a reader gets wrong
 
 
-@pytest.mark.parametrize("written, name, words", [
-    ("", "unett", "unett: take swin_unetr, unet, vit_unetr, or your own as module:Class"),
-    ("", "nomodule:Net", "--backbone nomodule:Net: No module named 'nomodule'"),
-    ("", "theirs:Nothing", "--backbone theirs:Nothing: module 'theirs' has no attribute 'Nothing'"),
-    ("class Net: pass", "theirs:Net", "must be an nn.Module class with tokenize, encode, decode and forward"),
-    ("Net = 3", "theirs:Net", "must be an nn.Module class"),
-    ("from torch import nn\nclass Net(nn.Module): pass", "theirs:Net", "must be an nn.Module class with tokenize"),
-    ("from mynet import MyNet\nclass Net(MyNet):\n def __init__(self, *c):\n  super().__init__(*c)\n  del self.head",
-     "theirs:Net", "--backbone theirs:Net: the network has no head; see docs/porting.md"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "written, name, words",
+    [
+        ("", "unett", "unett: take swin_unetr, unet, vit_unetr, or your own as module:Class"),
+        ("", "nomodule:Net", "--backbone nomodule:Net: No module named 'nomodule'"),
+        (
+            "",
+            "theirs:Nothing",
+            "--backbone theirs:Nothing: module 'theirs' has no attribute 'Nothing'",
+        ),
+        (
+            "class Net: pass",
+            "theirs:Net",
+            "must be an nn.Module class with tokenize, encode, decode and forward",
+        ),
+        ("Net = 3", "theirs:Net", "must be an nn.Module class"),
+        (
+            "from torch import nn\nclass Net(nn.Module): pass",
+            "theirs:Net",
+            "must be an nn.Module class with tokenize",
+        ),
+        (
+            (
+                "from mynet import MyNet\nclass Net(MyNet):\n def __init__(self, *c):\n"
+                "  super().__init__(*c)\n  del self.head"
+            ),
+            "theirs:Net",
+            "--backbone theirs:Net: the network has no head; see docs/porting.md",
+        ),
+    ],
+)
 def test_a_name_that_leads_to_no_backbone_is_one_line(
-    written: str, name: str, words: str, tiny: Callable[..., PretrainConfig], tmp_path: Path,
+    written: str,
+    name: str,
+    words: str,
+    tiny: Callable[..., PretrainConfig],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    from dae.config import check_values
+) -> None:
+    from dae.config.command_line import check_values
 
     (tmp_path / "theirs.py").write_text(written)
     monkeypatch.syspath_prepend(tmp_path)
@@ -363,7 +466,10 @@ def test_a_name_that_leads_to_no_backbone_is_one_line(
 
 
 def test_code_is_never_imported_because_a_checkpoint_says_so(
-    phantoms: Path, pretrained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phantoms: Path,
+    pretrained: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     given = pretrained(MINE)
     saved = checkpoint.load(given)
@@ -371,20 +477,35 @@ def test_code_is_never_imported_because_a_checkpoint_says_so(
     checkpoint.save(tmp_path / "trap.pt", state)
     (tmp_path / "trap.py").write_text("raise SystemExit('the checkpoint has run code')")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
+    with pytest.raises(
+        InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"
+    ):
         fine_tune(fine_tuning(phantoms, tmp_path / "trap.pt", tmp_path / "run"))
-    with pytest.raises(InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"):
-        evaluate.network_of(state["plan"], state["model"], torch.device("cpu"), PredictConfig(), "trap.pt")
+    with pytest.raises(
+        InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"
+    ):
+        evaluate.network_of(
+            state["plan"], state["model"], torch.device("cpu"), PredictConfig(), "trap.pt"
+        )
     assert "trap" not in sys.modules and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("made, asked, words", [
-    ("unet", "swin_unetr", "--backbone swin_unetr: a.pt was made with unet; leave the flag out"),
-    ("unet", MINE, f"--backbone {MINE}: a.pt was made with unet; leave the flag out"),
-    (MINE, "unet", f"--backbone unet: a.pt was made with {MINE}; name it: --backbone {MINE}"),
-    ("gone:Net", "gone:Net", "--backbone gone:Net: No module named 'gone'"),
-])  # fmt: skip
-def test_a_backbone_that_contradicts_the_checkpoint_is_refused(made: str, asked: str, words: str) -> None:
+@pytest.mark.parametrize(
+    "made, asked, words",
+    [
+        (
+            "unet",
+            "swin_unetr",
+            "--backbone swin_unetr: a.pt was made with unet; leave the flag out",
+        ),
+        ("unet", MINE, f"--backbone {MINE}: a.pt was made with unet; leave the flag out"),
+        (MINE, "unet", f"--backbone unet: a.pt was made with {MINE}; name it: --backbone {MINE}"),
+        ("gone:Net", "gone:Net", "--backbone gone:Net: No module named 'gone'"),
+    ],
+)
+def test_a_backbone_that_contradicts_the_checkpoint_is_refused(
+    made: str, asked: str, words: str
+) -> None:
     for config in (NetworkConfig, SegConfig, PredictConfig):
         given = {"given": ("backbone",)} if config is SegConfig else {}
         if asked == "swin_unetr" and config is NetworkConfig:
@@ -395,14 +516,20 @@ def test_a_backbone_that_contradicts_the_checkpoint_is_refused(made: str, asked:
 
 
 def test_of_ours_the_checkpoint_decides() -> None:
-    for config in (SegConfig(), SegConfig(backbone="unet", given=("backbone",)), PredictConfig(backbone="unet")):
+    for config in (
+        SegConfig(),
+        SegConfig(backbone="unet", set_flags=("backbone",)),
+        PredictConfig(backbone="unet"),
+    ):
         assert backbone_of({"backbone": "unet"}, config, Path("a.pt")) is UNet
 
 
 # --- the U-Net
 
 
-def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_for_resenc_l() -> None:
+def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_for_resenc_l() -> (
+    None
+):
     """102 M is nnU-Net's ResEnc L at six stages, whose convolutions have biases and whose decoder has more heads."""
     widths, depths = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
 
@@ -420,7 +547,9 @@ def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_fo
     assert round(counted / 1e6) == 102
 
 
-def test_the_u_net_s_bottleneck_sees_as_far_as_its_kernels_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_u_net_s_bottleneck_sees_as_far_as_its_kernels_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Stem 3, first block 7, strided block 9 and at twice the step 13, third block 21; without norms, which see all."""
     monkeypatch.setattr(InstanceNorm, "forward", lambda self, x: x)
     model = UNet(1, 1, feature_size=4, depths=(1, 2))
@@ -445,7 +574,9 @@ def test_the_u_net_does_not_look_at_the_image() -> None:
     assert torch.equal(model.decode(states, crops(seed=1)), model.decode(states, crops(seed=2)))
 
 
-@pytest.mark.parametrize("wrong", [{"depths": (2,)}, {"depths": (1,) * 8}, {"depths": (1, 0)}, {"feature_size": 400}])
+@pytest.mark.parametrize(
+    "wrong", [{"depths": (2,)}, {"depths": (1,) * 8}, {"depths": (1, 0)}, {"feature_size": 400}]
+)
 def test_the_u_net_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stages|feature size"):
         UNet(1, 1, **wrong)
@@ -462,17 +593,28 @@ def test_unetr_has_the_published_number_of_parameters() -> None:
     def residual(a: int, b: int) -> int:
         return 27 * a * b + 27 * b * b + (a * b if a != b else 0)
 
-    raised = sum(8 * c * f * k + n * (8 * (f * k) ** 2 + residual(f * k, f * k)) for k, n in ((2, 2), (4, 1), (8, 0)))
-    ups = sum(8 * a * b + residual(2 * b, b) for a, b in ((c, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f)))
+    raised = sum(
+        8 * c * f * k + n * (8 * (f * k) ** 2 + residual(f * k, f * k))
+        for k, n in ((2, 2), (4, 1), (8, 0))
+    )
+    ups = sum(
+        8 * a * b + residual(2 * b, b)
+        for a, b in ((c, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f))
+    )
     with torch.device("meta"):
         counted = sum(p.numel() for p in ViTUNETR(1, 14).parameters())
     assert counted == transformer + raised + ups + residual(1, f) + 14 * f + 14
     assert abs(counted / 92.58e6 - 1) < 0.001
 
 
-def test_the_states_are_those_after_a_third_two_thirds_and_all_of_the_blocks_or_after_each_quarter() -> None:
+def test_the_states_are_those_after_a_third_two_thirds_and_all_of_the_blocks_or_after_each_quarter() -> (
+    None
+):
     with torch.device("meta"):
-        taken = [ViTEncoder(1, 24, depth=12, heads=2, patch=p, checkpointing=False).taken for p in (8, 16)]
+        taken = [
+            ViTEncoder(1, 24, depth=12, heads=2, patch=p, checkpointing=False).taken
+            for p in (8, 16)
+        ]
     assert taken == [[4, 8, 12], [3, 6, 9, 12]]
 
 
@@ -483,14 +625,22 @@ def test_the_transformer_is_torch_s_own_on_the_same_weights(patch: int) -> None:
     x = tokens.flatten(2).transpose(1, 2) + position_embedding(tokens.shape[-3:], 24)
     states = [s.flatten(2).transpose(1, 2) for s in model.encode(tokens)]
     for n, block_ in enumerate(model.encoder.blocks, start=1):
-        layer = nn.TransformerEncoderLayer(24, 2, 96, 0.0, "gelu", block_.norm1.eps, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            24, 2, 96, 0.0, "gelu", block_.norm1.eps, batch_first=True, norm_first=True
+        )
         own = block_.state_dict()
         own["attn.qkv.bias"] = torch.zeros(72)
         names = {
-            "self_attn.in_proj_": "attn.qkv.", "self_attn.out_proj.": "attn.proj.", "linear1.": "mlp.fc1.",
-            "linear2.": "mlp.fc2.", "norm1.": "norm1.", "norm2.": "norm2.",
-        }  # fmt: skip
-        layer.load_state_dict({a + k: own[b + k] for a, b in names.items() for k in ("weight", "bias")})
+            "self_attn.in_proj_": "attn.qkv.",
+            "self_attn.out_proj.": "attn.proj.",
+            "linear1.": "mlp.fc1.",
+            "linear2.": "mlp.fc2.",
+            "norm1.": "norm1.",
+            "norm2.": "norm2.",
+        }
+        layer.load_state_dict(
+            {a + k: own[b + k] for a, b in names.items() for k in ("weight", "bias")}
+        )
         x = layer.train()(x)
         if n in model.encoder.taken[:-1]:
             assert torch.allclose(states[model.encoder.taken.index(n)], x, atol=1e-5)
@@ -512,7 +662,9 @@ def test_every_place_has_a_code_of_its_own_the_same_in_every_grid() -> None:
     codes = position_embedding((5, 4, 6), 24)
     assert codes.shape == (1, 120, 24) and len(codes[0].unique(dim=0)) == 120
     assert torch.pdist(codes[0]).min() > 0.1
-    assert torch.equal(codes[0, (2 * 4 + 1) * 6 + 3], position_embedding((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3])
+    assert torch.equal(
+        codes[0, (2 * 4 + 1) * 6 + 3], position_embedding((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3]
+    )
 
 
 def test_a_code_is_sines_and_cosines_of_d_then_h_then_w() -> None:
@@ -520,7 +672,9 @@ def test_a_code_is_sines_and_cosines_of_d_then_h_then_w() -> None:
     assert torch.allclose(position_embedding((3, 2, 4), 12)[0, -1], torch.tensor(by_hand))
 
 
-@pytest.mark.parametrize("wrong", [{"vit_patch": 4}, {"vit_heads": 5}, {"vit_channels": 28}, {"vit_depth": 2}])
+@pytest.mark.parametrize(
+    "wrong", [{"vit_patch": 4}, {"vit_heads": 5}, {"vit_channels": 28}, {"vit_depth": 2}]
+)
 def test_unetr_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"vit (patch|channels|depth)"):
         network("vit_unetr", **wrong)

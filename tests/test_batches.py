@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import InputError
 from dae.data.batches import Batch, Crops, addresses, by_turns, loader, spread
 from dae.data.cache import Cached
+from dae.errors import InputError
 
 CROP = (3, 3, 3)
 Sample = tuple[bytes, int, int]  # crop, modality, seed of the disruption
@@ -30,23 +30,40 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> list[Cached]:
     made = []
     for n in range(7):
         folder = tmp_path_factory.mktemp("volume")
-        np.save(folder / "image.npy", np.random.default_rng(n).normal(size=(1, 6, 7, 8)).astype(np.float16))
+        np.save(
+            folder / "image.npy",
+            np.random.default_rng(n).normal(size=(1, 6, 7, 8)).astype(np.float16),
+        )
         np.save(folder / "foreground.npy", np.array([[2, 3, 4]], dtype=np.int32))
         made.append(Cached(folder, (1, 6, 7, 8), (0.0,), (1.0, 1.0, 1.0)))
     return made
 
 
-def make(volumes: list[Cached], *, seed: int = 0, global_batch: int = 4, foreground: float = 0.0) -> Crops:
+def make(
+    volumes: list[Cached], *, seed: int = 0, global_batch: int = 4, foreground: float = 0.0
+) -> Crops:
     """The modality of a sample is the number of its volume, so that it can be told."""
-    return Crops(volumes, range(len(volumes)), CROP, seed=seed, global_batch=global_batch, foreground=foreground)
+    return Crops(
+        volumes,
+        range(len(volumes)),
+        CROP,
+        seed=seed,
+        global_batch=global_batch,
+        foreground=foreground,
+    )
 
 
 def samples(batches: Iterator[Batch]) -> Iterator[Sample]:
     for batch in batches:
-        yield from ((x.numpy().tobytes(), m, s) for x, m, s in zip(batch.x, batch.modality.tolist(), batch.seeds))
+        yield from (
+            (x.numpy().tobytes(), m, s)
+            for x, m, s in zip(batch.x, batch.modality.tolist(), batch.seeds)
+        )
 
 
-def run(volumes: list[Cached], *, steps: range = range(5), workers: int = 0, **layout: Any) -> dict[Any, Sample]:
+def run(
+    volumes: list[Cached], *, steps: range = range(5), workers: int = 0, **layout: Any
+) -> dict[Any, Sample]:
     """Every sample of a run, by its (step, j), over all ranks."""
     found: dict[Any, Sample] = {}
     for rank in range(layout["world"]):
@@ -58,7 +75,15 @@ def run(volumes: list[Cached], *, steps: range = range(5), workers: int = 0, **l
 
 @pytest.mark.parametrize(
     "world, batch_size, accumulate, workers",
-    [(2, 2, 1, 0), (4, 1, 1, 0), (1, 2, 2, 0), (2, 1, 2, 0), (1, 1, 4, 0), (1, 4, 1, 2), (2, 2, 1, 2)],
+    [
+        (2, 2, 1, 0),
+        (4, 1, 1, 0),
+        (1, 2, 2, 0),
+        (2, 1, 2, 0),
+        (1, 1, 4, 0),
+        (1, 4, 1, 2),
+        (2, 2, 1, 2),
+    ],
 )
 def test_samples_are_the_same_on_any_ranks_workers_and_micro_batches(
     world: int, batch_size: int, accumulate: int, workers: int, volumes: list[Cached]
@@ -69,7 +94,9 @@ def test_samples_are_the_same_on_any_ranks_workers_and_micro_batches(
     assert found == alone
 
 
-@pytest.mark.parametrize("world, batch_size, accumulate", [(1, 4, 1), (2, 2, 1), (3, 2, 2), (2, 1, 3)])
+@pytest.mark.parametrize(
+    "world, batch_size, accumulate", [(1, 4, 1), (2, 2, 1), (3, 2, 2), (2, 1, 3)]
+)
 def test_ranks_take_parts_side_by_side_that_cover_the_global_batch(
     world: int, batch_size: int, accumulate: int
 ) -> None:
@@ -77,18 +104,24 @@ def test_ranks_take_parts_side_by_side_that_cover_the_global_batch(
     layout = {"batch_size": batch_size, "accumulate": accumulate, "world": world}
     parts = [list(addresses(7, 9, rank=rank, **layout)) for rank in range(world)]
     micro_batches = [[*chain(*side_by_side)] for side_by_side in zip(*parts)]
-    assert micro_batches == list(addresses(7, 9, batch_size=batch_size * world, accumulate=accumulate, rank=0, world=1))
+    assert micro_batches == list(
+        addresses(7, 9, batch_size=batch_size * world, accumulate=accumulate, rank=0, world=1)
+    )
     size = world * batch_size * accumulate
     assert [*chain(*micro_batches)] == [(step, j) for step in (7, 8) for j in range(size)]
 
 
-def test_every_step_every_place_and_every_seed_has_another_crop_and_disruption(volumes: list[Cached]) -> None:
+def test_every_step_every_place_and_every_seed_has_another_crop_and_disruption(
+    volumes: list[Cached],
+) -> None:
     one = make(volumes[:1])  # of a single volume, so that only the crop can differ
     found = [one[step, j] for step in range(6) for j in range(4)]
     assert len({seed for _, _, seed in found}) == 24
     assert len({x.numpy().tobytes() for x, _, _ in found}) > 12  # of 120 possible crops
     other = make(volumes[:1], seed=1)
-    assert not {other[step, j][2] for step in range(6) for j in range(4)} & {seed for _, _, seed in found}
+    assert not {other[step, j][2] for step in range(6) for j in range(4)} & {
+        seed for _, _, seed in found
+    }
 
 
 def test_a_sample_is_the_same_whenever_it_is_asked_for(volumes: list[Cached]) -> None:
@@ -111,7 +144,9 @@ def test_every_epoch_sees_each_volume_once_in_an_order_of_its_own(volumes: list[
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_run_goes_on_with_the_samples_of_an_uninterrupted_one(workers: int, volumes: list[Cached]) -> None:
+def test_a_resumed_run_goes_on_with_the_samples_of_an_uninterrupted_one(
+    workers: int, volumes: list[Cached]
+) -> None:
     layout = {"world": 1, "batch_size": 2, "accumulate": 2}
     whole = run(volumes, steps=range(8), **layout)
     resumed = run(volumes, steps=range(3, 8), workers=workers, **layout)
@@ -194,7 +229,9 @@ def test_a_batch_that_shared_memory_does_not_hold_ends_them_as_well(volumes: lis
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        told = failure(make(volumes, global_batch=64), workers=1, batch_size=64)  # 64 x 27 x 4 bytes
+        told = failure(
+            make(volumes, global_batch=64), workers=1, batch_size=64
+        )  # 64 x 27 x 4 bytes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "/dev/shm" in told and "--workers" in told
@@ -212,7 +249,9 @@ class Stuck(Crops):
 def test_workers_outlive_a_stop_signal_and_not_their_run(volumes: list[Cached]) -> None:
     """A scheduler signals the whole process group; the step that is running still needs its batches."""
     crops = Stuck(volumes, range(7), CROP, seed=0, global_batch=4)
-    batches = loader(crops, addresses(0, 9, batch_size=4, accumulate=1, rank=0, world=1), workers=1, pin=False)
+    batches = loader(
+        crops, addresses(0, 9, batch_size=4, accumulate=1, rank=0, world=1), workers=1, pin=False
+    )
     next(batches)
     (worker,) = multiprocessing.active_children()
     assert worker.pid
@@ -234,8 +273,21 @@ def test_a_few_of_many_held_out_volumes_lie_evenly_over_each_modality() -> None:
     chosen = spread(kinds, 16)
     assert [kinds[n] for n in chosen[:6]] == [0, 1, 2, 0, 1, 2] and len(set(chosen)) == 16
     assert Counter(kinds[n] for n in chosen) == {0: 6, 1: 5, 2: 5}
-    assert sorted(n for n in chosen if kinds[n] == 0) == [25, 75, 125, 175, 225, 275]  # the middles of six fiftieths
-    assert sorted(n for n in chosen if kinds[n] == 1) == [300 + 18, 300 + 54, 300 + 90, 300 + 126, 300 + 162]
+    assert sorted(n for n in chosen if kinds[n] == 0) == [
+        25,
+        75,
+        125,
+        175,
+        225,
+        275,
+    ]  # the middles of six fiftieths
+    assert sorted(n for n in chosen if kinds[n] == 1) == [
+        300 + 18,
+        300 + 54,
+        300 + 90,
+        300 + 126,
+        300 + 162,
+    ]
 
 
 def test_where_few_are_held_out_all_are_taken_in_turn() -> None:
@@ -246,7 +298,10 @@ def test_where_few_are_held_out_all_are_taken_in_turn() -> None:
 def test_fixed_crops_are_those_of_any_run(volumes: list[Cached]) -> None:
     one, other = make(volumes), make(volumes, seed=5, global_batch=7, foreground=0.3)
     for n in range(10):
-        assert torch.equal(one.fixed(n)[0], other.fixed(n)[0]) and one.fixed(n)[1:] == other.fixed(n)[1:]
+        assert (
+            torch.equal(one.fixed(n)[0], other.fixed(n)[0])
+            and one.fixed(n)[1:] == other.fixed(n)[1:]
+        )
     assert len({one.fixed(n)[2] for n in range(10)}) == 10
 
 
@@ -259,7 +314,12 @@ def test_fixed_crops_take_the_volumes_in_turn_and_lie_on_foreground(volumes: lis
 
 @pytest.mark.parametrize(
     "kinds, turns",
-    [([0, 0, 0, 1, 1, 2], [0, 3, 5, 1, 4, 2]), ([2, 1, 0], [2, 1, 0]), ([1, 1, 1], [0, 1, 2]), ([], [])],
+    [
+        ([0, 0, 0, 1, 1, 2], [0, 3, 5, 1, 4, 2]),
+        ([2, 1, 0], [2, 1, 0]),
+        ([1, 1, 1], [0, 1, 2]),
+        ([], []),
+    ],
 )
 def test_modalities_take_turns(kinds: list[int], turns: list[int]) -> None:
     """The first of each, in the order of the modalities, then the second of each, as long as there are any."""

@@ -17,12 +17,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dae.config import InputError
 from dae.data import cache
 from dae.data.augment import random_crop
 from dae.data.cache import Cached, cached, folder_of, in_bytes, prepare_all, room_for
 from dae.data.datalist import Content, Item
 from dae.data.preprocess import Prepared, Recipe, prepare
+from dae.errors import InputError
 
 RECIPE = Recipe()
 SIZE = (6, 7, 8)
@@ -72,7 +72,9 @@ def test_the_disk_holds_what_was_prepared_in_half_precision(item: Item, tmp_path
     assert list((tmp_path / "cache").iterdir()) == [found.path]  # and nothing beside it
 
 
-def test_a_second_call_does_not_read_the_file(item: Item, tmp_path: Path, prepared: list[Item]) -> None:
+def test_a_second_call_does_not_read_the_file(
+    item: Item, tmp_path: Path, prepared: list[Item]
+) -> None:
     first, second = (prepare_all([item], RECIPE, tmp_path / "cache") for _ in range(2))
     assert first == second and prepared == [item]
 
@@ -82,7 +84,10 @@ def test_a_change_of_the_file_or_the_recipe_makes_it_again(
     change: str, item: Item, tmp_path: Path, prepared: list[Item]
 ) -> None:
     (path,), recipe = item.image, RECIPE
-    before, times = cached(item, RECIPE, tmp_path / "cache"), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    before, times = (
+        cached(item, RECIPE, tmp_path / "cache"),
+        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
+    )
     if change == "content":
         make_item(tmp_path, seed=1)
     elif change == "time":
@@ -111,7 +116,9 @@ def test_files_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
     assert one.path != two.path and not np.array_equal(one.array(), two.array())
 
 
-def test_the_default_folder_follows_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_default_folder_follows_the_users_cache(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache.default_folder() == tmp_path / "dae"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -123,10 +130,17 @@ def test_the_default_folder_follows_the_users_cache(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("owner, call", [(np, "save"), (Path, "write_text"), (Path, "rename")])
 def test_what_a_killed_process_left_is_not_taken(
-    owner: Any, call: str, item: Item, tmp_path: Path, prepared: list[Item], monkeypatch: pytest.MonkeyPatch
+    owner: Any,
+    call: str,
+    item: Item,
+    tmp_path: Path,
+    prepared: list[Item],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     root = tmp_path / "cache"
-    with monkeypatch.context() as patch:  # it dies before it writes the voxels, the facts, or the folder's name
+    with (
+        monkeypatch.context() as patch
+    ):  # it dies before it writes the voxels, the facts, or the folder's name
         patch.setattr(owner, call, lambda *_: os._exit(9))
         process = in_another_process(cached, item, RECIPE, root)
         process.join()
@@ -156,11 +170,15 @@ def test_two_processes_at_once_leave_one_whole_folder(
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert [path.name[0] for path in (tmp_path / "cache").iterdir()] == ["a"]  # one, and nothing half-made beside it
+    assert [path.name[0] for path in (tmp_path / "cache").iterdir()] == [
+        "a"
+    ]  # one, and nothing half-made beside it
     assert cached(item, RECIPE, tmp_path / "cache").array().shape == (1, *SIZE)
 
 
-def test_ranks_share_the_work_and_all_get_every_volume(tmp_path: Path, prepared: list[Item]) -> None:
+def test_ranks_share_the_work_and_all_get_every_volume(
+    tmp_path: Path, prepared: list[Item]
+) -> None:
     items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(5)]
 
     def rank(number: int) -> list[Cached]:
@@ -172,7 +190,9 @@ def test_ranks_share_the_work_and_all_get_every_volume(tmp_path: Path, prepared:
     assert {item.subject for item in prepared} == {"v0", "v1", "v2", "v3", "v4"}
 
 
-def test_a_rank_starts_with_its_share_and_goes_on_with_what_is_left(tmp_path: Path, prepared: list[Item]) -> None:
+def test_a_rank_starts_with_its_share_and_goes_on_with_what_is_left(
+    tmp_path: Path, prepared: list[Item]
+) -> None:
     items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(5)]
     assert len(prepare_all(items, RECIPE, tmp_path / "cache", rank=1, world=2)) == 5
     assert [item.subject for item in prepared] == ["v1", "v3", "v4", "v2", "v0"]
@@ -240,9 +260,13 @@ def test_the_claim_of_a_killed_process_is_taken_over_at_once(
         patch.setattr(cache, "prepare", lambda *_: os._exit(9))
         process = in_another_process(prepare_all, [item], RECIPE, tmp_path / "cache")
         process.join()
-    assert process.exitcode == 9 and [path.name[:5] for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert process.exitcode == 9 and [path.name[:5] for path in (tmp_path / "cache").iterdir()] == [
+        ".lock"
+    ]
     monkeypatch.setattr(cache, "PATIENCE", 1e9)  # the test would not end if it waited
-    assert prepare_all([item], RECIPE, tmp_path / "cache")[0].shape == (1, *SIZE) and prepared == [item]
+    assert prepare_all([item], RECIPE, tmp_path / "cache")[0].shape == (1, *SIZE) and prepared == [
+        item
+    ]
 
 
 def test_the_claim_of_a_machine_that_is_gone_holds_up_for_so_long_and_no_longer(
@@ -274,39 +298,58 @@ def save(path: Path, x: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-TURNED = np.array([[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]])  # file axes i j k lie along A S R
+TURNED = np.array(
+    [[0, 0, 3.0, 0], [-1.0, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]]
+)  # file axes i j k lie along A S R
 
 
 @pytest.mark.parametrize("spacing", [(), (1.5, 1.5, 2.0), (4.0, 0.7, 1.0)])
-@pytest.mark.parametrize("affine", [np.diag([1.0, 2.0, 3.0, 1]), TURNED], ids=["straight", "turned"])
-def test_the_room_is_known_from_the_headers(spacing: tuple[float, ...], affine: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "affine", [np.diag([1.0, 2.0, 3.0, 1]), TURNED], ids=["straight", "turned"]
+)
+def test_the_room_is_known_from_the_headers(
+    spacing: tuple[float, ...], affine: np.ndarray, tmp_path: Path
+) -> None:
     rng = np.random.default_rng(0)
     one = save(tmp_path / "one.nii.gz", rng.normal(size=(9, 11, 13)).astype(np.float32), affine)
     four = save(tmp_path / "four.nii", rng.normal(size=(9, 11, 13, 4)).astype(np.float32), affine)
-    label = save(tmp_path / "label.nii.gz", rng.integers(0, 3, (9, 11, 13)).astype(np.uint8), affine)
+    label = save(
+        tmp_path / "label.nii.gz", rng.integers(0, 3, (9, 11, 13)).astype(np.uint8), affine
+    )
     recipe = Recipe(spacing=spacing)
     items = [
-        Item((one,), ("t1",), ("zscore",), "a"), Item((one, one), ("t1", "t1"), ("zscore",) * 2, "b"),
-        Item((four,), ("t1",), ("zscore",), "c"), Item((one,), ("t1",), ("zscore",), "d", label=label),
+        Item((one,), ("t1",), ("zscore",), "a"),
+        Item((one, one), ("t1", "t1"), ("zscore",) * 2, "b"),
+        Item((four,), ("t1",), ("zscore",), "c"),
+        Item((one,), ("t1",), ("zscore",), "d", label=label),
         Item((four,), ("t1",), ("zscore",), "e", channel=(2, 4)),
-    ]  # fmt: skip
+    ]
     for item in items:
         volume = cached(item, recipe, tmp_path / "cache")
         voxels = 2 * volume.array().size + (volume.label().size if item.label else 0)
-        assert room_for(item, recipe) == voxels + 49_152  # and up to 4096 places of foreground, of 3 x 4 bytes
+        assert (
+            room_for(item, recipe) == voxels + 49_152
+        )  # and up to 4096 places of foreground, of 3 x 4 bytes
 
 
 def test_where_there_is_no_room_it_is_said_before_any_work(
-    tmp_path: Path, prepared: list[Item], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    prepared: list[Item],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(3)]
     needed = sum(room_for(item, RECIPE) for item in items)
 
     def disk(free: int) -> None:
-        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(10**9, 0, free))
+        monkeypatch.setattr(
+            cache.shutil, "disk_usage", lambda _: cache.shutil._ntuple_diskusage(10**9, 0, free)
+        )
 
     disk(needed - 1)
-    with pytest.raises(InputError, match=rf"^--cache-dir: .*3 of them take about 149\.5 kB in {tmp_path}") as error:
+    with pytest.raises(
+        InputError, match=rf"^--cache-dir: .*3 of them take about 149\.5 kB in {tmp_path}"
+    ) as error:
         prepare_all(items, RECIPE, tmp_path / "cache")
     assert "larger disk" in str(error.value) and "\n" not in str(error.value)
     assert prepared == [] and not (tmp_path / "cache").exists()
@@ -319,7 +362,11 @@ def test_where_there_is_no_room_it_is_said_before_any_work(
 
 
 def test_numbers_of_bytes_are_said_as_people_read_them() -> None:
-    assert [in_bytes(n) for n in (999, 210_000_000, 1_050_000_000_000)] == ["1.0 kB", "210.0 MB", "1.1 TB"]
+    assert [in_bytes(n) for n in (999, 210_000_000, 1_050_000_000_000)] == [
+        "1.0 kB",
+        "210.0 MB",
+        "1.1 TB",
+    ]
 
 
 # --- open files
@@ -349,7 +396,9 @@ def test_of_several_bad_volumes_the_first_is_named_and_the_others_counted(
     items = [make_item(tmp_path, f"v{n}", seed=n) for n in range(5)]
     for n in (1, 2, 4):
         items[n].image[0].write_bytes(b"not a volume")
-    with pytest.raises(InputError, match=r"v4\.nii(?!.*more like it)"):  # alone, it has no others to count
+    with pytest.raises(
+        InputError, match=r"v4\.nii(?!.*more like it)"
+    ):  # alone, it has no others to count
         prepare_all(items[3:], RECIPE, tmp_path / "cache")
 
     another_failed = threading.Event()
@@ -370,7 +419,9 @@ def test_of_several_bad_volumes_the_first_is_named_and_the_others_counted(
         assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_said_before_any_work_is_done(tmp_path: Path, prepared: list[Item]) -> None:
+def test_a_missing_file_is_said_before_any_work_is_done(
+    tmp_path: Path, prepared: list[Item]
+) -> None:
     items = [make_item(tmp_path, "here"), make_item(tmp_path, "gone")]
     items[1].image[0].unlink()
     with pytest.raises(InputError, match=r"gone\.nii: no such file"):
@@ -379,18 +430,25 @@ def test_a_missing_file_is_said_before_any_work_is_done(tmp_path: Path, prepared
 
 
 @pytest.mark.parametrize("folder", ["file", "file/cache"])
-def test_a_cache_that_cannot_be_written_is_refused_by_its_flag(folder: str, item: Item, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_refused_by_its_flag(
+    folder: str, item: Item, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(InputError, match="--cache-dir") as caught:
         prepare_all([item], RECIPE, tmp_path / folder)
     assert "\n" not in str(caught.value)
 
 
-def test_a_full_disk_is_refused_and_leaves_nothing(item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_refused_and_leaves_nothing(
+    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"--cache-dir.*No space left"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match=r"--cache-dir.*No space left"),
+    ):
         patch.setattr(np, "save", full)
         cached(item, RECIPE, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
@@ -414,7 +472,9 @@ def test_a_file_corrected_at_equal_size_and_time_is_prepared_again(tmp_path: Pat
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     after = cached(item, RECIPE, tmp_path / "cache")
     assert np.array_equal(after.label(), label)
-    assert after.content.label != before.content.label and after.content.image == before.content.image
+    assert (
+        after.content.label != before.content.label and after.content.image == before.content.image
+    )
 
 
 def test_what_was_in_a_file_is_known_by_its_voxels_and_spacing(tmp_path: Path) -> None:
@@ -426,7 +486,9 @@ def test_what_was_in_a_file_is_known_by_its_voxels_and_spacing(tmp_path: Path) -
         nib.save(nib.Nifti1Image(values, affine), tmp_path / name)
         item = Item((tmp_path / name,), ("t1",), ("mr",), name)
         made = cached(item, RECIPE, tmp_path / "cache")
-        assert made.content == cached(item, RECIPE, tmp_path / "cache").content  # as it was written and read
+        assert (
+            made.content == cached(item, RECIPE, tmp_path / "cache").content
+        )  # as it was written and read
         return made.content
 
     first = content("a.nii", x)
@@ -441,7 +503,9 @@ def test_what_was_in_a_file_is_known_by_its_voxels_and_spacing(tmp_path: Path) -
     assert first != content("d.nii", x, np.diag([1.0, 2.0, 4.0, 1.0]))
 
 
-def test_a_cache_of_before_is_made_again(item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_of_before_is_made_again(
+    item: Item, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Folders of an older format hold no hashes."""
     now = cache.FORMAT
     monkeypatch.setattr(cache, "FORMAT", now - 1)

@@ -10,12 +10,20 @@ import numpy as np
 import pytest
 import torch
 
-from dae.config import InputError, OptimConfig, to_json
-from dae.training import checkpoint
+from dae.config.command_line import to_json
+from dae.config.shared import OptimConfig
+from dae.errors import InputError
+from dae.weights import checkpoint
 
 
 def state() -> dict[str, Any]:
-    return {"model": {"w": torch.arange(300.0)}, "step": 7, "best": 0.25, "rng": checkpoint.rng_state(), "names": ["a"]}
+    return {
+        "model": {"w": torch.arange(300.0)},
+        "step": 7,
+        "best": 0.25,
+        "rng": checkpoint.rng_state(),
+        "names": ["a"],
+    }
 
 
 def test_what_is_saved_comes_back_and_torch_alone_reads_the_file_too(tmp_path: Path) -> None:
@@ -23,7 +31,12 @@ def test_what_is_saved_comes_back_and_torch_alone_reads_the_file_too(tmp_path: P
     checkpoint.save(path, state())
     for loaded in (checkpoint.load(path), torch.load(path, weights_only=True)):
         assert torch.equal(loaded["model"]["w"], torch.arange(300.0))
-        assert (loaded["step"], loaded["best"], loaded["names"], loaded["format"]) == (7, 0.25, ["a"], 1)
+        assert (loaded["step"], loaded["best"], loaded["names"], loaded["format"]) == (
+            7,
+            0.25,
+            ["a"],
+            1,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
@@ -113,13 +126,24 @@ def test_bytes_are_on_the_disk_before_the_name_is_and_the_name_before_anything_e
 
 def test_the_factors_of_a_global_batch_may_change_and_their_product_may_not() -> None:
     then = OptimConfig(batch_size=4, accumulate=2)
-    saved = {"global_batch": 16, "config": to_json(then), "threads": torch.get_num_threads()}  # on two ranks
+    saved = {
+        "global_batch": 16,
+        "config": to_json(then),
+        "threads": torch.get_num_threads(),
+    }  # on two ranks
     for batch_size, accumulate, world in ((4, 2, 2), (2, 8, 1), (16, 1, 1), (1, 1, 16)):
         now = OptimConfig(batch_size=batch_size, accumulate=accumulate)
         checkpoint.check_same_batch(Path("last.pt"), saved, now, world=world)
         told = checkpoint.what_differs(saved, now, world=world)
-        assert told == [] if (batch_size, world) == (4, 2) else told[0].startswith("2 ranks x batch 4 x 2 before")
-    with pytest.raises(InputError, match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 samples .* started with 16"):
+        assert (
+            told == []
+            if (batch_size, world) == (4, 2)
+            else told[0].startswith("2 ranks x batch 4 x 2 before")
+        )
+    with pytest.raises(
+        InputError,
+        match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 samples .* started with 16",
+    ):
         checkpoint.check_same_batch(Path("last.pt"), saved, then, world=1)
 
 
@@ -128,7 +152,12 @@ def test_every_random_state_is_restored(tmp_path: Path) -> None:
     checkpoint.save(path, {"rng": checkpoint.rng_state()})
 
     def draws() -> list[float]:
-        return [torch.rand(()).item(), float(np.random.rand()), random.random(), float(np.random.standard_normal())]  # noqa: NPY002
+        return [
+            torch.rand(()).item(),
+            float(np.random.rand()),  # noqa: NPY002
+            random.random(),
+            float(np.random.standard_normal()),  # noqa: NPY002
+        ]
 
     first = draws()
     checkpoint.restore_rng(checkpoint.load(path)["rng"])
@@ -152,7 +181,9 @@ def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_
             checkpoint.check_out_folder(tmp_path, resume=True, inputs=("", str(tmp_path / given)))
 
 
-@pytest.mark.parametrize("classes, made_by", [({}, "train_pretrain.py"), ({"0": "background"}, "train_seg.py")])
+@pytest.mark.parametrize(
+    "classes, made_by", [({}, "train_pretrain.py"), ({"0": "background"}, "train_seg.py")]
+)
 def test_a_run_of_the_other_script_is_named_when_it_is_resumed(
     classes: dict[str, str], made_by: str, tmp_path: Path
 ) -> None:

@@ -11,25 +11,64 @@ from typing import Any
 
 import pytest
 
-from dae import config as module
-from dae.config import FREE_ON_RESUME, InputError, PretrainConfig, differences, from_json, parse, to_json
-from dae.config_seg import ScoreConfig
+from dae.config import pretrain as module
+from dae.config.command_line import from_json, parse, to_json
+from dae.config.evaluate import ScoreConfig
+from dae.config.pretrain import PretrainConfig
+from dae.config.shared import FREE_ON_RESUME, differences
+from dae.errors import InputError
 from dae.model import BACKBONES
 from dae.pretext.methods import METHODS
 
 SCRIPT = Path(__file__).parents[1] / "train_pretrain.py"
 PAPER: dict[str, tuple[Any, str]] = {  # what the paper says, and where
-    "lr": (4e-4, "sec. 3.2"), "weight_decay": (1e-5, "sec. 3.2"), "steps": (20_000, "sec. 3.2"),
-    "warmup": (500, "sec. 3.2"), "batch_size": (2, "sec. 3.2"), "crop": ((96, 96, 96), "sec. 3.2"),
-    "mask_ratio": ((0.6,), "sec. 3.2"), "noise_std": (0.1, "sec. 3.2"), "downsample_factor": (4, "sec. 3.2"),
-    "alpha": (0.05, "sec. 2"), "temperature": (0.07, "sec. 2"),
-}  # fmt: skip
+    "lr": (4e-4, "sec. 3.2"),
+    "weight_decay": (1e-5, "sec. 3.2"),
+    "steps": (20_000, "sec. 3.2"),
+    "warmup": (500, "sec. 3.2"),
+    "batch_size": (2, "sec. 3.2"),
+    "crop": ((96, 96, 96), "sec. 3.2"),
+    "mask_ratio": ((0.6,), "sec. 3.2"),
+    "noise_std": (0.1, "sec. 3.2"),
+    "downsample_factor": (4, "sec. 3.2"),
+    "alpha": (0.05, "sec. 2"),
+    "temperature": (0.07, "sec. 2"),
+}
 PROMISED = {
-    "preset", "data", "data-root", "out", "method", "backbone", "steps", "crop", "window", "depths", "heads",
-    "feature-size", "batch-size", "accumulate", "lr", "weight-decay", "warmup", "clip", "alpha", "mask-ratio",
-    "noise-std", "downsample-factor", "recon", "amp", "seed", "workers", "cache-dir", "validate-every", "save-every",
-    "resume", "checkpointing", "compile", "dry-run",
-}  # fmt: skip
+    "preset",
+    "data",
+    "data-root",
+    "out",
+    "method",
+    "backbone",
+    "steps",
+    "crop",
+    "window",
+    "depths",
+    "heads",
+    "feature-size",
+    "batch-size",
+    "accumulate",
+    "lr",
+    "weight-decay",
+    "warmup",
+    "clip",
+    "alpha",
+    "mask-ratio",
+    "noise-std",
+    "downsample-factor",
+    "recon",
+    "amp",
+    "seed",
+    "workers",
+    "cache-dir",
+    "validate-every",
+    "save-every",
+    "resume",
+    "checkpointing",
+    "compile",
+    "dry-run",
+}
 
 
 def parsed(*argv: str) -> PretrainConfig:
@@ -38,7 +77,9 @@ def parsed(*argv: str) -> PretrainConfig:
 
 def run(*argv: str, python: tuple[str, ...] = ()) -> tuple[subprocess.CompletedProcess[str], float]:
     start = time.perf_counter()
-    done = subprocess.run([sys.executable, *python, str(SCRIPT), *argv], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *python, str(SCRIPT), *argv], capture_output=True, text=True
+    )
     return done, time.perf_counter() - start
 
 
@@ -50,19 +91,27 @@ def help_of() -> dict[str, str]:
     return {match[1]: " ".join(text.split()) for match, text in flags if match}
 
 
-@pytest.mark.parametrize("given, ignored", [([], None), (["--ignore", "-1"], -1), (["--ignore", "255"], 255)])
-def test_a_number_that_may_be_left_out_is_none_until_it_is_given(given: list[str], ignored: int | None) -> None:
+@pytest.mark.parametrize(
+    "given, ignored", [([], None), (["--ignore", "-1"], -1), (["--ignore", "255"], 255)]
+)
+def test_a_number_that_may_be_left_out_is_none_until_it_is_given(
+    given: list[str], ignored: int | None
+) -> None:
     assert parse(ScoreConfig, given, prog="eval.py", description="").ignore == ignored
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_defaults_are_the_papers_numbers_and_help_names_their_section(name: str, help_of: dict[str, str]) -> None:
+def test_the_defaults_are_the_papers_numbers_and_help_names_their_section(
+    name: str, help_of: dict[str, str]
+) -> None:
     value, section = PAPER[name]
     assert getattr(PretrainConfig(), name) == getattr(parsed("--preset", "paper"), name) == value
     assert section in help_of[name.replace("_", "-")]
 
 
-def test_every_promised_flag_and_every_field_is_on_the_command_line(help_of: dict[str, str]) -> None:
+def test_every_promised_flag_and_every_field_is_on_the_command_line(
+    help_of: dict[str, str],
+) -> None:
     assert set(help_of) >= PROMISED
     assert {f.name.replace("_", "-") for f in fields(PretrainConfig) if f.metadata} == set(help_of)
 
@@ -84,7 +133,9 @@ def test_presets_hold_known_names_and_usable_values(preset: str) -> None:
 
 
 def test_flags_become_values_of_the_declared_type() -> None:
-    found = parsed("--crop", "32", "48", "64", "--mask-ratio", ".2", ".6", "--no-normalize-hidden", "--resume")
+    found = parsed(
+        "--crop", "32", "48", "64", "--mask-ratio", ".2", ".6", "--no-normalize-hidden", "--resume"
+    )
     assert (found.crop, found.mask_ratio) == ((32, 48, 64), (0.2, 0.6))
     assert (found.normalize_hidden, found.resume) == (False, True)
 
@@ -92,14 +143,28 @@ def test_flags_become_values_of_the_declared_type() -> None:
 @pytest.mark.parametrize(
     "line, named",
     [
-        ("--mask 0.4", "--mask"), ("--mask-r 0.4", "--mask-r"), ("--foo 1", "--foo"), ("stray", "stray"),
-        ("--crop 96 96", "--crop"), ("--crop 9 9 9 7", "7"), ("--depths", "--depths"), ("--lr", "--lr"),
-        ("--steps 1.5", "--steps"), ("--lr fast", "--lr"), ("--steps 0", "--steps"), ("--lr -1", "--lr"),
-        ("--lr nan", "--lr"), ("--lr-min 1e-3", "--lr-min"), ("--alpha inf", "--alpha"),
+        ("--mask 0.4", "--mask"),
+        ("--mask-r 0.4", "--mask-r"),
+        ("--foo 1", "--foo"),
+        ("stray", "stray"),
+        ("--crop 96 96", "--crop"),
+        ("--crop 9 9 9 7", "7"),
+        ("--depths", "--depths"),
+        ("--lr", "--lr"),
+        ("--steps 1.5", "--steps"),
+        ("--lr fast", "--lr"),
+        ("--steps 0", "--steps"),
+        ("--lr -1", "--lr"),
+        ("--lr nan", "--lr"),
+        ("--lr-min 1e-3", "--lr-min"),
+        ("--alpha inf", "--alpha"),
         ("--mask-ratio .2 1", "--mask-ratio"),
-        ("--crop 96 0 96", "--crop"), ("--method mea", "--method"), ("--amp fp8", "--amp"), ("--preset x", "--preset"),
+        ("--crop 96 0 96", "--crop"),
+        ("--method mea", "--method"),
+        ("--amp fp8", "--amp"),
+        ("--preset x", "--preset"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_that_names_the_flag(line: str, named: str) -> None:
     """`--mask 0.4` must not be read as --mask-ratio: the next flag could change what an abbreviation means."""
     with pytest.raises(InputError) as caught:
@@ -111,7 +176,9 @@ def test_a_mistake_is_one_line_that_names_the_flag(line: str, named: str) -> Non
 def test_a_configuration_survives_json() -> None:
     for preset in PretrainConfig.presets:
         there = json.dumps(to_json(parsed("--preset", preset, "--spacing", "1", "1", "2.5")))
-        assert from_json(PretrainConfig, json.loads(there)) == parsed("--preset", preset, "--spacing", "1", "1", "2.5")
+        assert from_json(PretrainConfig, json.loads(there)) == parsed(
+            "--preset", preset, "--spacing", "1", "1", "2.5"
+        )
     with pytest.raises(InputError, match="learning_rate"):
         from_json(PretrainConfig, {"learning_rate": 1})
 
@@ -119,7 +186,10 @@ def test_a_configuration_survives_json() -> None:
 def test_a_resumed_run_may_differ_only_in_what_no_weight_depends_on() -> None:
     assert {f.name for f in fields(PretrainConfig)} >= FREE_ON_RESUME
     saved = to_json(PretrainConfig())
-    assert differences(PretrainConfig(out="elsewhere", workers=9, resume=True, stop_after=3), saved) == []
+    assert (
+        differences(PretrainConfig(out="elsewhere", workers=9, resume=True, stop_after=3), saved)
+        == []
+    )
     assert differences(PretrainConfig(lr=1e-3, crop=(64, 64, 64)), saved) == ["crop", "lr"]
     # A flag that an older version did not know was at its default then.
     older = {k: v for k, v in saved.items() if k != "tf32"}
@@ -158,7 +228,9 @@ def test_torch_is_not_imported_to_answer(argv: list[str]) -> None:
 def test_a_dry_run_prints_the_configuration_and_stops(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_pretrain.py", "--preset", "demo", "--steps", "7", "--dry-run"])
+    monkeypatch.setattr(
+        sys, "argv", ["train_pretrain.py", "--preset", "demo", "--steps", "7", "--dry-run"]
+    )
     with pytest.raises(SystemExit) as stopped:
         module.from_command_line(PretrainConfig, prog="train_pretrain.py", description="")
     assert stopped.value.code == 0

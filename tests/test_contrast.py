@@ -16,7 +16,9 @@ def z() -> torch.Tensor:
 
 
 def cosine(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+    return sum(x * y for x, y in zip(a, b)) / math.sqrt(
+        sum(x * x for x in a) * sum(y * y for y in b)
+    )
 
 
 def test_the_feature_is_the_mean_over_space_at_length_one() -> None:
@@ -47,11 +49,15 @@ def test_softmax_form_by_a_double_loop(z: torch.Tensor) -> None:
         log_sum = math.log(sum(math.exp(s) for s in scores))
         positives = [j for j in range(5) if MODALITY[i] == MODALITY[j]]
         total -= sum(scores[j] - log_sum for j in positives) / len(positives)
-    assert cmcl(z, MODALITY, temperature=0.07, form="softmax").item() == pytest.approx(total / 5, abs=1e-5)
+    assert cmcl(z, MODALITY, temperature=0.07, form="softmax").item() == pytest.approx(
+        total / 5, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("pair, columns", [((1, 1), (0, 0)), ((0, 1), (0, 1)), ((4, 2), (1, 0))])
-def test_the_authors_form_takes_class_ranks_for_columns(pair: tuple[int, int], columns: tuple[int, int]) -> None:
+def test_the_authors_form_takes_class_ranks_for_columns(
+    pair: tuple[int, int], columns: tuple[int, int]
+) -> None:
     """For (flair, t2) it asks each sample to look like the other: a finding about their code, kept as an option."""
     z = torch.randn(2, 4)
     logits = (z @ z.T) * math.exp(0.5)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dae import check
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
 from dae.pretext.methods import METHODS, Pretext
 from dae.training.kernels import lay_out
@@ -20,7 +20,12 @@ pytestmark = [
 
 GPU = torch.device("cuda")
 # Padded grids and shifted windows in the first stage, a clipped window in the last.
-NETWORK: dict[str, Any] = {"feature_size": 16, "depths": (2, 2), "heads": (1, 2), "window": (3, 3, 3)}
+NETWORK: dict[str, Any] = {
+    "feature_size": 16,
+    "depths": (2, 2),
+    "heads": (1, 2),
+    "window": (3, 3, 3),
+}
 MODALITY = torch.tensor([0, 1])
 
 
@@ -37,7 +42,9 @@ def crops(batch: int = 2) -> Tensor:
 
 
 @pytest.mark.parametrize("amp", [torch.bfloat16, torch.float32])
-def test_training_takes_a_fused_kernel_in_every_block(amp: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_takes_a_fused_kernel_in_every_block(
+    amp: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     taken = []
     attend = F.scaled_dot_product_attention
 
@@ -59,9 +66,9 @@ def test_a_step_never_waits_for_the_gpu(method: str) -> None:
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
     def step() -> None:
-        chance = net.draw(x, [1, 2])
+        drawn = net.draw(x, [1, 2])
         with torch.autocast("cuda", torch.bfloat16):
-            loss = net(x, modality, chance).loss
+            loss = net(x, modality, drawn).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
@@ -95,9 +102,9 @@ def test_gradients_in_float32_are_those_of_a_cpu_in_float64(batch: int) -> None:
 def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
     """cuDNN's kernel has NaN there (pytorch issue 196678); the bias needs a gradient, which keeps it out."""
     net, x = pretext(window=(4, 4, 4)), crops()
-    chance = net.draw(x, [1, 2])
+    drawn = net.draw(x, [1, 2])
     with torch.autocast("cuda", torch.bfloat16):
-        loss = net(x, MODALITY.to(GPU), chance).loss
+        loss = net(x, MODALITY.to(GPU), drawn).loss
     loss.backward()
     assert all(p.grad is None or bool(p.grad.isfinite().all()) for p in net.parameters())
 
@@ -112,7 +119,9 @@ def test_compiled_is_one_graph_and_gives_the_same_gradients() -> None:
         loss = run(x, MODALITY.to(GPU), net.draw(x, [1, 2])).loss
         loss.backward()
         losses.append(loss.item())
-        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None]))
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 

@@ -9,18 +9,9 @@ from typing import Any
 
 import pytest
 
-from dae.config import InputError
-from dae.data.datalist import (
-    Content,
-    DataList,
-    Item,
-    check_labels,
-    five_folds,
-    fraction,
-    hold_out,
-    load,
-    split,
-)
+from dae.data.datalist import Content, DataList, Item, check_labels, load
+from dae.data.holdout import five_folds, fraction, hold_out, split
+from dae.errors import InputError
 
 Load = Callable[..., DataList]
 
@@ -30,7 +21,9 @@ def loaded(tmp_path: Path) -> Load:
     """Write a list and load it."""
 
     def write_and_load(content: object, **keys: str) -> DataList:
-        (tmp_path / "list.json").write_text(content if isinstance(content, str) else json.dumps(content))
+        (tmp_path / "list.json").write_text(
+            content if isinstance(content, str) else json.dumps(content)
+        )
         return load(str(tmp_path / "list.json"), **keys)
 
     return write_and_load
@@ -47,8 +40,9 @@ def entries(count: int, *, images: int = 1, first: int = 0, **keys: Any) -> list
     """Some subjects with one or several images each, numbered from `first`."""
     return [
         {"image": f"s{n}_{k}.nii.gz", "modality": "ct", "subject": f"s{n}", **keys}
-        for n in range(first, first + count) for k in range(images)
-    ]  # fmt: skip
+        for n in range(first, first + count)
+        for k in range(images)
+    ]
 
 
 def subjects(items: Iterable[Item]) -> set[str]:
@@ -58,26 +52,47 @@ def subjects(items: Iterable[Item]) -> set[str]:
 # --- what loads
 
 
-def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(loaded: Load, tmp_path: Path) -> None:
-    items = loaded({
-        "name": "Spleen", "numTraining": 1, "labels": {"0": "background", "1": "spleen"},
-        "training": [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz", "modality": "CT", "subject": 7}],
-        "validation": [{"image": "/elsewhere/b.nii.gz", "modality": "ct", "fold": 1}],
-        "test": [{"image": "c.nii.gz", "modality": "t2"}],
-    })  # fmt: skip
+def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(
+    loaded: Load, tmp_path: Path
+) -> None:
+    items = loaded(
+        {
+            "name": "Spleen",
+            "numTraining": 1,
+            "labels": {"0": "background", "1": "spleen"},
+            "training": [
+                {
+                    "image": "./imagesTr/a.nii.gz",
+                    "label": "./labelsTr/a.nii.gz",
+                    "modality": "CT",
+                    "subject": 7,
+                }
+            ],
+            "validation": [{"image": "/elsewhere/b.nii.gz", "modality": "ct", "fold": 1}],
+            "test": [{"image": "c.nii.gz", "modality": "t2"}],
+        }
+    )
     (a,), (b,), (c,) = items.training, items.validation, items.test
     assert (a.image, a.label) == ((tmp_path / "imagesTr/a.nii.gz",), tmp_path / "labelsTr/a.nii.gz")
-    assert (a.modality, a.intensity, a.kind, a.subject, a.fold) == (("ct",), ("window",), "ct", "7", None)
+    assert (a.modality, a.intensity, a.modality_name, a.subject, a.fold) == (
+        ("ct",),
+        ("window",),
+        "ct",
+        "7",
+        None,
+    )
     assert (b.image, b.fold, b.label) == ((Path("/elsewhere/b.nii.gz"),), 1, None)
-    assert (c.kind, c.intensity) == ("t2", ("mr",))
+    assert (c.modality_name, c.intensity) == ("t2", ("mr",))
     assert items.labels == {0: "background", 1: "spleen"}
 
 
 def test_a_label_by_the_name_ignore_is_no_class(loaded: Load) -> None:
     for labels, ignored in (
-        ({"background": 0, "liver": 1, "ignore": 2}, 2), ({"0": "background", "1": "liver", "255": "ignore"}, 255),
-        ({"background": 0, "liver": 1, "ignore": -1}, -1), ({"0": "background", "1": "liver"}, None),
-    ):  # fmt: skip
+        ({"background": 0, "liver": 1, "ignore": 2}, 2),
+        ({"0": "background", "1": "liver", "255": "ignore"}, 255),
+        ({"background": 0, "liver": 1, "ignore": -1}, -1),
+        ({"0": "background", "1": "liver"}, None),
+    ):
         items = loaded({"training": entries(5), "labels": labels})
         assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
         assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
@@ -86,10 +101,12 @@ def test_a_label_by_the_name_ignore_is_no_class(loaded: Load) -> None:
 def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load) -> None:
     labels = {"background": 0, "liver": 1}
     for tolerance, word in (
-        ({"kidney": 1.0}, "'kidney', which is no class"), ({"0": 1.0}, "'0', which is no class"),
-        ({"liver": -1}, "'liver' is -1"), ({"liver": "two"}, "'two'; it must be 0 mm or more"),
+        ({"kidney": 1.0}, "'kidney', which is no class"),
+        ({"0": 1.0}, "'0', which is no class"),
+        ({"liver": -1}, "'liver' is -1"),
+        ({"liver": "two"}, "'two'; it must be 0 mm or more"),
         ([1.0], "must be an object"),
-    ):  # fmt: skip
+    ):
         content = {"training": entries(1), "labels": labels, "tolerance_mm": tolerance}
         line = refusal(lambda content=content: loaded(content))
         assert word in line and "tolerance_mm" in line and "list.json" in line
@@ -102,14 +119,15 @@ def test_paths_start_from_data_root_where_it_is_given(loaded: Load) -> None:
 
 def test_bare_file_names_are_items_once_the_modality_is_named(loaded: Load, tmp_path: Path) -> None:
     items = loaded({"training": ["a.nii.gz", "b.nii.gz"]}, modality="ct")
-    assert [(item.image, item.kind) for item in items.training] == [
-        ((tmp_path / "a.nii.gz",), "ct"), ((tmp_path / "b.nii.gz",), "ct")
-    ]  # fmt: skip
+    assert [(item.image, item.modality_name) for item in items.training] == [
+        ((tmp_path / "a.nii.gz",), "ct"),
+        ((tmp_path / "b.nii.gz",), "ct"),
+    ]
 
 
 def test_an_item_keeps_its_own_modality_when_others_are_named_for(loaded: Load) -> None:
     items = loaded({"training": [{"image": "a", "modality": "t2"}, "b"]}, modality="ct")
-    assert [item.kind for item in items.training] == ["t2", "ct"]
+    assert [item.modality_name for item in items.training] == ["t2", "ct"]
 
 
 def test_a_decathlon_list_may_say_the_modality_once_for_all(loaded: Load) -> None:
@@ -117,30 +135,49 @@ def test_a_decathlon_list_may_say_the_modality_once_for_all(loaded: Load) -> Non
     training = [{"image": "a.nii.gz"}]
     one = loaded({"training": training, "modality": {"0": "MRI"}})
     assert one.training[0].modality == ("mr",)
-    four = loaded({"training": training, "modality": {"1": "T1w", "0": "FLAIR", "2": "t1gd", "3": "T2w"}})
+    four = loaded(
+        {"training": training, "modality": {"1": "T1w", "0": "FLAIR", "2": "t1gd", "3": "T2w"}}
+    )
     assert four.training[0].modality == ("flair", "t1", "t1ce", "t2")
 
 
 def test_usual_spellings_are_known(loaded: Load) -> None:
     usual = {
-        "CT": "ct", "T1w": "t1", "T1Gd": "t1ce", "t1c": "t1ce", "T2W": "t2", "FLAIR": "flair", "T2F": "flair",
-        "T2*": "t2s", "PD": "pd", "MRI": "mr",
-    }  # fmt: skip
-    items = loaded({"training": [{"image": f"{n}.nii", "modality": name} for n, name in enumerate(usual)]})
-    assert [item.kind for item in items.training] == list(usual.values())
+        "CT": "ct",
+        "T1w": "t1",
+        "T1Gd": "t1ce",
+        "t1c": "t1ce",
+        "T2W": "t2",
+        "FLAIR": "flair",
+        "T2F": "flair",
+        "T2*": "t2s",
+        "PD": "pd",
+        "MRI": "mr",
+    }
+    items = loaded(
+        {"training": [{"image": f"{n}.nii", "modality": name} for n, name in enumerate(usual)]}
+    )
+    assert [item.modality_name for item in items.training] == list(usual.values())
 
 
 def test_a_list_may_declare_a_modality_and_an_item_its_intensity(loaded: Load) -> None:
-    content = {"modalities": {"PET": "percentile"}, "training": [
-        {"image": "a", "modality": "pet"}, {"image": "b", "modality": "ct", "intensity": "zscore"}]}  # fmt: skip
+    content = {
+        "modalities": {"PET": "percentile"},
+        "training": [
+            {"image": "a", "modality": "pet"},
+            {"image": "b", "modality": "ct", "intensity": "zscore"},
+        ],
+    }
     assert [item.intensity for item in loaded(content).training] == [("percentile",), ("zscore",)]
 
 
 def test_a_list_of_files_is_one_image_of_as_many_channels(loaded: Load, tmp_path: Path) -> None:
     names = ["t1", "t1gd", "t2", "flair"]
-    item = loaded({"training": [{"image": [f"{name}.nii" for name in names], "modality": names}]}).training[0]
+    item = loaded(
+        {"training": [{"image": [f"{name}.nii" for name in names], "modality": names}]}
+    ).training[0]
     assert item.image == tuple(tmp_path / f"{name}.nii" for name in names)
-    assert (item.kind, item.intensity) == ("t1+t1ce+t2+flair", ("mr",) * 4)
+    assert (item.modality_name, item.intensity) == ("t1+t1ce+t2+flair", ("mr",) * 4)
 
 
 def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> None:
@@ -148,7 +185,7 @@ def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> Non
     written = ["xa", "flair", "pet", "t2", "t1ce", "t1", "ct"]
     training = [{"image": name, "modality": name} for name in written]
     items = loaded({"training": training, "modalities": {"pet": "zscore", "xa": "window"}})
-    assert items.kinds() == ["ct", "t1", "t1ce", "t2", "flair", "pet", "xa"]
+    assert items.modalities() == ["ct", "t1", "t1ce", "t2", "flair", "pet", "xa"]
 
 
 # --- what is refused
@@ -158,7 +195,10 @@ def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> Non
     "content, said",
     [
         ({"training": ["a.nii.gz"]}, ["training[0]", "a.nii.gz", "--modality"]),
-        ({"training": [{"image": "a", "modality": "xray"}]}, ["'xray'", '"modalities": {"xray": "zscore"}']),
+        (
+            {"training": [{"image": "a", "modality": "xray"}]},
+            ["'xray'", '"modalities": {"xray": "zscore"}'],
+        ),
         ({"training": []}, ["no training items"]),
         ({"validation": entries(1)}, ["no training items"]),
         ({"training": [{"modality": "ct"}]}, ["training[0]", '"image"']),
@@ -172,7 +212,7 @@ def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> Non
         (entries(1), ["object"]),
         ('{"training": [', ["not a JSON"]),
     ],
-)  # fmt: skip
+)
 def test_a_list_that_cannot_be_used_is_refused_in_one_line(
     content: object, said: list[str], loaded: Load, tmp_path: Path
 ) -> None:
@@ -183,7 +223,9 @@ def test_a_list_that_cannot_be_used_is_refused_in_one_line(
 
 def test_regions_of_several_labels_are_refused_and_not_dropped(loaded: Load) -> None:
     labels = {"background": 0, "whole tumor": [1, 2, 3]}
-    items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})  # pre-training has no use for them
+    items = loaded(
+        {"training": entries(2, label="l.nii.gz"), "labels": labels}
+    )  # pre-training has no use for them
     assert "'whole tumor'" in refusal(lambda: check_labels(items, "list.json"))
 
 
@@ -200,7 +242,7 @@ def test_labels_that_say_two_things_are_refused(loaded: Load) -> None:
         ({"liver": 1, "spleen": 1}, ["two names for 1", "spleen", "liver"]),
         ({"1": "kidney", "2": "kidney"}, ['the name "kidney" to 1 and 2']),
         ({"0": "background", "9": "Ignore"}, ['9 "Ignore"', '"ignore" was probably meant']),
-    ):  # fmt: skip
+    ):
         line = refusal(lambda labels=labels: loaded({"training": entries(1), "labels": labels}))
         assert all(word in line for word in words)
 
@@ -208,9 +250,12 @@ def test_labels_that_say_two_things_are_refused(loaded: Load) -> None:
 def test_a_swap_of_no_two_classes_is_refused(loaded: Load) -> None:
     labels = {"0": "background", "1": "left lung", "2": "right lung"}
     for swap, words in (
-        ([[1, 3]], "names 3, which is no class"), ([[0, 1]], "names 0"), ([[1, 2], [2, 1]], "has 1 in two places"),
-        ([[1, 1]], "has 1 in two places"), ([1, 2], "list of pairs"),
-    ):  # fmt: skip
+        ([[1, 3]], "names 3, which is no class"),
+        ([[0, 1]], "names 0"),
+        ([[1, 2], [2, 1]], "has 1 in two places"),
+        ([[1, 1]], "has 1 in two places"),
+        ([1, 2], "list of pairs"),
+    ):
         content = {"training": entries(1), "labels": labels, "swap": swap}
         assert words in refusal(lambda content=content: loaded(content))
 
@@ -236,7 +281,9 @@ def test_a_subject_in_two_folds_is_refused_by_name(loaded: Load) -> None:
 # --- who is held out
 
 
-def test_a_validation_split_of_the_list_wins_and_a_flag_that_cannot_act_is_refused(loaded: Load) -> None:
+def test_a_validation_split_of_the_list_wins_and_a_flag_that_cannot_act_is_refused(
+    loaded: Load,
+) -> None:
     items = loaded({"training": entries(4, fold=0), "validation": entries(1, first=4)})
     for choose in (hold_out, split):
         assert choose(items) == items
@@ -263,7 +310,9 @@ def test_the_items_of_the_fold_are_held_out(loaded: Load) -> None:
 
 
 @pytest.mark.parametrize("count, held", [(2, 1), (20, 1), (40, 2), (100, 5)])
-def test_else_five_percent_of_the_subjects_with_all_their_images(count: int, held: int, loaded: Load) -> None:
+def test_else_five_percent_of_the_subjects_with_all_their_images(
+    count: int, held: int, loaded: Load
+) -> None:
     """Table 1: a 95-5 split."""
     items = loaded({"training": entries(count, images=3)})
     chosen = hold_out(items)
@@ -296,10 +345,14 @@ def test_folds_stay_what_they_are_from_version_to_version(loaded: Load) -> None:
     sizes = [sum(place * 5 // 12 == k for place in range(12)) for k in range(5)]
     assert sizes == [3, 2, 3, 2, 2]
     parts = [order[:3], order[3:5], order[5:8], order[8:10], order[10:]]
-    assert folds_of(loaded({"training": entries(12)})) == {s: k for k, part in enumerate(parts) for s in part}
+    assert folds_of(loaded({"training": entries(12)})) == {
+        s: k for k, part in enumerate(parts) for s in part
+    }
 
 
-def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_borders(loaded: Load) -> None:
+def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_borders(
+    loaded: Load,
+) -> None:
     """Sizes differ by one at most, so that a border may move by one; no other subject changes its fold."""
     moved = []
     for count in range(5, 60):
@@ -316,8 +369,10 @@ def test_a_subject_that_joins_puts_at_most_one_other_out_of_a_share(loaded: Load
         before, after = (loaded({"training": entries(n)}) for n in (count, count + 1))
         held = [subjects(hold_out(items).validation) for items in (before, after)]
         assert len(held[0] - held[1]) <= 1 and len(held[1] - held[0]) <= 1
-        shares = [[subjects(fraction(items, share).training) for share in (0.1, 0.2, 0.6, 1.0)]
-                  for items in (before, after)]  # fmt: skip
+        shares = [
+            [subjects(fraction(items, share).training) for share in (0.1, 0.2, 0.6, 1.0)]
+            for items in (before, after)
+        ]
         assert shares[0][0] < shares[0][1] < shares[0][2] < shares[0][3]
         assert all(len(a - b) <= 1 for a, b in zip(*shares))
 
@@ -326,7 +381,9 @@ def test_a_fold_that_too_few_subjects_leave_empty_is_refused(loaded: Load) -> No
     items = loaded({"training": entries(3)})
     assert [len(subjects(five_folds(items, fold=k).validation)) for k in range(3)] == [1, 1, 1]
     assert "--fold 3: 3 subjects make 3 folds" in refusal(lambda: split(items, fold=3))
-    assert "--fold 5: 9 subjects make 5 folds" in refusal(lambda: split(loaded({"training": entries(9)}), fold=5))
+    assert "--fold 5: 9 subjects make 5 folds" in refusal(
+        lambda: split(loaded({"training": entries(9)}), fold=5)
+    )
 
 
 def test_a_single_subject_leaves_nothing_to_validate_on(loaded: Load) -> None:
@@ -334,7 +391,9 @@ def test_a_single_subject_leaves_nothing_to_validate_on(loaded: Load) -> None:
 
 
 def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: Load) -> None:
-    items = loaded({"training": [{"image": f"s{n}/t1.nii.gz", "modality": "t1"} for n in range(10)]})
+    items = loaded(
+        {"training": [{"image": f"s{n}/t1.nii.gz", "modality": "t1"} for n in range(10)]}
+    )
     assert len(hold_out(items).validation) == 1
 
 
@@ -347,13 +406,21 @@ def test_the_fingerprint_is_that_of_the_contents_in_their_order(loaded: Load) ->
     content = [{"image": image, "modality": "t1"} for image in images]
     a, b, c = (Content((voxels,), label, (1.0, 1.0, 1.0)) for voxels, label in ("ax", "by", "cz"))
     here, there = loaded({"training": content}), loaded({"training": content}, root="/elsewhere")
-    renamed = loaded({"training": [{**entry, "image": f"new{n}.nii"} for n, entry in enumerate(content)]})
+    renamed = loaded(
+        {"training": [{**entry, "image": f"new{n}.nii"} for n, entry in enumerate(content)]}
+    )
     first = here.fingerprint([a, b, c])
     assert first == there.fingerprint([a, b, c]) == renamed.fingerprint([a, b, c])
     other = [
-        here.fingerprint([c, b, a]), here.fingerprint([a, b]), here.fingerprint([a, b], [c]),
-        here.fingerprint([a, b, c._replace(label="corrected")]), here.fingerprint([a, b, c._replace(image=("d",))]),
-        here.fingerprint([a, b, c._replace(spacing=(1.0, 1.0, 2.0))]), here.fingerprint([a, b, c], labels=True),
-        loaded({"training": [*content[:2], {**content[2], "modality": "t2"}]}).fingerprint([a, b, c]),
-    ]  # fmt: skip
+        here.fingerprint([c, b, a]),
+        here.fingerprint([a, b]),
+        here.fingerprint([a, b], [c]),
+        here.fingerprint([a, b, c._replace(label="corrected")]),
+        here.fingerprint([a, b, c._replace(image=("d",))]),
+        here.fingerprint([a, b, c._replace(spacing=(1.0, 1.0, 2.0))]),
+        here.fingerprint([a, b, c], labels=True),
+        loaded({"training": [*content[:2], {**content[2], "modality": "t2"}]}).fingerprint(
+            [a, b, c]
+        ),
+    ]
     assert len({first, *other}) == 1 + len(other)

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from dae.pretext import disrupt
-from dae.pretext.disrupt import downsample, draw_channels, draw_cubes, draw_noise, generators, masked_share
+from dae.pretext.disrupt import (
+    downsample,
+    draw_channels,
+    draw_cubes,
+    draw_noise,
+    generators,
+    masked_share,
+)
 
 CPU = torch.device("cpu")
 
@@ -22,7 +29,9 @@ def add_noise(x: Tensor, draw: list[torch.Generator], **options: float) -> Tenso
 
 
 def local_mask(tokens: Tensor, draw: list[torch.Generator], **options: Any) -> Tensor:
-    return disrupt.local_mask(tokens, draw_channels(tokens.shape[1], tokens.shape[2:], draw, **options))
+    return disrupt.local_mask(
+        tokens, draw_channels(tokens.shape[1], tokens.shape[2:], draw, **options)
+    )
 
 
 def test_eq_1_adds_noise_of_the_given_mean_and_standard_deviation() -> None:
@@ -72,8 +81,12 @@ def test_area_downsampling_makes_blocks_of_their_mean() -> None:
     assert downsample(x, 4, "area")[0, 0, :, 0, 0].tolist() == [3, 3, 3, 3, 5, 5, 5, 5]
 
 
-@pytest.mark.parametrize("n, factor, values", [(17, 3, 6), (16, 3, 5), (8, 4, 2), (2, 8, 1), (1, 4, 1)])
-def test_the_coarse_grid_has_the_nearest_number_of_voxels_and_at_least_one(n: int, factor: float, values: int) -> None:
+@pytest.mark.parametrize(
+    "n, factor, values", [(17, 3, 6), (16, 3, 5), (8, 4, 2), (2, 8, 1), (1, 4, 1)]
+)
+def test_the_coarse_grid_has_the_nearest_number_of_voxels_and_at_least_one(
+    n: int, factor: float, values: int
+) -> None:
     x = torch.arange(float(n)).reshape(1, 1, n, 1, 1).expand(1, 1, n, 8, 8)
     for mode in ("nearest", "area"):
         assert len(downsample(x, factor, mode)[0, 0, :, 0, 0].unique()) == values

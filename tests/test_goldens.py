@@ -12,7 +12,12 @@ from dae.model import MONAI, SwinUNETR
 from dae.weights.layouts import from_monai, to_monai
 
 GOLDENS = Path(__file__).parent / "goldens"
-SMALL: dict[str, Any] = {"feature_size": 12, "depths": (2, 2, 2, 2), "heads": (3, 6, 12, 24), "window": (7, 7, 7)}
+SMALL: dict[str, Any] = {
+    "feature_size": 12,
+    "depths": (2, 2, 2, 2),
+    "heads": (3, 6, 12, 24),
+    "window": (7, 7, 7),
+}
 V2 = {"merge_order": "all", "clipped_bias": "sliced"}
 LEGACY = {"merge_order": "legacy", "clipped_bias": "sliced"}
 CASES: list[tuple[str, dict[str, Any], int, int, tuple[int, int, int]]] = [
@@ -55,7 +60,9 @@ def test_logits_and_hidden_states_equal_monai(k: int) -> None:
     golden = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")
     model = SwinUNETR(c_in, c_out, **SMALL, **options).eval()
     model.load_state_dict(from_monai(monai_weights(model)), strict=True)
-    x = torch.from_numpy(np.random.default_rng(1000 + k).standard_normal((1, c_in, *size)).astype(np.float32))
+    x = torch.from_numpy(
+        np.random.default_rng(1000 + k).standard_normal((1, c_in, *size)).astype(np.float32)
+    )
 
     states = model.encode(model.tokenize(x))
     logits = model.decode(states, x)
@@ -71,14 +78,20 @@ def test_logits_and_hidden_states_equal_monai(k: int) -> None:
 
 
 @pytest.mark.parametrize("layout, stage_conv", [("f48", False), ("v2_f48", True)])
-def test_our_names_translate_to_every_tensor_of_monai_and_back(layout: str, stage_conv: bool) -> None:
+def test_our_names_translate_to_every_tensor_of_monai_and_back(
+    layout: str, stage_conv: bool
+) -> None:
     lines = (GOLDENS / f"keys_monai_swin_unetr_{layout}.tsv").read_text().split("\n")
-    shapes = {k: tuple(map(int, s.split("x"))) for k, s in (line.split("\t") for line in lines if line)}
+    shapes = {
+        k: tuple(map(int, s.split("x"))) for k, s in (line.split("\t") for line in lines if line)
+    }
     with torch.device("meta"):
         ours = SwinUNETR(1, 14, stage_conv=stage_conv).state_dict()
     theirs = to_monai(ours)
     assert {k: tuple(v.shape) for k, v in theirs.items()} == shapes
-    assert {k: v.shape for k, v in from_monai(theirs).items()} == {k: v.shape for k, v in ours.items()}
+    assert {k: v.shape for k, v in from_monai(theirs).items()} == {
+        k: v.shape for k, v in ours.items()
+    }
 
 
 def test_to_monai_undoes_from_monai_key_by_key() -> None:
@@ -90,7 +103,9 @@ def test_to_monai_undoes_from_monai_key_by_key() -> None:
 
 def test_to_monai_finds_a_cubic_window_by_itself_and_refuses_three_stages() -> None:
     small = SwinUNETR(1, 2, **{**SMALL, "window": (4, 4, 4)})
-    assert to_monai(small.state_dict())["swinViT.layers1.0.blocks.0.attn.relative_position_index"].shape == (64, 64)
+    assert to_monai(small.state_dict())[
+        "swinViT.layers1.0.blocks.0.attn.relative_position_index"
+    ].shape == (64, 64)
     three = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1), heads=(3, 3, 3))
     with pytest.raises(ValueError, match="four stages"):
         to_monai(three.state_dict())

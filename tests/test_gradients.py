@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dae import check
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import BACKBONES, swin
 from dae.model.conv import InstanceNorm
 from dae.pretext.methods import METHODS, Pretext
@@ -33,7 +33,9 @@ BATCHES = [1, 2, 3]
 every = pytest.mark.parametrize("name", BACKBONES)
 
 
-def network(name: str, *, layout: str = "channels_last", dtype: torch.dtype = torch.float64, **more: Any) -> Any:
+def network(
+    name: str, *, layout: str = "channels_last", dtype: torch.dtype = torch.float64, **more: Any
+) -> Any:
     torch.manual_seed(0)
     made = BACKBONES[name](1, 2, **{**check.SMALL[name], **more}).to(dtype)
     set_layout(made, LAYOUTS[layout])
@@ -41,13 +43,17 @@ def network(name: str, *, layout: str = "channels_last", dtype: torch.dtype = to
 
 
 def crops(grid: str, batch: int) -> Tensor:
-    return torch.randn(batch, 1, *GRIDS[grid], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch, 1, *GRIDS[grid], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     """A mean over samples that weighs every voxel of every channel in its own way."""
     y = model(x)
-    weight = torch.randn(y.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(
+        y.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(2)
+    )
     return (y * weight.to(y.dtype)).mean() + y.square().mean()
 
 
@@ -60,7 +66,11 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> Gradients:
 def worst(found: Gradients, expected: Gradients) -> float:
     """The largest difference of any parameter's gradient, relative to its norm."""
     assert found.keys() == expected.keys()
-    return max(float((found[n] - expected[n]).norm() / expected[n].norm()) for n in found if expected[n].any())
+    return max(
+        float((found[n] - expected[n]).norm() / expected[n].norm())
+        for n in found
+        if expected[n].any()
+    )
 
 
 # --- (a) the samples one by one
@@ -69,7 +79,9 @@ def worst(found: Gradients, expected: Gradients) -> float:
 @every
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("grid", GRIDS)
-def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(name: str, grid: str, layout: str) -> None:
+def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(
+    name: str, grid: str, layout: str
+) -> None:
     model, x = network(name, layout=layout), crops(grid, 3)
     alone = [gradients(model, partial(loss_of, model, one[None])) for one in x]
     for batch in BATCHES[1:]:
@@ -84,7 +96,9 @@ def test_the_gradient_of_a_pretext_is_the_mean_of_its_samples(method: str, recon
     """Without CMCL, which is the one term that compares samples."""
     options = PretextConfig(method=method, mask_block=8, recon=recon, alpha=0.0)
     torch.manual_seed(0)
-    net = Pretext(BACKBONES["swin_unetr"](1, 1, **check.SMALL["swin_unetr"]), method, options).double()
+    net = Pretext(
+        BACKBONES["swin_unetr"](1, 1, **check.SMALL["swin_unetr"]), method, options
+    ).double()
     x, modality, seeds = crops("odd", 3), torch.tensor([0, 1, 0]), [5, 6, 7]
 
     def loss(part: slice) -> Tensor:
@@ -101,7 +115,9 @@ def test_the_gradient_of_a_pretext_is_the_mean_of_its_samples(method: str, recon
 
 @every
 @pytest.mark.parametrize("batch", BATCHES)
-def test_the_gradient_of_every_parameter_is_that_of_finite_differences(name: str, batch: int) -> None:
+def test_the_gradient_of_every_parameter_is_that_of_finite_differences(
+    name: str, batch: int
+) -> None:
     model, x = network(name), crops("odd", batch)
     found = gradients(model, partial(loss_of, model, x))
     step = 1e-7  # leaky ReLU has kinks: a larger step crosses more of them
@@ -133,7 +149,9 @@ def instance_norm(self: InstanceNorm, x: Tensor) -> Tensor:
     return y * rearrange(self.weight, "c -> c 1 1 1") + rearrange(self.bias, "c -> c 1 1 1")
 
 
-def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     y = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return y if weight is None else y * weight + bias
@@ -155,7 +173,9 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: Any, shift
     return rearrange(out, "b (nd nh nw) heads i e -> b nd nh nw heads i e", nd=nd, nh=nh)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *_: Any) -> Tensor:
+def conv3d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *_: Any
+) -> Tensor:
     x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
     for axis in range(3):
         x = x.unfold(2 + axis, weight.shape[2 + axis], stride[axis])
@@ -221,7 +241,11 @@ def test_the_check_of_a_machine_finds_a_wrong_gradient(
 ) -> None:
     """torch's own instance norm, without what this package does about its gradient at batch 1."""
     monkeypatch.setattr("sys.argv", ["check", "--device", "cpu"])
-    monkeypatch.setattr(InstanceNorm, "forward", lambda self, x: F.instance_norm(x, None, None, self.weight, self.bias))
+    monkeypatch.setattr(
+        InstanceNorm,
+        "forward",
+        lambda self, x: F.instance_norm(x, None, None, self.weight, self.bias),
+    )
     right = check.main() == 0
     wrong_in_this_torch = bool(torch_is_wrong_at_batch_1())
     assert right != wrong_in_this_torch
@@ -250,4 +274,6 @@ def torch_is_wrong_at_batch_1() -> bool:
     x = torch.randn(1, 4, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn_like(x).contiguous(memory_format=torch.channels_last_3d)
     found = torch.autograd.grad(F.instance_norm(x), x, gradient)[0]
-    return not torch.allclose(found, torch.autograd.grad(F.instance_norm(x), x, gradient.contiguous())[0])
+    return not torch.allclose(
+        found, torch.autograd.grad(F.instance_norm(x), x, gradient.contiguous())[0]
+    )

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dae.config import InputError
 from dae.data.datalist import Item
 from dae.data.nifti import Volume, read, read_labels_of
 from dae.data.preprocess import Recipe, prepare, resample, resample_labels
-from dae.evaluation import inference
-from dae.evaluation.inference import blend, gaussian, in_place, label_map, save_like, sliding_window, window_starts
+from dae.errors import InputError
+from dae.evaluation import windows as inference
+from dae.evaluation.native_grid import in_place, label_map, save_like
+from dae.evaluation.windows import blend, gaussian, sliding_window, window_starts
 
 ROOT = Path(__file__).parents[1]
 BACKGROUND = (-3.0, -2.0, -1.0)  # of the three channels
@@ -68,13 +69,24 @@ def test_windows_begin_at_0_end_flush_step_evenly_and_are_as_few_as_the_overlap_
     steps, longest = np.diff(starts), max(1, window * (1 - overlap)) + 1e-6
     assert starts[0] == 0 and starts[-1] == spare
     assert steps.min() >= 1 and np.ptp(steps) <= 1 and steps.max() <= longest
-    assert (len(starts) - 2) * int(longest) < spare  # one window fewer, and a step would be too long
+    assert (len(starts) - 2) * int(
+        longest
+    ) < spare  # one window fewer, and a step would be too long
 
 
-@pytest.mark.parametrize("size, window, overlap, starts", [
-    (200, 96, 0.5, [0, 35, 69, 104]), (96, 96, 0.5, [0]), (97, 96, 0.0, [0, 1]), (192, 96, 0.0, [0, 96]),
-    (10, 4, 0.75, [0, 1, 2, 3, 4, 5, 6]), (5, 2, 0.9, [0, 1, 2, 3]), (24, 20, 0.9, [0, 2, 4]), (14, 10, 0.8, [0, 2, 4]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, window, overlap, starts",
+    [
+        (200, 96, 0.5, [0, 35, 69, 104]),
+        (96, 96, 0.5, [0]),
+        (97, 96, 0.0, [0, 1]),
+        (192, 96, 0.0, [0, 96]),
+        (10, 4, 0.75, [0, 1, 2, 3, 4, 5, 6]),
+        (5, 2, 0.9, [0, 1, 2, 3]),
+        (24, 20, 0.9, [0, 2, 4]),
+        (14, 10, 0.8, [0, 2, 4]),
+    ],
+)
 def test_windows_of_some_axes_begin_where_one_works_out_by_hand(
     size: int, window: int, overlap: float, starts: list[int]
 ) -> None:
@@ -112,10 +124,18 @@ def test_a_weight_falls_to_the_root_of_e_an_eighth_off_the_centre() -> None:
 
 
 @pytest.mark.parametrize("combine", ["softmax", "logits"])
-@pytest.mark.parametrize("size, batch, overlap", [
-    ((4, 5, 6), 1, 0.5), ((11, 9, 10), 4, 0.75), ((11, 9, 10), 1, 0.25), ((3, 2, 5), 2, 0), ((13, 3, 7), 3, 0.5),
-    ((2, 12, 13), 5, 0.25),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "size, batch, overlap",
+    [
+        ((4, 5, 6), 1, 0.5),
+        ((11, 9, 10), 4, 0.75),
+        ((11, 9, 10), 1, 0.25),
+        ((3, 2, 5), 2, 0),
+        ((13, 3, 7), 3, 0.5),
+        ((2, 12, 13), 5, 0.25),
+    ],
+    ids=str,
+)
 def test_an_identity_network_returns_its_input_and_never_writes_it(
     size: tuple[int, int, int], batch: int, overlap: float, combine: str
 ) -> None:
@@ -137,7 +157,9 @@ def test_blended_windows_of_raw_values_are_those_values(batch: int, overlap: flo
     def predict_at(corners: Sequence[tuple[int, int, int]]) -> Tensor:
         return torch.stack([image[:, d : d + 4, h : h + 5, w : w + 6] for d, h, w in corners])
 
-    slabs = blend(predict_at, (11, 9, 10), gaussian(window), classes=3, overlap=overlap, batch=batch)
+    slabs = blend(
+        predict_at, (11, 9, 10), gaussian(window), classes=3, overlap=overlap, batch=batch
+    )
     assert torch.allclose(torch.cat(list(slabs), dim=1), image, rtol=1e-6, atol=1e-3)
 
 
@@ -180,18 +202,28 @@ def test_arrays_and_tensors_of_any_float_type_are_images() -> None:
     array.flags.writeable = False
     found = whole(array, identity)
     assert found.dtype == torch.float32
-    assert torch.equal(found, whole(image, identity)) and torch.equal(found, whole(image.float(), identity))
+    assert torch.equal(found, whole(image, identity)) and torch.equal(
+        found, whole(image.float(), identity)
+    )
 
 
 # --- blending: against everything at once, in float64 -----------------------------------------------------------------
 
-STARTS = [(0, 2, 4, 5, 7), (0, 2, 4), (0, 2, 4)]  # of windows 4 5 6 on 11 9 10 voxels that overlap by half
+STARTS = [
+    (0, 2, 4, 5, 7),
+    (0, 2, 4),
+    (0, 2, 4),
+]  # of windows 4 5 6 on 11 9 10 voxels that overlap by half
 
 
 def brute_force(
-    image: Tensor, networks: Sequence[nn.Module], starts: Sequence[Sequence[int]], window: tuple[int, int, int],
-    flips: Sequence[Sequence[int]], combine: str,
-) -> Tensor:  # fmt: skip
+    image: Tensor,
+    networks: Sequence[nn.Module],
+    starts: Sequence[Sequence[int]],
+    window: tuple[int, int, int],
+    flips: Sequence[Sequence[int]],
+    combine: str,
+) -> Tensor:
     """All windows, flips and networks summed up on the whole volume, in float64: (k, d, h, w)."""
     total, weight, bell = (
         torch.zeros(3, *image.shape[1:]).double(),
@@ -199,7 +231,10 @@ def brute_force(
         bell_of(window),
     )
     for corner, network, axes in product(product(*starts), networks, flips):
-        box, dims = [slice(at, at + n) for at, n in zip(corner, window)], [axis + 1 for axis in axes]
+        box, dims = (
+            [slice(at, at + n) for at, n in zip(corner, window)],
+            [axis + 1 for axis in axes],
+        )
         logits = deepcopy(network).double()(image[:, *box].double().flip(dims)[None])[0].flip(dims)
         total[:, *box] += (logits.softmax(0) if combine == "softmax" else logits) * bell
         weight[*box] += bell
@@ -209,7 +244,9 @@ def brute_force(
 @pytest.mark.parametrize("combine", ["softmax", "logits"])
 @pytest.mark.parametrize("flips", [(), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("members", [1, 2])
-def test_slabs_are_the_whole_weighted_mean(members: int, flips: tuple[int, ...], combine: str) -> None:
+def test_slabs_are_the_whole_weighted_mean(
+    members: int, flips: tuple[int, ...], combine: str
+) -> None:
     image, networks = image_of(11, 9, 10), [seeing(n) for n in range(members)]
     found = whole(image, networks, flips=flips, combine=combine, batch=3)
     turns = {(): [()], (1,): [(), (1,)], (0, 2): [(), (0,), (2,), (0, 2)]}[flips]
@@ -222,8 +259,12 @@ def test_slabs_are_the_whole_weighted_mean(members: int, flips: tuple[int, ...],
 def test_a_volume_smaller_than_the_window_lies_in_its_middle_with_background_around() -> None:
     image, network = image_of(3, 9, 3), seeing()
     padded = torch.tensor(BACKGROUND)[:, None, None, None].repeat(1, 6, 9, 8)
-    padded[:, 1:4, :, 2:5] = image  # of 3 voxels too few one goes before, of 5 two: as in a training crop
-    expected = brute_force(padded, [network], [(0,), (0, 2, 4), (0,)], (6, 5, 8), [()], "softmax")[:, 1:4, :, 2:5]
+    padded[:, 1:4, :, 2:5] = (
+        image  # of 3 voxels too few one goes before, of 5 two: as in a training crop
+    )
+    expected = brute_force(padded, [network], [(0,), (0, 2, 4), (0,)], (6, 5, 8), [()], "softmax")[
+        :, 1:4, :, 2:5
+    ]
     found = whole(image, network, window=(6, 5, 8))
     assert found.shape == (3, 3, 9, 3) and (found - expected).abs().max() < 1e-5
 
@@ -233,8 +274,11 @@ def test_sums_are_float32_whatever_the_network_answers_in() -> None:
     answer = seeing()(image[None])[0]  # one answer for each voxel, whichever the window
     exact = answer.bfloat16().double().softmax(0)
     found = whole(
-        torch.cat([image, answer]), lambda x: x[:, 3:].bfloat16(), overlap=0.75, background=(0.0,) * 6
-    )  # fmt: skip
+        torch.cat([image, answer]),
+        lambda x: x[:, 3:].bfloat16(),
+        overlap=0.75,
+        background=(0.0,) * 6,
+    )
     assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-6
 
 
@@ -249,11 +293,17 @@ def test_flips_change_nothing_for_a_network_that_does_not_see_them(combine: str)
     for axis in (2, 3, 4):
         mirrored.weight.copy_((mirrored.weight + mirrored.weight.flip(axis)) / 2)
     plain = whole(image, mirrored, combine=combine)
-    assert torch.allclose(whole(image, mirrored, flips=(0, 1, 2), combine=combine), plain, atol=1e-6)
-    assert not torch.allclose(whole(image, seeing(), flips=(0, 1, 2)), whole(image, seeing()), atol=1e-2)
+    assert torch.allclose(
+        whole(image, mirrored, flips=(0, 1, 2), combine=combine), plain, atol=1e-6
+    )
+    assert not torch.allclose(
+        whole(image, seeing(), flips=(0, 1, 2)), whole(image, seeing()), atol=1e-2
+    )
 
 
-@pytest.mark.parametrize("flips, turns", [((), 1), ((1,), 2), ((2, 0), 4), ((0, 1, 2), 8), ((1, 1), 2)], ids=str)
+@pytest.mark.parametrize(
+    "flips, turns", [((), 1), ((1,), 2), ((2, 0), 4), ((0, 1, 2), 8), ((1, 1), 2)], ids=str
+)
 def test_every_combination_of_flips_is_asked_once(flips: tuple[int, ...], turns: int) -> None:
     seen: list[Tensor] = []
     whole(image_of(4, 5, 6), lambda x: seen.append(x.clone()) or x, flips=flips)
@@ -278,10 +328,16 @@ def test_left_and_right_change_places_where_a_window_was_flipped(combine: str) -
     once = whole(image, sided, **common)
     assert torch.equal(once.argmax(0), truth)
     for flips in ((0,), (0, 1, 2)):
-        assert torch.allclose(whole(image, sided, flips=flips, swap=[(1, 2)], **common), once, atol=1e-6)
+        assert torch.allclose(
+            whole(image, sided, flips=flips, swap=[(1, 2)], **common), once, atol=1e-6
+        )
     wrong = whole(image, sided, flips=(0,), **common)
-    assert torch.allclose(wrong[1], wrong[2], atol=1e-6)  # without the exchange no side is known any more
-    assert torch.allclose(whole(image, sided, flips=(1, 2), swap=[(1, 2)], **common), once, atol=1e-6)
+    assert torch.allclose(
+        wrong[1], wrong[2], atol=1e-6
+    )  # without the exchange no side is known any more
+    assert torch.allclose(
+        whole(image, sided, flips=(1, 2), swap=[(1, 2)], **common), once, atol=1e-6
+    )
 
 
 def test_a_network_of_turned_crops_exchanges_sides_in_front_back_flips_as_well() -> None:
@@ -299,7 +355,9 @@ def test_a_network_of_turned_crops_exchanges_sides_in_front_back_flips_as_well()
     once = whole(image, by_the_front, **common)
     assert set(once.argmax(0).unique().tolist()) == {0, 1, 2}
     for flips in ((0,), (1,), (0, 1), (0, 1, 2)):
-        assert torch.allclose(whole(image, by_the_front, flips=flips, swap_axes=(0, 1), **common), once, atol=1e-6)
+        assert torch.allclose(
+            whole(image, by_the_front, flips=flips, swap_axes=(0, 1), **common), once, atol=1e-6
+        )
 
 
 def test_softmax_means_let_the_unsure_speak_and_logit_means_the_sure() -> None:
@@ -307,10 +365,16 @@ def test_softmax_means_let_the_unsure_speak_and_logit_means_the_sure() -> None:
         return lambda x: torch.tensor([logit, 0.0])[:, None, None, None].expand(len(x), 2, 4, 5, 6)
 
     image, ensemble = image_of(4, 5, 6), [says(6), says(-1), says(-2)]
-    softmax, logits = (whole(image, ensemble, classes=2, combine=how) for how in ("softmax", "logits"))
+    softmax, logits = (
+        whole(image, ensemble, classes=2, combine=how) for how in ("softmax", "logits")
+    )
     probability = [1 / (1 + np.exp(-x)) for x in (6, -1, -2)]
-    assert torch.allclose(softmax[0], torch.tensor(np.mean(probability), dtype=torch.float32))  # .46: the second class
-    assert torch.allclose(logits[0], torch.tensor(1 / (1 + np.exp(-1)), dtype=torch.float32))  # (6 - 1 - 2) / 3 = 1
+    assert torch.allclose(
+        softmax[0], torch.tensor(np.mean(probability), dtype=torch.float32)
+    )  # .46: the second class
+    assert torch.allclose(
+        logits[0], torch.tensor(1 / (1 + np.exp(-1)), dtype=torch.float32)
+    )  # (6 - 1 - 2) / 3 = 1
 
 
 # --- how it goes through a volume -------------------------------------------------------------------------------------
@@ -320,13 +384,21 @@ def test_softmax_means_let_the_unsure_speak_and_logit_means_the_sure() -> None:
 def test_windows_go_row_by_row_and_slabs_leave_as_soon_as_they_can(batch: int) -> None:
     sizes: list[int] = []
     slabs = sliding_window(
-        image_of(40, 9, 10), lambda x: sizes.append(len(x)) or x, window=(4, 5, 6), classes=3, overlap=0.5, batch=batch,
-        device="cpu", background=BACKGROUND,
-    )  # fmt: skip
+        image_of(40, 9, 10),
+        lambda x: sizes.append(len(x)) or x,
+        window=(4, 5, 6),
+        classes=3,
+        overlap=0.5,
+        batch=batch,
+        device="cpu",
+        background=BACKGROUND,
+    )
     assert not sizes  # nothing happens before someone asks
     for row in range(1, 19):
         planes = next(slabs).shape[1]
-        assert sum(sizes) == 9 * row and planes == 2  # 3 x 3 windows of a row, and a step of two planes
+        assert (
+            sum(sizes) == 9 * row and planes == 2
+        )  # 3 x 3 windows of a row, and a step of two planes
     assert max(sizes) == min(batch, 9)
     assert next(slabs).shape[1] == 4 and next(slabs, None) is None
 
@@ -337,8 +409,10 @@ def test_slabs_are_thin_and_their_own() -> None:
     kept = []
     for slab in sliding_window(
         image, identity, window=(24, 5, 6), classes=3, device="cpu", background=BACKGROUND
-    ):  # fmt: skip
-        assert slab.shape[1] == 8 and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+    ):
+        assert (
+            slab.shape[1] == 8 and not torch.is_inference_mode_enabled() and torch.is_grad_enabled()
+        )
         kept.append(slab.clone())
         slab.zero_()
     assert torch.allclose(torch.cat(kept, dim=1), image.softmax(0), atol=1e-6)
@@ -358,7 +432,9 @@ class Largest(TorchDispatchMode):
         made = func(*args, **(kwargs or {}))
         for each in made if isinstance(made, (tuple, list)) else (made,):
             if isinstance(each, Tensor):
-                self.elements = max(self.elements, each.untyped_storage().nbytes() // each.element_size())
+                self.elements = max(
+                    self.elements, each.untyped_storage().nbytes() // each.element_size()
+                )
         return made
 
 
@@ -370,8 +446,17 @@ def test_no_tensor_is_thicker_than_a_window(combine: str) -> None:
         return x.expand(-1, classes, -1, -1, -1)
 
     with Largest() as largest:
-        slabs = sliding_window(image, predict, window=(8, 8, 8), classes=classes, device="cpu", background=[0.0],
-                               flips=(0, 1), batch=1, combine=combine)  # fmt: skip
+        slabs = sliding_window(
+            image,
+            predict,
+            window=(8, 8, 8),
+            classes=classes,
+            device="cpu",
+            background=[0.0],
+            flips=(0, 1),
+            batch=1,
+            combine=combine,
+        )
         labels = label_map(slabs, (200, 16, 16), (300, 20, 20))
     assert labels.shape == (300, 20, 20)
     assert 0 < largest.elements <= classes * 8 * 16 * 16  # all of it would be 25 times as many
@@ -395,14 +480,28 @@ def test_a_label_map_holds_no_more_than_a_few_slabs() -> None:
 
 
 def test_wrong_arguments_are_refused_before_the_first_slab() -> None:
-    given = {"image": image_of(5, 6, 7), "predict": identity, "window": (4, 5, 6), "classes": 3, "device": "cpu",
-             "background": BACKGROUND}  # fmt: skip
+    given = {
+        "image": image_of(5, 6, 7),
+        "predict": identity,
+        "window": (4, 5, 6),
+        "classes": 3,
+        "device": "cpu",
+        "background": BACKGROUND,
+    }
     wrong: list[tuple[dict[str, Any], str]] = [
-        ({"overlap": 1.0}, "overlap"), ({"overlap": -0.1}, "overlap"), ({"combine": "vote"}, "combine"),
-        ({"flips": (3,)}, "flips"), ({"background": (0.0,)}, "background"), ({"batch": 0}, "batch"),
-        ({"predict": []}, "predictor"), ({"image": torch.zeros(5, 6, 7)}, "c, d, h, w"),
-        *(({"swap": swap}, "swap must name") for swap in ([(1, 3)], [(1, 1)], [(0, 1), (1, 2)], [(-1, 1)])),
-    ]  # fmt: skip
+        ({"overlap": 1.0}, "overlap"),
+        ({"overlap": -0.1}, "overlap"),
+        ({"combine": "vote"}, "combine"),
+        ({"flips": (3,)}, "flips"),
+        ({"background": (0.0,)}, "background"),
+        ({"batch": 0}, "batch"),
+        ({"predict": []}, "predictor"),
+        ({"image": torch.zeros(5, 6, 7)}, "c, d, h, w"),
+        *(
+            ({"swap": swap}, "swap must name")
+            for swap in ([(1, 3)], [(1, 1)], [(0, 1), (1, 2)], [(-1, 1)])
+        ),
+    ]
     for argument, message in wrong:
         with pytest.raises(ValueError, match=message):
             sliding_window(**{**given, **argument})
@@ -434,24 +533,38 @@ def in_slabs(probabilities: Tensor, planes: int) -> Iterator[Tensor]:
 
 
 def torch_resampled(probabilities: Tensor, target: Sequence[int]) -> np.ndarray:
-    return F.interpolate(probabilities[None].double(), tuple(target), mode="trilinear", align_corners=False)[0].numpy()
+    return F.interpolate(
+        probabilities[None].double(), tuple(target), mode="trilinear", align_corners=False
+    )[0].numpy()
 
 
 def scipy_resampled(probabilities: Tensor, target: Sequence[int]) -> np.ndarray:
     factors = [new / old for new, old in zip(target, probabilities.shape[1:])]
-    return np.stack([ndimage.zoom(p, factors, order=1, mode="nearest", grid_mode=True) for p in probabilities.double()])
+    return np.stack(
+        [
+            ndimage.zoom(p, factors, order=1, mode="nearest", grid_mode=True)
+            for p in probabilities.double()
+        ]
+    )
 
 
 SHAPES = [
-    ((10, 12, 14), (23, 19, 30)), ((10, 12, 14), (4, 5, 6)), ((10, 12, 14), (25, 7, 14)), ((9, 8, 7), (3, 16, 11)),
-    ((1, 4, 4), (5, 8, 3)), ((6, 5, 7), (1, 1, 1)), ((17, 6, 6), (18, 6, 6)),
-]  # fmt: skip
+    ((10, 12, 14), (23, 19, 30)),
+    ((10, 12, 14), (4, 5, 6)),
+    ((10, 12, 14), (25, 7, 14)),
+    ((9, 8, 7), (3, 16, 11)),
+    ((1, 4, 4), (5, 8, 3)),
+    ((6, 5, 7), (1, 1, 1)),
+    ((17, 6, 6), (18, 6, 6)),
+]
 
 
 @pytest.mark.parametrize("resampled", [torch_resampled, scipy_resampled], ids=["torch", "scipy"])
 @pytest.mark.parametrize("source, target", SHAPES, ids=str)
 def test_labels_are_those_of_the_whole_volume_resampled_linearly(
-    source: tuple[int, ...], target: tuple[int, ...], resampled: Callable[[Tensor, Sequence[int]], np.ndarray]
+    source: tuple[int, ...],
+    target: tuple[int, ...],
+    resampled: Callable[[Tensor, Sequence[int]], np.ndarray],
 ) -> None:
     probabilities = smooth_probabilities(5, source)
     found = label_map(in_slabs(probabilities, 3), source, target)
@@ -464,7 +577,9 @@ def test_labels_are_those_of_the_whole_volume_resampled_linearly(
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))
 @settings(max_examples=60, deadline=None)
-def test_between_two_planes_a_voxel_takes_from_both_by_its_distance(source: int, target: int, seed: int) -> None:
+def test_between_two_planes_a_voxel_takes_from_both_by_its_distance(
+    source: int, target: int, seed: int
+) -> None:
     """The first axis alone, which is the streamed one, on any pair of sizes: two classes, one of them level at 1/2."""
     line = np.random.default_rng(seed).random(source)
     centres = np.interp((np.arange(target) + 0.5) * source / target, np.arange(source) + 0.5, line)
@@ -480,7 +595,9 @@ def test_on_equal_grids_labels_are_exactly_the_argmax_and_the_first_of_equals(pl
     noise = torch.rand(4, *shape, generator=torch.Generator().manual_seed(1))
     coarse = (noise * 5).round() / 5  # many voxels have several best classes
     assert np.array_equal(label_map(in_slabs(noise, planes), shape, shape), noise.numpy().argmax(0))
-    assert np.array_equal(label_map(in_slabs(coarse, planes), shape, shape), coarse.numpy().argmax(0))
+    assert np.array_equal(
+        label_map(in_slabs(coarse, planes), shape, shape), coarse.numpy().argmax(0)
+    )
 
 
 @pytest.mark.parametrize(
@@ -493,19 +610,27 @@ def test_on_equal_grids_labels_are_exactly_the_argmax_and_the_first_of_equals(pl
     ],
     ids=str,
 )
-def test_there_and_back_organs_stay_where_they_were(old: tuple[float, ...], new: tuple[float, ...]) -> None:
+def test_there_and_back_organs_stay_where_they_were(
+    old: tuple[float, ...], new: tuple[float, ...]
+) -> None:
     """Balls in many places, of a network that makes no error: their centres move by less than .04 of a voxel on
     average, along every axis, as probabilities and as the labels that a network is trained on.
     """
     rng, moved = np.random.default_rng(0), {"probabilities": [], "labels": []}
     shape = [int(43 / mm) for mm in old]  # odd and even sizes
-    mm = np.stack(np.meshgrid(*[(np.arange(n) + 0.5) * size for n, size in zip(shape, old)], indexing="ij"), axis=-1)
+    mm = np.stack(
+        np.meshgrid(*[(np.arange(n) + 0.5) * size for n, size in zip(shape, old)], indexing="ij"),
+        axis=-1,
+    )
     for _ in range(24):
         ball = ((mm - rng.uniform(17, 26, 3)) ** 2).sum(-1) < rng.uniform(8, 14) ** 2
         one_hot = np.stack([~ball, ball]).astype(np.float32)
         coarse = resample(Volume(one_hot, np.diag([*old, 1.0])), new)
         trained_on = resample_labels(ball.astype(np.uint8), coarse.shape[1:])
-        for name, shown in (("probabilities", coarse), ("labels", np.eye(2, dtype=np.float32)[:, trained_on])):
+        for name, shown in (
+            ("probabilities", coarse),
+            ("labels", np.eye(2, dtype=np.float32)[:, trained_on]),
+        ):
             found = label_map(in_slabs(torch.from_numpy(shown), 5), shown.shape[1:], shape)
             moved[name].append(np.argwhere(found).mean(axis=0) - np.argwhere(ball).mean(axis=0))
     for offsets in moved.values():
@@ -521,12 +646,18 @@ def test_resampling_there_and_back_leaves_a_plane_where_it_was() -> None:
             volume = Volume(np.stack([1 - inside, inside]), np.eye(4))
             coarse = resample(volume, spacing)
             found = label_map(in_slabs(torch.from_numpy(coarse), 4), coarse.shape[1:], (20, 20, 20))
-            assert abs(int(found.sum()) / 400 - 8) <= 1 and set(np.unique(found.sum(axis))) <= {7, 8, 9}
+            assert abs(int(found.sum()) / 400 - 8) <= 1 and set(np.unique(found.sum(axis))) <= {
+                7,
+                8,
+                9,
+            }
             if min(spacing) < 1:
                 assert np.array_equal(found, inside)
 
 
-@pytest.mark.parametrize("classes, kind", [(2, "uint8"), (256, "uint8"), (257, "uint16"), (1000, "uint16")])
+@pytest.mark.parametrize(
+    "classes, kind", [(2, "uint8"), (256, "uint8"), (257, "uint16"), (1000, "uint16")]
+)
 def test_labels_take_the_smallest_type_that_holds_them(classes: int, kind: str) -> None:
     best = torch.zeros(classes, 2, 3, 3)
     best[-1] = 1
@@ -546,13 +677,19 @@ def test_slabs_of_another_grid_are_refused(shape: tuple[int, ...], target: tuple
 SIGNS = list(product((1, -1), repeat=3))
 # Each order of the axes twice, each combination of their directions at least once; test_nifti.py has all 48.
 SOME_ORDERS = [
-    (axes, SIGNS[(n + 4 * k) % 8], (n + k) % 2 == 1) for n, axes in enumerate(permutations(range(3))) for k in (0, 1)
+    (axes, SIGNS[(n + 4 * k) % 8], (n + k) % 2 == 1)
+    for n, axes in enumerate(permutations(range(3)))
+    for k in (0, 1)
 ]
 SPACING = (0.9, 0.8, 2.2)  # mm
 ORGANS = [
-    ((22, 24, 32), (40, 36, 30)), ((48, 20, 20), (16, 24, 20)), ((50, 45, 46), (12, 15, 22)),
-    ((50, 48, 16), (15, 10, 20)), ((12, 50, 14), (10, 10, 12)), ((34, 46, 14), (5, 12, 18)),
-]  # fmt: skip
+    ((22, 24, 32), (40, 36, 30)),
+    ((48, 20, 20), (16, 24, 20)),
+    ((50, 45, 46), (12, 15, 22)),
+    ((50, 48, 16), (15, 10, 20)),
+    ((12, 50, 14), (10, 10, 12)),
+    ((34, 46, 14), (5, 12, 18)),
+]
 CLASSES = range(len(ORGANS) + 1)
 
 
@@ -578,7 +715,10 @@ def stored_as(
 
 def organs(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
     """Ellipsoids with axes of 5 to 40 mm, in no symmetric places: (d, h, w)."""
-    mm = np.stack(np.meshgrid(*[(np.arange(n) + 0.5) * s for n, s in zip(shape, spacing)], indexing="ij"), axis=-1)
+    mm = np.stack(
+        np.meshgrid(*[(np.arange(n) + 0.5) * s for n, s in zip(shape, spacing)], indexing="ij"),
+        axis=-1,
+    )
     labels = np.zeros(shape, np.uint8)
     for label, (centre, axes) in enumerate(ORGANS, start=1):
         labels[(((mm - centre) / (np.array(axes) / 2)) ** 2).sum(-1) < 1] = label
@@ -586,7 +726,14 @@ def organs(shape: Sequence[int], spacing: Sequence[float]) -> np.ndarray:
 
 
 def mean_dice(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.mean([2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum()) for k in CLASSES[1:]]))
+    return float(
+        np.mean(
+            [
+                2 * ((a == k) & (b == k)).sum() / ((a == k).sum() + (b == k).sum())
+                for k in CLASSES[1:]
+            ]
+        )
+    )
 
 
 def oracle(x: Tensor) -> Tensor:
@@ -648,10 +795,16 @@ def test_labels_of_a_scan_at_45_degrees_lie_on_it_in_every_unit(
     assert np.array_equal(read_labels_of(tmp_path / "labels.nii", volume), volume.data[0])
 
 
-@pytest.mark.parametrize("spacing, shape", [
-    ((0.9, 0.8, 2.5), (66, 74, 26)), ((0.8, 0.9, 1.5), (76, 66, 40)), ((0.75, 0.75, 3.0), (80, 80, 22)),
-    ((1.2, 0.8, 2.5), (50, 76, 26)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "spacing, shape",
+    [
+        ((0.9, 0.8, 2.5), (66, 74, 26)),
+        ((0.8, 0.9, 1.5), (76, 66, 40)),
+        ((0.75, 0.75, 3.0), (80, 80, 22)),
+        ((1.2, 0.8, 2.5), (50, 76, 26)),
+    ],
+    ids=str,
+)
 def test_resampling_to_the_recipe_and_back_costs_an_oracle_no_more_than_a_few_hundredths(
     spacing: tuple[float, ...], shape: tuple[int, ...]
 ) -> None:
@@ -660,13 +813,23 @@ def test_resampling_to_the_recipe_and_back_costs_an_oracle_no_more_than_a_few_hu
     one_hot = np.stack([truth == k for k in CLASSES]).astype(np.float32)
     coarse = torch.from_numpy(resample(Volume(one_hot, np.diag([*spacing, 1.0])), (1.5, 1.5, 2.0)))
     right = mean_dice(label_map(in_slabs(coarse, 5), coarse.shape[1:], shape), truth)
-    corners = F.interpolate(coarse[None], shape, mode="trilinear", align_corners=True)[0].argmax(0).numpy()
-    nearest = F.interpolate(coarse.argmax(0)[None, None].float(), shape, mode="nearest-exact")[0, 0].numpy()
+    corners = (
+        F.interpolate(coarse[None], shape, mode="trilinear", align_corners=True)[0]
+        .argmax(0)
+        .numpy()
+    )
+    nearest = F.interpolate(coarse.argmax(0)[None, None].float(), shape, mode="nearest-exact")[
+        0, 0
+    ].numpy()
     assert right >= 0.975
     assert mean_dice(corners, truth) < right - 0.01 and mean_dice(nearest, truth) < right - 0.02
 
 
-UNITS = {"xyzt_units": 10, "dim_info": 57, "descrip": b"a scan"}  # mm and s; of which axis which gradient was
+UNITS = {
+    "xyzt_units": 10,
+    "dim_info": 57,
+    "descrip": b"a scan",
+}  # mm and s; of which axis which gradient was
 
 
 def scan(path: Path, *, kind: type = nib.Nifti1Image, shape: Sequence[int] = (7, 5, 6)) -> Path:
@@ -703,10 +866,18 @@ def test_the_file_has_the_images_own_grid_and_header(
     labels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, grid, dtype=dtype)
     save_like(source, labels, tmp_path / f"labels{ending}")
     image, found = nib.load(source), nib.load(tmp_path / f"labels{ending}")
-    assert type(found) is kind and found.shape == image.shape[:3] and found.get_data_dtype() == dtype
-    assert np.array_equal(found.affine, image.affine) and nib.aff2axcodes(found.affine) == ("I", "L", "A")
+    assert (
+        type(found) is kind and found.shape == image.shape[:3] and found.get_data_dtype() == dtype
+    )
+    assert np.array_equal(found.affine, image.affine) and nib.aff2axcodes(found.affine) == (
+        "I",
+        "L",
+        "A",
+    )
     for form in ("get_sform", "get_qform"):
-        (a, a_code), (b, b_code) = (getattr(each.header, form)(coded=True) for each in (image, found))
+        (a, a_code), (b, b_code) = (
+            getattr(each.header, form)(coded=True) for each in (image, found)
+        )
         assert np.array_equal(a, b) and a_code == b_code
     assert found.header.get_zooms() == image.header.get_zooms()[:3]
     assert found.header.get_xyzt_units() == ("mm", "sec")
@@ -716,7 +887,9 @@ def test_the_file_has_the_images_own_grid_and_header(
     assert (found.dataobj.slope, found.dataobj.inter) == (1, 0)
     turned = nib.as_closest_canonical(found)
     assert np.array_equal(turned.dataobj, labels)
-    assert np.array_equal(np.asarray(found.dataobj), labels[::-1, :, ::-1].transpose(2, 0, 1))  # by hand: I, L, A
+    assert np.array_equal(
+        np.asarray(found.dataobj), labels[::-1, :, ::-1].transpose(2, 0, 1)
+    )  # by hand: I, L, A
 
 
 def test_labels_that_were_written_are_read_on_the_grid_of_their_image(tmp_path: Path) -> None:
@@ -730,7 +903,9 @@ def test_labels_that_were_written_are_read_on_the_grid_of_their_image(tmp_path: 
 def test_labels_of_another_grid_are_refused(tmp_path: Path) -> None:
     source = scan(tmp_path / "scan.nii")
     with pytest.raises(InputError, match=r"scan\.nii"):
-        save_like(source, np.zeros((7, 5, 6), np.uint8), tmp_path / "labels.nii")  # stored order, not RAS
+        save_like(
+            source, np.zeros((7, 5, 6), np.uint8), tmp_path / "labels.nii"
+        )  # stored order, not RAS
     assert [path.name for path in tmp_path.iterdir()] == ["scan.nii"]
 
 
@@ -751,7 +926,10 @@ def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(
         save_like(source, 2 * labels, target)
     assert target.read_bytes() == before and set(tmp_path.iterdir()) == {source, target}
     save_like(source, 2 * labels, target)
-    assert (np.asarray(nib.load(target).dataobj) == 2).all() and set(tmp_path.iterdir()) == {source, target}
+    assert (np.asarray(nib.load(target).dataobj) == 2).all() and set(tmp_path.iterdir()) == {
+        source,
+        target,
+    }
 
 
 # --- other people's, and the size of it -------------------------------------------------------------------------------
@@ -763,7 +941,9 @@ def test_it_equals_monai_where_the_windows_are_the_same(combine: str) -> None:
     sliding_window_inference = pytest.importorskip("monai.inferers").sliding_window_inference
     image, window, network = image_of(29, 19, 33), (15, 13, 17), seeing()
     said = (lambda x: network(x).softmax(1)) if combine == "softmax" else network
-    theirs = sliding_window_inference(image[None], window, 4, said, overlap=0.5, mode="gaussian", sigma_scale=0.125)[0]
+    theirs = sliding_window_inference(
+        image[None], window, 4, said, overlap=0.5, mode="gaussian", sigma_scale=0.125
+    )[0]
     expected = theirs if combine == "softmax" else theirs.softmax(0)
     found = whole(image, network, window=window, combine=combine)
     assert (found - expected).abs().max() < 1e-5
@@ -790,12 +970,18 @@ print((peak() - before) / 1e9)
 def test_14_classes_of_512_512_300_voxels_take_less_than_3_gb() -> None:
     """With flips and resampling, image and output included; the probabilities alone would be 4.4 GB."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ran = subprocess.run([sys.executable, "-c", LARGE], capture_output=True, text=True, env=environment, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", LARGE], capture_output=True, text=True, env=environment, check=True
+    )
     assert 0.3 < float(ran.stdout) < 3.0
 
 
-@pytest.mark.parametrize("box", [(slice(2, 15), slice(1, 6), slice(0, 7)), (slice(0, 20), slice(0, 8), slice(2, 9))])
-def test_what_was_predicted_in_a_box_lies_there_and_all_around_is_background(box: tuple[slice, slice, slice]) -> None:
+@pytest.mark.parametrize(
+    "box", [(slice(2, 15), slice(1, 6), slice(0, 7)), (slice(0, 20), slice(0, 8), slice(2, 9))]
+)
+def test_what_was_predicted_in_a_box_lies_there_and_all_around_is_background(
+    box: tuple[slice, slice, slice],
+) -> None:
     inside = torch.rand(3, *(each.stop - each.start for each in box))
     whole = torch.cat(list(in_place(inside.split(4, dim=1), box, (20, 8, 9))), dim=1)
     assert whole.shape == (3, 20, 8, 9) and torch.equal(whole[:, box[0], box[1], box[2]], inside)

@@ -7,10 +7,10 @@ import torch
 from conftest import NETWORK
 from torch import Tensor
 
-from dae.config import OptimConfig
+from dae.config.shared import OptimConfig
 from dae.model import SwinUNETR
 from dae.training.kernels import adopt_layout, advice, set_layout
-from dae.training.schedule import adamw
+from dae.training.optim import adamw
 
 X = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -30,7 +30,9 @@ def step(model: SwinUNETR, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_a_layout_is_that_of_every_kernel_and_changes_no_output(layout: torch.memory_format) -> None:
+def test_a_layout_is_that_of_every_kernel_and_changes_no_output(
+    layout: torch.memory_format,
+) -> None:
     model, other = network(), network()
     set_layout(other, layout)
     assert all(p.is_contiguous(memory_format=layout) for p in other.parameters() if p.ndim == 5)

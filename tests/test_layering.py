@@ -45,17 +45,25 @@ def test_a_file_imports_only_what_stands_above_it(path: Path) -> None:
     assert imports(path) - {module(p) for p in EMPTY} <= set(above)
 
 
-@pytest.mark.parametrize("folder, allowed", [
-    ("model", {"torch", "einops", "timm"}), ("pretext", {"torch", "einops", "timm"}),
-    ("data", {"numpy", "scipy", "nibabel", "torch", "tqdm"}),
-])  # fmt: skip
-def test_the_method_needs_no_more_than_torch_einops_and_timm(folder: str, allowed: set[str]) -> None:
+@pytest.mark.parametrize(
+    "folder, allowed",
+    [
+        ("model", {"torch", "einops", "timm"}),
+        ("pretext", {"torch", "einops", "timm"}),
+        ("data", {"numpy", "scipy", "nibabel", "torch", "tqdm"}),
+    ],
+)
+def test_the_method_needs_no_more_than_torch_einops_and_timm(
+    folder: str, allowed: set[str]
+) -> None:
     for path in (ROOT / "dae" / folder).glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             tops = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             tops += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             for top in tops:
-                assert top.split(".")[0] in allowed | sys.stdlib_module_names | {"dae"}, f"{path.name} imports {top}"
+                assert top.split(".")[0] in allowed | sys.stdlib_module_names | {"dae"}, (
+                    f"{path.name} imports {top}"
+                )
 
 
 def test_nothing_imports_the_scripts() -> None:
@@ -71,5 +79,11 @@ def test_nothing_imports_the_scripts() -> None:
 def test_shapes_change_by_einops_alone(folder: str) -> None:
     """`view` and `permute` hide what a pattern shows, and one of them scrambled the authors' axes."""
     for path in (ROOT / "dae" / folder).glob("*.py"):
-        used = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-        assert not used & {"view", "permute", "transpose", "flatten", "reshape", "T", "mT"}, path.name
+        used = {
+            node.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Attribute)
+        }
+        assert not used & {"view", "permute", "transpose", "flatten", "reshape", "T", "mT"}, (
+            path.name
+        )

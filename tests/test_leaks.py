@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from conftest import events
 
-from dae.config import InputError, PretrainConfig
-from dae.config_seg import PredictConfig, ScoreConfig, SegConfig, TuneConfig
-from dae.data import datalist, leaks
+from dae.config.evaluate import PredictConfig, ScoreConfig, TuneConfig
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
+from dae.data import datalist, holdout, leaks
 from dae.data.datalist import Content, DataList, Item
-from dae.training import checkpoint
-from dae.weights.files import read as read_weights
+from dae.errors import InputError
+from dae.weights import checkpoint
+from dae.weights.foreign import read as read_weights
 from train_pretrain import main as pretrain
 from train_seg import main
 
@@ -36,8 +38,15 @@ def refusal(call: Callable[[], object]) -> str:
 
 def item(image: str, subject: str | None = None, label: str | None = None) -> Item:
     named = subject is not None
-    return Item((Path(image),), ("t1",), ("mr",), subject or image, None, Path(label) if label else None,
-                subject_named=named)  # fmt: skip
+    return Item(
+        (Path(image),),
+        ("t1",),
+        ("mr",),
+        subject or image,
+        None,
+        Path(label) if label else None,
+        subject_named=named,
+    )
 
 
 def sides(training: list[Item], validation: list[Item], test: list[Item] | None = None) -> DataList:
@@ -47,12 +56,17 @@ def sides(training: list[Item], validation: list[Item], test: list[Item] | None 
 # --- both sides of a split
 
 
-@pytest.mark.parametrize("other, words", [
-    (item("x/../a.nii", "s9"), "image a.nii is on both sides: a.nii is trained on, x/../a.nii"),
-    (item("b.nii", "s1"), "subject s1 is on both sides: a.nii is trained on, b.nii"),
-    (item("b.nii", "s9", "l.nii"), "label l.nii is on both sides: a.nii is trained on, b.nii"),
-])  # fmt: skip
-def test_an_image_a_subject_or_a_label_on_both_sides_is_refused_by_name(other: Item, words: str) -> None:
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (item("x/../a.nii", "s9"), "image a.nii is on both sides: a.nii is trained on, x/../a.nii"),
+        (item("b.nii", "s1"), "subject s1 is on both sides: a.nii is trained on, b.nii"),
+        (item("b.nii", "s9", "l.nii"), "label l.nii is on both sides: a.nii is trained on, b.nii"),
+    ],
+)
+def test_an_image_a_subject_or_a_label_on_both_sides_is_refused_by_name(
+    other: Item, words: str
+) -> None:
     training, elsewhere = [item("a.nii", "s1", "l.nii")], item("c.nii", "s2")
     line = refusal(lambda: leaks.check_sides(sides(training, [elsewhere, other])))
     assert words in line and "validated on" in line and "--allow-trained" in line
@@ -70,21 +84,30 @@ def test_a_copy_under_another_name_is_refused_by_both_names() -> None:
     leaks.check_voxels(items[:3], contents[:3], trained=2)
 
 
-@pytest.mark.parametrize("here, there, alike", [
-    ("BraTS/b1/BraTS_001_t1.nii.gz", "BraTS/b1/BraTS_001_flair.nii.gz", True),
-    ("BraTS_001_t1ce.nii.gz", "BraTS_002_t1ce.nii.gz", False),
-    ("p1/t1.nii.gz", "p1/T2.nii.gz", True), ("p1/t1.nii.gz", "p2/t1.nii.gz", False),
-    ("sub-01_ses-1_T1w.nii.gz", "sub-01_ses-2_FLAIR.nii.gz", True),
-    ("sub-01_T1w.nii.gz", "sub-02_T1w.nii.gz", False),
-    ("la_007_0000.nii.gz", "la_007_0001.nii.gz", True), ("liver_0001.nii.gz", "liver_0002.nii.gz", False),
-    ("ct_train_1001.nii.gz", "mr_train_1001.nii.gz", False),  # two bodies of MM-WHS
-])  # fmt: skip
-def test_names_that_look_like_one_patient_on_both_sides_are_said(here: str, there: str, alike: bool) -> None:
+@pytest.mark.parametrize(
+    "here, there, alike",
+    [
+        ("BraTS/b1/BraTS_001_t1.nii.gz", "BraTS/b1/BraTS_001_flair.nii.gz", True),
+        ("BraTS_001_t1ce.nii.gz", "BraTS_002_t1ce.nii.gz", False),
+        ("p1/t1.nii.gz", "p1/T2.nii.gz", True),
+        ("p1/t1.nii.gz", "p2/t1.nii.gz", False),
+        ("sub-01_ses-1_T1w.nii.gz", "sub-01_ses-2_FLAIR.nii.gz", True),
+        ("sub-01_T1w.nii.gz", "sub-02_T1w.nii.gz", False),
+        ("la_007_0000.nii.gz", "la_007_0001.nii.gz", True),
+        ("liver_0001.nii.gz", "liver_0002.nii.gz", False),
+        ("ct_train_1001.nii.gz", "mr_train_1001.nii.gz", False),  # two bodies of MM-WHS
+    ],
+)
+def test_names_that_look_like_one_patient_on_both_sides_are_said(
+    here: str, there: str, alike: bool
+) -> None:
     found = leaks.doubts(sides([item("other.nii"), item(here)], [item(there)]), drawn=False)
     assert bool(found) == alike and "\n" not in found
     if alike:
         assert f"{Path(here).name} is trained on and {Path(there).name} validated on" in found
-    assert not leaks.doubts(sides([item("other.nii", "o"), item(here, "a")], [item(there, "b")]), drawn=True)
+    assert not leaks.doubts(
+        sides([item("other.nii", "o"), item(here, "a")], [item(there, "b")]), drawn=True
+    )
 
 
 def test_where_no_subject_is_known_a_drawn_split_says_so_once() -> None:
@@ -101,7 +124,10 @@ def test_where_no_subject_is_known_a_drawn_split_says_so_once() -> None:
 def listed(pretrained: Path, tmp_path: Path) -> Callable[..., str]:
     """A list of five labelled torsos without a split of its own; `change` is applied to its entries."""
 
-    def write(change: Callable[[list[dict[str, Any]]], object] = lambda entries: None, name: str = "all.json") -> str:
+    def write(
+        change: Callable[[list[dict[str, Any]]], object] = lambda entries: None,
+        name: str = "all.json",
+    ) -> str:
         content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
         entries = content["training"] + content["validation"] + content["test"]
         for entry in entries:
@@ -119,11 +145,19 @@ def in_folds(entries: list[dict[str, Any]]) -> None:
 
 
 def predicted(config: SegConfig, out: Path, **given: Any) -> list[str]:
-    given = {"checkpoint": (f"{config.out}/last.pt",), "device": "cpu", "amp": "off", "out": str(out), **given}
+    given = {
+        "checkpoint": (f"{config.out}/last.pt",),
+        "device": "cpu",
+        "amp": "off",
+        "out": str(out),
+        **given,
+    }
     return sorted(path.name.split(".")[0] for path in evaluate.predict(PredictConfig(**given)))
 
 
-@pytest.mark.parametrize("change", [in_folds, lambda entries: None], ids=["folds of the list", "drawn folds"])
+@pytest.mark.parametrize(
+    "change", [in_folds, lambda entries: None], ids=["folds of the list", "drawn folds"]
+)
 def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path, change: Any
 ) -> None:
@@ -131,7 +165,7 @@ def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     data = listed(change)
     config = tiny_seg(data=data, fold=1, steps=1)
     main(config)
-    held = {item.subject for item in datalist.split(datalist.load(data), fold=1).validation}
+    held = {item.subject for item in holdout.split(datalist.load(data), fold=1).validation}
     assert len(held) == 1
     out = tmp_path / "p"
     assert set(predicted(config, out, data=data)) == held
@@ -139,7 +173,9 @@ def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     rows = evaluate.score(ScoreConfig(**where, out=str(tmp_path / "s")))
     assert rows["mean_of_cases"]["dice"]["n"] == 1
     evaluate.tune(TuneConfig(**where, out=str(tmp_path / "plan")))
-    assert "no label for case" in refusal(lambda: evaluate.score(ScoreConfig(**where, fold=0, out=str(out / "s"))))
+    assert "no label for case" in refusal(
+        lambda: evaluate.score(ScoreConfig(**where, fold=0, out=str(out / "s")))
+    )
 
 
 def test_the_held_out_stay_held_out_when_the_list_grows_and_is_turned_around(
@@ -155,14 +191,18 @@ def test_the_held_out_stay_held_out_when_the_list_grows_and_is_turned_around(
             image = nib.load(entries[0]["image"])
             moved = np.roll(np.asarray(image.dataobj), n + 1, axis=2)
             nib.save(nib.Nifti1Image(moved, image.affine), tmp_path / f"new{n}.nii.gz")
-            new = {"image": str(tmp_path / f"new{n}.nii.gz"), "label": entries[0]["label"], "subject": f"new{n}"}
+            new = {
+                "image": str(tmp_path / f"new{n}.nii.gz"),
+                "label": entries[0]["label"],
+                "subject": f"new{n}",
+            }
             entries.append({**entries[0], **new})
 
     grown = listed(grow, "grown.json")
     assert predicted(config, tmp_path / "after", data=grown) == held
     summary = evaluate.score(
         ScoreConfig(predictions=str(tmp_path / "after"), data=grown, out=str(tmp_path / "s"))
-    )  # fmt: skip
+    )
     assert summary["mean_of_cases"]["dice"]["n"] == len(held)
 
 
@@ -175,7 +215,9 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
     out, given = tmp_path / "p", {"data": data, "fold": 0}
     line = refusal(lambda: predicted(config, out, **given))
     assert "was trained on case ct_000;" in line and "--allow-trained" in line and not out.exists()
-    assert "case ct_000 and 3 more" in refusal(lambda: predicted(config, out, data=data, split="training"))
+    assert "case ct_000 and 3 more" in refusal(
+        lambda: predicted(config, out, data=data, split="training")
+    )
     assert predicted(config, out, **given, allow_trained=True) == ["ct_000"]
 
     # What was allowed once is still known when it is scored, against the list or a folder of labels,
@@ -185,11 +227,17 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
     (out / "ct_001.nii.gz").unlink()
     labels = tmp_path / "labels"
     labels.mkdir()
-    shutil.copy(json.loads(Path(data).read_text())["training"][0]["label"], labels / "ct_000.nii.gz")
+    shutil.copy(
+        json.loads(Path(data).read_text())["training"][0]["label"], labels / "ct_000.nii.gz"
+    )
     for where in ({"data": data, "fold": 0}, {"labels": str(labels)}):
         how: dict[str, Any] = {**where, "predictions": str(out), "out": str(tmp_path / "s")}
-        assert "was trained on case ct_000" in refusal(lambda how=how: evaluate.score(ScoreConfig(**how)))
-        assert "was trained on case ct_000" in refusal(lambda how=how: evaluate.tune(TuneConfig(**how)))
+        assert "was trained on case ct_000" in refusal(
+            lambda how=how: evaluate.score(ScoreConfig(**how))
+        )
+        assert "was trained on case ct_000" in refusal(
+            lambda how=how: evaluate.tune(TuneConfig(**how))
+        )
         evaluate.score(ScoreConfig(**how, allow_trained=True))
 
 
@@ -205,13 +253,19 @@ def test_a_trained_image_is_known_by_its_voxels_whatever_its_name(
     nib.save(copy, tmp_path / "anonymous.nii")
     other = tmp_path / "other.json"
     renamed = {**entry, "image": "anonymous.nii", "subject": "anonymous"}
-    other.write_text(json.dumps({"training": [renamed], "test": [renamed], "labels": {"0": "background"}}))
+    other.write_text(
+        json.dumps({"training": [renamed], "test": [renamed], "labels": {"0": "background"}})
+    )
     given: dict[str, Any] = {"data": str(other), "split": "test"}
-    assert "was trained on case anonymous" in refusal(lambda: predicted(config, tmp_path / "p", **given))
+    assert "was trained on case anonymous" in refusal(
+        lambda: predicted(config, tmp_path / "p", **given)
+    )
     assert predicted(config, tmp_path / "p", **given, allow_trained=True) == ["anonymous"]
 
     # Single images are no split: they are predicted, and known as trained on when they are scored.
-    assert predicted(config, tmp_path / "q", images=(str(tmp_path / "anonymous.nii"),)) == ["anonymous"]
+    assert predicted(config, tmp_path / "q", images=(str(tmp_path / "anonymous.nii"),)) == [
+        "anonymous"
+    ]
     assert json.loads((tmp_path / "q" / leaks.RECORD).read_text())["trained"] == ["anonymous"]
 
 
@@ -222,8 +276,15 @@ def test_a_trained_image_stays_known_when_prediction_stops_after_it(
     config = tiny_seg(steps=1)
     main(config)
     content = json.loads(Path(config.data).read_text())
-    image, other = (str(Path(config.data).parent / entry["image"]) for entry in content["training"][:2])
-    common = {"checkpoint": (f"{config.out}/last.pt",), "device": "cpu", "amp": "off", "out": str(tmp_path / "p")}
+    image, other = (
+        str(Path(config.data).parent / entry["image"]) for entry in content["training"][:2]
+    )
+    common = {
+        "checkpoint": (f"{config.out}/last.pt",),
+        "device": "cpu",
+        "amp": "off",
+        "out": str(tmp_path / "p"),
+    }
     predicted, calls = evaluate.predicted, []
 
     def stop_at_the_second(*given: Any) -> Any:
@@ -245,11 +306,15 @@ def test_checkpoints_of_several_folds_hold_out_what_none_of_them_has_seen(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path
 ) -> None:
     data = listed(in_folds)
-    runs = [tiny_seg(data=data, fold=fold, steps=1, out=str(tmp_path / f"run{fold}")) for fold in (1, 2)]
+    runs = [
+        tiny_seg(data=data, fold=fold, steps=1, out=str(tmp_path / f"run{fold}")) for fold in (1, 2)
+    ]
     for config in runs:
         main(config)
     both = tuple(f"{config.out}/last.pt" for config in runs)
-    assert "was trained on case" in refusal(lambda: predicted(runs[0], tmp_path / "p", data=data, checkpoint=both))
+    assert "was trained on case" in refusal(
+        lambda: predicted(runs[0], tmp_path / "p", data=data, checkpoint=both)
+    )
 
 
 def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
@@ -258,12 +323,20 @@ def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
     data = listed(in_folds)
     first = tiny_seg(data=data, fold=1, steps=1)
     main(first)
-    second = tiny_seg(data=data, fold=2, steps=1, pretrained=f"{first.out}/last.pt", out=str(tmp_path / "second"))
+    second = tiny_seg(
+        data=data, fold=2, steps=1, pretrained=f"{first.out}/last.pt", out=str(tmp_path / "second")
+    )
     main(second)
-    told = [note for note in events(second, "start")[0]["notes"] if "the weights were trained on" in note]
+    told = [
+        note
+        for note in events(second, "start")[0]["notes"]
+        if "the weights were trained on" in note
+    ]
     assert len(told) == 1 and "ct_002" in told[0]
     line = refusal(lambda: predicted(second, tmp_path / "p", data=data))
-    assert line.startswith("--data") and "was trained on case ct_002" in line  # by its subject, before anything is read
+    assert (
+        line.startswith("--data") and "was trained on case ct_002" in line
+    )  # by its subject, before anything is read
     scratch = replace(second, from_scratch=True, out=str(tmp_path / "scratch"))
     main(scratch)
     assert predicted(scratch, tmp_path / "q", data=data) == ["ct_002"]
@@ -305,13 +378,21 @@ def test_an_older_checkpoint_is_predicted_with_a_warning(
 
 
 def test_a_run_refuses_who_is_on_both_sides_and_goes_on_where_that_is_meant(
-    tiny_seg: Config, tiny: Callable[..., PretrainConfig], listed: Callable[..., str], tmp_path: Path
+    tiny_seg: Config,
+    tiny: Callable[..., PretrainConfig],
+    listed: Callable[..., str],
+    tmp_path: Path,
 ) -> None:
     content = json.loads(Path(listed()).read_text())
     copy = tmp_path / "copy.nii.gz"
     shutil.copy(content["training"][0]["image"], copy)
-    for other, word in (({"subject": "new", "image": str(copy)}, "hold the same image"), ({}, "is on both sides")):
-        content["validation"] = [{**content["training"][0], "label": content["training"][1]["label"], **other}]
+    for other, word in (
+        ({"subject": "new", "image": str(copy)}, "hold the same image"),
+        ({}, "is on both sides"),
+    ):
+        content["validation"] = [
+            {**content["training"][0], "label": content["training"][1]["label"], **other}
+        ]
         content["training"] = content["training"][:1]
         path = tmp_path / "both.json"
         path.write_text(json.dumps(content | {"labels": {str(k): f"c{k}" for k in range(8)}}))
@@ -327,7 +408,9 @@ def test_a_fold_that_cannot_act_is_refused_by_both_scripts(
 ) -> None:
     """Both lists have a `validation`: five folds would be five copies of one run."""
     for run in (lambda: main(tiny_seg(fold=3)), lambda: pretrain(tiny(fold=3))):
-        assert '--fold 3: cannot choose what is held out: the list has a "validation"' in refusal(run)
+        assert '--fold 3: cannot choose what is held out: the list has a "validation"' in refusal(
+            run
+        )
 
 
 def test_a_run_says_how_its_split_was_drawn_and_whom_it_may_have_on_both_sides(
@@ -353,8 +436,10 @@ def test_a_run_is_not_resumed_with_a_label_corrected_at_equal_size_and_time(
         entries[0]["label"] = str(tmp_path / "label.nii")
 
     data = listed(plain)
-    held = {item.subject for item in datalist.split(datalist.load(data)).validation}
-    config = tiny_seg(data=data, stop_after=1, fold=1 if "ct_000" in held else 0)  # one that trains on the subject
+    held = {item.subject for item in holdout.split(datalist.load(data)).validation}
+    config = tiny_seg(
+        data=data, stop_after=1, fold=1 if "ct_000" in held else 0
+    )  # one that trains on the subject
     main(config)
     path = tmp_path / "label.nii"
     whole, stat = path.read_bytes(), path.stat()
@@ -378,7 +463,10 @@ def test_a_run_is_not_resumed_with_a_list_in_another_order(
             folder.mkdir(exist_ok=True)
             for key in ("image", "label"):
                 volume = nib.load(entry[key])
-                nib.save(nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine), folder / f"{key}.nii")
+                nib.save(
+                    nib.Nifti1Image(np.asarray(volume.dataobj), volume.affine),
+                    folder / f"{key}.nii",
+                )
                 entry[key] = str(folder / f"{key}.nii")
 
     config = tiny_seg(data=listed(alike), stop_after=1)
@@ -389,11 +477,15 @@ def test_a_run_is_not_resumed_with_a_list_in_another_order(
         entries.reverse()
 
     resumed = replace(config, resume=True, stop_after=0)
-    assert "the data list is not what it was" in refusal(lambda: main(replace(resumed, data=listed(turned))))
+    assert "the data list is not what it was" in refusal(
+        lambda: main(replace(resumed, data=listed(turned)))
+    )
     main(replace(resumed, data=listed(alike)))
 
 
-def test_a_run_of_an_older_version_goes_on_with_the_data_that_it_had(tiny_seg: Config, tmp_path: Path) -> None:
+def test_a_run_of_an_older_version_goes_on_with_the_data_that_it_had(
+    tiny_seg: Config, tmp_path: Path
+) -> None:
     """Its fingerprint was of names and sizes."""
     config = tiny_seg(stop_after=1)
     main(config)
@@ -402,8 +494,14 @@ def test_a_run_of_an_older_version_goes_on_with_the_data_that_it_had(tiny_seg: C
     assert state["data"].startswith(datalist.BY_VOXELS)
     items = datalist.load(config.data)
     for data in (items.fingerprint_by_size(labels=True), "0" * 20):
-        old = {**state, "data": data, "plan": {key: v for key, v in state["plan"].items() if key != "seen"}}
-        old["config"] = {key: value for key, value in old["config"].items() if key != "allow_trained"}
+        old = {
+            **state,
+            "data": data,
+            "plan": {key: v for key, v in state["plan"].items() if key != "seen"},
+        }
+        old["config"] = {
+            key: value for key, value in old["config"].items() if key != "allow_trained"
+        }
         checkpoint.save(path, old)
         resumed = replace(config, resume=True, stop_after=2)
         if data == "0" * 20:

@@ -8,9 +8,9 @@ import torch
 from conftest import NETWORK
 from torch import Tensor
 
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
-from dae.pretext.methods import METHODS, Pretext, Step, l1_of, std
+from dae.pretext.methods import METHODS, Output, Pretext, l1_of, std
 
 X = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
 MODALITY, SEEDS = torch.tensor([0, 1]), [11, 12]
@@ -21,7 +21,7 @@ def pretext(method: str = "dae", **options: Any) -> Pretext:
     return Pretext(SwinUNETR(1, 1, **NETWORK), method, PretextConfig(method=method, **options))
 
 
-def step(net: Pretext, x: Tensor = X, seeds: Sequence[int] = SEEDS) -> Step:
+def step(net: Pretext, x: Tensor = X, seeds: Sequence[int] = SEEDS) -> Output:
     return net(x, MODALITY, net.draw(x, seeds))  # type: ignore[no-any-return]
 
 
@@ -30,20 +30,32 @@ def test_gradients_reach_every_parameter_that_should_have_one(method: str) -> No
     """Where the full-resolution skip is fed zeros its block has none, by intent."""
     net = pretext(method, mask_block=8)
     step(net, X).loss.backward()
-    without = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    without = {
+        name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    }
     blind = {n for n, _ in net.named_parameters() if n.startswith("backbone.image_block")}
     assert without == (blind if method in ("local_mask", "mae") else set())
 
 
-@pytest.mark.parametrize("method, noisy, coarse", [
-    ("dae", True, True), ("noise", True, False), ("downsample", False, True), ("local_mask", False, False),
-    ("mae", False, False),
-])  # fmt: skip
-def test_each_row_of_table_5_disrupts_what_it_is_named_for(method: str, noisy: bool, coarse: bool) -> None:
+@pytest.mark.parametrize(
+    "method, noisy, coarse",
+    [
+        ("dae", True, True),
+        ("noise", True, False),
+        ("downsample", False, True),
+        ("local_mask", False, False),
+        ("mae", False, False),
+    ],
+)
+def test_each_row_of_table_5_disrupts_what_it_is_named_for(
+    method: str, noisy: bool, coarse: bool
+) -> None:
     x_hat = step(pretext(method, noise_std=0.1), X).x_hat
     other = step(pretext(method, noise_std=0.1), X, [13, 14]).x_hat
     assert torch.equal(x_hat, other) != noisy
-    smooth = (x_hat[..., 1:] - x_hat[..., :-1]).abs().mean() < (X[..., 1:] - X[..., :-1]).abs().mean() / 2
+    smooth = (x_hat[..., 1:] - x_hat[..., :-1]).abs().mean() < (
+        X[..., 1:] - X[..., :-1]
+    ).abs().mean() / 2
     assert bool(smooth) == coarse
     assert torch.equal(x_hat, X) == (not noisy and not coarse)
 
@@ -89,7 +101,9 @@ def test_residual_starts_as_x_hat_and_its_head_learns() -> None:
     assert net.backbone.head.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("recon, follows", [("plain", False), ("scaled", True), ("output", True), ("residual", True)])
+@pytest.mark.parametrize(
+    "recon, follows", [("plain", False), ("scaled", True), ("output", True), ("residual", True)]
+)
 def test_only_plain_forgets_the_intensity_of_a_crop(recon: str, follows: bool) -> None:
     """With a patch stem the tokens know brightness, so `plain` is not blind in full; it fails to follow a scale."""
     net = pretext("dae", recon=recon, noise_std=0.0).eval()
@@ -115,17 +129,24 @@ def test_residual_is_refused_where_x_hat_is_the_target(method: str) -> None:
 def test_the_full_resolution_skip_does_not_leak_the_target(skip: str, blind: bool) -> None:
     net = pretext("local_mask", skip=skip)
     seen: list[Tensor] = []
-    net.backbone.image_block.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    net.backbone.image_block.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0])
+    )
     step(net, X)
     assert (not seen[0].any()) == blind
 
 
-@pytest.mark.parametrize("wrong, word", [
-    ({"mask_ratio": (0.1, 0.2, 0.3)}, "--mask-ratio"),
-    ({"mask_along": "planes", "mask_scope": "token"}, "--mask-scope"),
-    ({"cmcl": "softmax", "temperature": 0.0}, "--temperature"),
-])  # fmt: skip
-def test_options_that_mean_nothing_together_are_refused_by_flag(wrong: dict[str, Any], word: str) -> None:
+@pytest.mark.parametrize(
+    "wrong, word",
+    [
+        ({"mask_ratio": (0.1, 0.2, 0.3)}, "--mask-ratio"),
+        ({"mask_along": "planes", "mask_scope": "token"}, "--mask-scope"),
+        ({"cmcl": "softmax", "temperature": 0.0}, "--temperature"),
+    ],
+)
+def test_options_that_mean_nothing_together_are_refused_by_flag(
+    wrong: dict[str, Any], word: str
+) -> None:
     with pytest.raises(ValueError, match=word):
         pretext(**wrong)
 
@@ -145,7 +166,10 @@ def test_crop_units_divide_the_error_by_the_std_of_x_hat() -> None:
 
 
 def test_l1_is_the_mean_over_the_voxels_of_each_sample() -> None:
-    a, b = torch.zeros(2, 1, 1, 1, 2), torch.tensor([[1.0, 3.0], [0.0, -1.0]]).reshape(2, 1, 1, 1, 2)
+    a, b = (
+        torch.zeros(2, 1, 1, 1, 2),
+        torch.tensor([[1.0, 3.0], [0.0, -1.0]]).reshape(2, 1, 1, 1, 2),
+    )
     assert l1_of(a, b).tolist() == [2.0, 0.5]
 
 
@@ -160,7 +184,9 @@ def test_what_a_method_learned_beside_the_backbone_is_saved_apart_and_comes_back
 
 
 @pytest.mark.parametrize("recon", ["scaled", "output", "residual"])
-def test_a_crop_of_nothing_but_air_is_scaled_by_a_hundredth_and_not_by_its_noise(recon: str) -> None:
+def test_a_crop_of_nothing_but_air_is_scaled_by_a_hundredth_and_not_by_its_noise(
+    recon: str,
+) -> None:
     """Its own std is 0 or rounding; divided by that, one such crop would be the whole gradient."""
     air = torch.zeros_like(X)
     assert std(air).unique().tolist() == [pytest.approx(0.01)]

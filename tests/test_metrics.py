@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from scipy import ndimage
 
 from dae.evaluation import metrics
-from dae.evaluation.metrics import DEFINITIONS, DISTANCES, METRICS, aggregate, diagonal, score_labels
+from dae.evaluation.metrics import (
+    DEFINITIONS,
+    DISTANCES,
+    METRICS,
+    aggregate,
+    diagonal,
+    score_labels,
+)
 
 MEANS = ("assd", "masd", "msd_prediction_to_truth", "msd_truth_to_prediction")
 KEYS = ["class", "name", "status", *METRICS, "volume_truth_ml", "volume_prediction_ml"]
@@ -20,7 +27,9 @@ ISO = (1.0, 1.0, 1.0)
 def box(low, high, shape=(24, 24, 24)):
     """Label 1 from `low` up to but without `high`, each one number or three."""
     labels = np.zeros(shape, np.uint8)
-    labels[tuple(slice(a, b) for a, b in zip(np.broadcast_to(low, 3), np.broadcast_to(high, 3)))] = 1
+    labels[
+        tuple(slice(a, b) for a, b in zip(np.broadcast_to(low, 3), np.broadcast_to(high, 3)))
+    ] = 1
     return labels
 
 
@@ -35,7 +44,9 @@ def score(prediction, truth, spacing=ISO, **choices):
 
 
 def holds(row, **expected):
-    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-6, abs=1e-12, nan_ok=True)
+    assert {key: row[key] for key in expected} == pytest.approx(
+        expected, rel=1e-6, abs=1e-12, nan_ok=True
+    )
 
 
 # Closed forms
@@ -44,7 +55,12 @@ def holds(row, **expected):
 @pytest.mark.parametrize("definition", DEFINITIONS)
 @pytest.mark.parametrize("spacing", [ISO, (3.0, 1.0, 2.0)])
 def test_a_perfect_prediction_has_no_distance(definition, spacing):
-    holds(score(box(5, 15), box(5, 15), spacing, definition=definition), dice=1, nsd=1, **dict.fromkeys(DISTANCES, 0))
+    holds(
+        score(box(5, 15), box(5, 15), spacing, definition=definition),
+        dice=1,
+        nsd=1,
+        **dict.fromkeys(DISTANCES, 0),
+    )
 
 
 @pytest.mark.parametrize("definition", ["default", "monai", "medpy"])
@@ -92,7 +108,9 @@ def test_hd95_is_a_step_where_specks_reach_a_twentieth_of_the_surface():
 
 
 def test_pooling_hides_the_same_specks():
-    holds(score(*line_and_specks(6), definition="medpy"), hd=50, hd95=0, assd=150 / 103, masd=75 / 53)
+    holds(
+        score(*line_and_specks(6), definition="medpy"), hd=50, hd95=0, assd=150 / 103, masd=75 / 53
+    )
 
 
 def test_a_percentile_by_area_does_not_interpolate():
@@ -123,13 +141,23 @@ def test_half_spaces_meet_on_the_faces_of_the_volume():
 def test_half_spaces_are_two_apart_where_the_outside_is_not_known(definition):
     prediction, truth = (np.pad(labels, 1) for labels in half_spaces())
     outside = np.pad(np.zeros((20, 20, 20), bool), 1, constant_values=True)
-    holds(score(prediction, truth, ignore=outside, definition=definition), **dict.fromkeys(DISTANCES, 2))
+    holds(
+        score(prediction, truth, ignore=outside, definition=definition),
+        **dict.fromkeys(DISTANCES, 2),
+    )
 
 
 def test_a_hole_is_a_surface():
     solid, hollow = box(5, 16), box(5, 16)
     hollow[10, 10, 10] = 0
-    holds(score(hollow, solid, tolerance=0), hd=4, hd95=0, assd=12 / 605, masd=3 / 152, nsd=1204 / 1210)
+    holds(
+        score(hollow, solid, tolerance=0),
+        hd=4,
+        hd95=0,
+        assd=12 / 605,
+        masd=3 / 152,
+        nsd=1204 / 1210,
+    )
 
 
 def test_touching_boxes_do_not_overlap():
@@ -140,7 +168,9 @@ def test_touching_boxes_do_not_overlap():
 def test_shifted_spheres_come_near_the_continuous_ones():
     radius, shift = 20, 5
     row = score(sphere((32, 32, 32 + shift), radius), sphere((32, 32, 32), radius), tolerance=1)
-    assert row["dice"] == pytest.approx(1 - 3 * shift / (4 * radius) + shift**3 / (16 * radius**3), abs=0.005)
+    assert row["dice"] == pytest.approx(
+        1 - 3 * shift / (4 * radius) + shift**3 / (16 * radius**3), abs=0.005
+    )
     assert [row["hd"], row["hd95"]] == pytest.approx([shift, 0.95 * shift], abs=0.6)
     assert [row[mean] for mean in MEANS] == pytest.approx([shift / 2] * 4, abs=0.3)
     assert row["nsd"] == pytest.approx(1 / shift, abs=0.1)
@@ -164,13 +194,40 @@ def test_a_missed_organ_is_infinitely_far(definition):
     missed = score(np.zeros((24, 24, 24), int), box(5, 15), (1, 2, 3), definition=definition)
     spurious = score(box(5, 15), np.zeros((24, 24, 24), int), (1, 2, 3), definition=definition)
     assert (missed["status"], spurious["status"]) == ("missed", "spurious")
-    holds(missed, dice=0, nsd=0, volume_truth_ml=6, volume_prediction_ml=0, **dict.fromkeys(DISTANCES, inf))
-    holds(spurious, dice=0, nsd=0, volume_truth_ml=0, volume_prediction_ml=6, **dict.fromkeys(DISTANCES, inf))
+    holds(
+        missed,
+        dice=0,
+        nsd=0,
+        volume_truth_ml=6,
+        volume_prediction_ml=0,
+        **dict.fromkeys(DISTANCES, inf),
+    )
+    holds(
+        spurious,
+        dice=0,
+        nsd=0,
+        volume_truth_ml=0,
+        volume_prediction_ml=6,
+        **dict.fromkeys(DISTANCES, inf),
+    )
 
 
 def test_the_monai_definition_forgets_what_is_missed():
-    holds(score(np.zeros((24, 24, 24), int), box(5, 15), definition="monai"), dice=0, hd=inf, hd95=nan, assd=inf, nsd=0)
-    holds(score(box(5, 15), np.zeros((24, 24, 24), int), definition="monai"), dice=nan, hd=inf, hd95=nan, nsd=0)
+    holds(
+        score(np.zeros((24, 24, 24), int), box(5, 15), definition="monai"),
+        dice=0,
+        hd=inf,
+        hd95=nan,
+        assd=inf,
+        nsd=0,
+    )
+    holds(
+        score(box(5, 15), np.zeros((24, 24, 24), int), definition="monai"),
+        dice=nan,
+        hd=inf,
+        hd95=nan,
+        nsd=0,
+    )
 
 
 # Surface elements and their areas
@@ -202,7 +259,9 @@ def test_areas_do_not_depend_on_the_view_nor_on_which_side_is_in():
     assert areas == pytest.approx(areas[::-1])
     for axes, flips in product(permutations(range(3)), product((1, -1), repeat=3)):
         bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).reshape(-1, 2, 2, 2)
-        turned = bits.transpose(0, *(1 + axis for axis in axes))[:, :: flips[0], :: flips[1], :: flips[2]]
+        turned = bits.transpose(0, *(1 + axis for axis in axes))[
+            :, :: flips[0], :: flips[1], :: flips[2]
+        ]
         assert areas == pytest.approx(areas[np.packbits(turned.reshape(256, 8), axis=1)[:, 0]])
 
 
@@ -211,7 +270,9 @@ def test_any_pattern_finds_its_area():
     areas = np.linalg.norm(metrics.surfel_triangles(), axis=-1).sum(1)
     cells = np.lib.stride_tricks.sliding_window_view(noise, (2, 2, 2)).reshape(-1, 8)
     expected = areas[np.packbits(cells, axis=1)[:, 0]]
-    assert np.sort(elements(noise.astype(np.uint8)).area) == pytest.approx(np.sort(expected[expected > 0]))
+    assert np.sort(elements(noise.astype(np.uint8)).area) == pytest.approx(
+        np.sort(expected[expected > 0])
+    )
 
 
 # What holds for any maps
@@ -226,7 +287,9 @@ def scenes(draw, side=9, classes=3):
     truth = coarse[tuple(slice(n) for n in shape)]
     noise = rng.random(shape)
     prediction = np.where(
-        noise < 0.1, rng.integers(0, classes + 1, shape), np.roll(truth, rng.integers(0, 2, 3), (0, 1, 2))
+        noise < 0.1,
+        rng.integers(0, classes + 1, shape),
+        np.roll(truth, rng.integers(0, 2, 3), (0, 1, 2)),
     )
     return prediction, truth, tuple(rng.choice([0.5, 0.7, 1.0, 1.3, 3.0], 3).tolist())
 
@@ -238,7 +301,9 @@ def rows_of(prediction, truth, spacing, definition="default", **choices):
 def same(rows, others, but=()):
     for row, other in zip(rows, others, strict=True):
         assert row["status"] == other["status"]
-        keys = [key for key in (*METRICS, "volume_truth_ml", "volume_prediction_ml") if key not in but]
+        keys = [
+            key for key in (*METRICS, "volume_truth_ml", "volume_prediction_ml") if key not in but
+        ]
         holds(row, **{key: other[key] for key in keys})
 
 
@@ -246,9 +311,13 @@ def by_double_loop(prediction, truth, spacing, tolerance):
     """The default definition from its words, for two masks that are not empty."""
     borders = []
     for mask in (prediction, truth):
-        inner = ndimage.binary_erosion(mask, ndimage.generate_binary_structure(3, 1), border_value=0)
+        inner = ndimage.binary_erosion(
+            mask, ndimage.generate_binary_structure(3, 1), border_value=0
+        )
         borders.append([tuple(index * np.array(spacing)) for index in np.argwhere(mask & ~inner)])
-    forth, back = ([min(dist(a, b) for b in there) for a in here] for here, there in (borders, borders[::-1]))
+    forth, back = (
+        [min(dist(a, b) for b in there) for a in here] for here, there in (borders, borders[::-1])
+    )
     both = forth + back
     return {
         "dice": 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum()),
@@ -274,7 +343,10 @@ def test_scores_are_those_of_a_double_loop(scene):
     for row in rows_of(*scene, tolerance=tolerances):
         if row["status"] == "ok":
             label = row["class"]
-            holds(row, **by_double_loop(prediction == label, truth == label, spacing, tolerances[label]))
+            holds(
+                row,
+                **by_double_loop(prediction == label, truth == label, spacing, tolerances[label]),
+            )
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
@@ -292,10 +364,15 @@ def test_looking_up_and_searching_find_the_same(definition, scene):
 @a_few
 def test_exchanging_the_maps_exchanges_the_directions(definition, scene):
     prediction, truth, spacing = scene
-    forth, back = rows_of(prediction, truth, spacing, definition), rows_of(truth, prediction, spacing, definition)
+    forth, back = (
+        rows_of(prediction, truth, spacing, definition),
+        rows_of(truth, prediction, spacing, definition),
+    )
     for row, other in zip(forth, back):
         holds(row, **{key: other[key] for key in ("dice", "hd", "hd95", "assd", "masd", "nsd")})
-        assert row["msd_prediction_to_truth"] == pytest.approx(other["msd_truth_to_prediction"], nan_ok=True)
+        assert row["msd_prediction_to_truth"] == pytest.approx(
+            other["msd_truth_to_prediction"], nan_ok=True
+        )
         assert row["volume_truth_ml"] == other["volume_prediction_ml"]
 
 
@@ -312,7 +389,10 @@ def test_axes_flips_margins_and_memory_do_not_matter(definition, scene):
     same(
         rows,
         rows_of(
-            np.pad(prediction, ((2, 0), (0, 3), (1, 1))), np.pad(truth, ((2, 0), (0, 3), (1, 1))), spacing, definition
+            np.pad(prediction, ((2, 0), (0, 3), (1, 1))),
+            np.pad(truth, ((2, 0), (0, 3), (1, 1))),
+            spacing,
+            definition,
         ),
     )
     same(rows, rows_of(np.asfortranarray(prediction), truth.astype(np.uint16), spacing, definition))
@@ -334,9 +414,14 @@ def test_distances_scale_with_the_spacing(definition, scene):
 def test_labels_are_only_names(definition, scene):
     prediction, truth, spacing = scene
     renamed = np.array([0, 700, 255, 254])
-    others = score_labels(renamed[prediction], renamed[truth], spacing, [700, 255, 254], definition=definition)
+    others = score_labels(
+        renamed[prediction], renamed[truth], spacing, [700, 255, 254], definition=definition
+    )
     same(rows_of(*scene, definition), others)
-    alone = [score_labels(prediction, truth, spacing, [label], definition=definition)[0] for label in (1, 2, 3)]
+    alone = [
+        score_labels(prediction, truth, spacing, [label], definition=definition)[0]
+        for label in (1, 2, 3)
+    ]
     same(alone, others)
 
 
@@ -347,15 +432,24 @@ def test_scores_stay_in_their_bounds(definition, scene):
     for row in rows_of(*scene, definition):
         if row["status"] == "ok":
             assert 0 <= row["dice"] <= 1 and 0 <= row["nsd"] <= 1
-            assert 0 <= row["hd95"] <= row["hd"] and max(row[mean] for mean in MEANS) <= row["hd"] + 1e-12
-            assert min(row[m] for m in MEANS[2:]) - 1e-12 <= row["assd"] <= max(row[m] for m in MEANS[2:]) + 1e-12
+            assert (
+                0 <= row["hd95"] <= row["hd"]
+                and max(row[mean] for mean in MEANS) <= row["hd"] + 1e-12
+            )
+            assert (
+                min(row[m] for m in MEANS[2:]) - 1e-12
+                <= row["assd"]
+                <= max(row[m] for m in MEANS[2:]) + 1e-12
+            )
 
 
 @for_any_scene
 @a_few
 def test_nsd_grows_with_the_tolerance(scene):
     values = [[row["nsd"] for row in rows_of(*scene, tolerance=mm)] for mm in (0, 0.5, 1, 2, 100)]
-    assert all(a <= b or isnan(a) for before, after in pairwise(values) for a, b in zip(before, after))
+    assert all(
+        a <= b or isnan(a) for before, after in pairwise(values) for a, b in zip(before, after)
+    )
     assert all(row["status"] != "ok" or row["nsd"] == 1 for row in rows_of(*scene, tolerance=100))
 
 
@@ -365,7 +459,9 @@ def test_finer_voxels_of_the_same_shape_keep_dice_and_volume(scene):
     prediction, truth, spacing = scene
     fine = (np.kron(labels, np.ones((2, 2, 2), int)) for labels in (prediction, truth))
     for row, other in zip(rows_of(*scene), rows_of(*fine, [mm / 2 for mm in spacing])):
-        holds(row, **{key: other[key] for key in ("dice", "volume_truth_ml", "volume_prediction_ml")})
+        holds(
+            row, **{key: other[key] for key in ("dice", "volume_truth_ml", "volume_prediction_ml")}
+        )
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
@@ -376,15 +472,24 @@ def test_what_an_ignored_region_holds_does_not_matter(definition, scene):
     rng = np.random.default_rng(0)
     ignore = np.zeros(truth.shape, bool)
     ignore[:, 2:, : truth.shape[2] // 2] = True
-    noise = [np.where(ignore, rng.integers(-3, 4, truth.shape), labels) for labels in (prediction, truth)]
+    noise = [
+        np.where(ignore, rng.integers(-3, 4, truth.shape), labels) for labels in (prediction, truth)
+    ]
     before = [labels.copy() for labels in noise]
-    same(rows_of(*scene, definition, ignore=ignore), rows_of(*noise, spacing, definition, ignore=ignore))
+    same(
+        rows_of(*scene, definition, ignore=ignore),
+        rows_of(*noise, spacing, definition, ignore=ignore),
+    )
     assert all((a == b).all() for a, b in zip(noise, before))
     same(rows_of(*scene, definition), rows_of(*scene, definition, ignore=np.zeros_like(ignore)))
 
 
 def test_ignoring_half_of_two_spheres_does_not_make_them_match():
-    prediction, truth, ignore = sphere((30, 30, 35), 20, 60), sphere((30, 30, 30), 20, 60), np.zeros((60, 60, 60), bool)
+    prediction, truth, ignore = (
+        sphere((30, 30, 35), 20, 60),
+        sphere((30, 30, 30), 20, 60),
+        np.zeros((60, 60, 60), bool),
+    )
     ignore[30:] = True
     whole, half = score(prediction, truth), score(prediction, truth, ignore=ignore)
     assert half["assd"] == pytest.approx(whole["assd"], abs=0.05)
@@ -397,7 +502,9 @@ def test_ignoring_half_of_two_spheres_does_not_make_them_match():
 @pytest.mark.parametrize("label", [254, 255, 256, 65534])
 def test_no_label_is_mistaken_for_what_is_ignored(label):
     prediction, truth, ignore = box(5, 15), box(4, 15), box(0, (24, 24, 9)).astype(bool)
-    row = score_labels(label * prediction.astype(int), label * truth.astype(int), ISO, [label], ignore=ignore)[0]
+    row = score_labels(
+        label * prediction.astype(int), label * truth.astype(int), ISO, [label], ignore=ignore
+    )[0]
     same([row], [score(prediction, truth, ignore=ignore)])
 
 
@@ -418,8 +525,13 @@ def test_a_tolerance_read_from_a_float32_header_counts_its_own_voxel():
 
 
 def test_a_row_has_the_agreed_keys_in_the_agreed_order():
-    rows = score_labels(box(5, 15), box(4, 15), ISO, {2: "liver", 1: "spleen"}, tolerance={1: 2.0, 2: 3.0})
-    assert [(row["class"], row["name"], row["status"]) for row in rows] == [(2, "liver", "absent"), (1, "spleen", "ok")]
+    rows = score_labels(
+        box(5, 15), box(4, 15), ISO, {2: "liver", 1: "spleen"}, tolerance={1: 2.0, 2: 3.0}
+    )
+    assert [(row["class"], row["name"], row["status"]) for row in rows] == [
+        (2, "liver", "absent"),
+        (1, "spleen", "ok"),
+    ]
     assert all(list(row) == KEYS for row in rows)
     assert all(type(row[key]) is float for row in rows for key in KEYS[3:])
 
@@ -429,7 +541,10 @@ def test_a_row_has_the_agreed_keys_in_the_agreed_order():
     [
         ({"truth": np.zeros((4, 4, 5), int)}, "different grids"),
         ({"truth": np.zeros((4, 4, 4))}, "integers, got int64 and float64"),
-        ({"truth": np.zeros((4, 4, 4, 1), int), "prediction": np.zeros((4, 4, 4, 1), int)}, "must be 3D"),
+        (
+            {"truth": np.zeros((4, 4, 4, 1), int), "prediction": np.zeros((4, 4, 4, 1), int)},
+            "must be 3D",
+        ),
         ({"truth": np.full((4, 4, 4), -1)}, "found -1"),
         ({"truth": np.full((4, 4, 4), 65535)}, "found 0 to 65535"),
         ({"spacing": (1, 1)}, "three positive"),
@@ -441,13 +556,21 @@ def test_a_row_has_the_agreed_keys_in_the_agreed_order():
         ({"classes": {0: "background", 1: "spleen"}}, "0 is the background"),
         ({"tolerance": -1}, "tolerance"),
         ({"tolerance": {2: 1.0}}, "tolerance"),
-        ({"definition": "nnunet"}, "definition must be one of default, monai, medpy, surface-distance"),
+        (
+            {"definition": "nnunet"},
+            "definition must be one of default, monai, medpy, surface-distance",
+        ),
         ({"ignore": np.zeros((4, 4, 4), int)}, "ignore must be a boolean"),
         ({"ignore": np.zeros((4, 4, 5), bool)}, "ignore must be a boolean"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(changes, message):
-    maps = {"prediction": np.zeros((4, 4, 4), int), "truth": np.zeros((4, 4, 4), int), "spacing": ISO, "classes": [1]}
+    maps = {
+        "prediction": np.zeros((4, 4, 4), int),
+        "truth": np.zeros((4, 4, 4), int),
+        "spacing": ISO,
+        "classes": [1],
+    }
     with pytest.raises(ValueError, match=message) as caught:
         score_labels(**(maps | changes))
     assert "\n" not in str(caught.value)
@@ -459,11 +582,18 @@ def test_bad_input_is_refused_in_one_line(changes, message):
 def case(name, *labels):
     """Rows of two classes in one case from (prediction, truth) of class 1 and of class 2."""
     (p1, t1), (p2, t2) = labels
-    rows = score_labels(np.where(p1, 1, 2 * p2), np.where(t1, 1, 2 * t2), ISO, {1: "spleen", 2: "liver"})
+    rows = score_labels(
+        np.where(p1, 1, 2 * p2), np.where(t1, 1, 2 * t2), ISO, {1: "spleen", 2: "liver"}
+    )
     return [{"case": name, **row} for row in rows]
 
 
-NOTHING, HERE, SHIFTED, THERE = box(0, 0), box((1, 5, 5), (6, 15, 15)), box((3, 5, 5), (8, 15, 15)), box(17, 22)
+NOTHING, HERE, SHIFTED, THERE = (
+    box(0, 0),
+    box((1, 5, 5), (6, 15, 15)),
+    box((3, 5, 5), (8, 15, 15)),
+    box(17, 22),
+)
 COHORT = [
     *case("a", (HERE, HERE), (THERE, THERE)),
     *case("b", (SHIFTED, HERE), (NOTHING, THERE)),
@@ -492,7 +622,10 @@ def test_the_diagonal_stands_for_what_is_not_there():
     assert (result["classes"][2]["hd95"]["mean"], result["classes"][2]["hd95"]["n"]) == (mm / 2, 2)
     missed = [row for row in COHORT if row["status"] == "missed"] * 3
     alone = aggregate(missed, policy="diagonal", diagonal_mm=mm)["overall"]
-    assert all(alone[key]["mean"] == mm for key in DISTANCES) and alone["dice"]["mean"] == alone["nsd"]["mean"] == 0
+    assert (
+        all(alone[key]["mean"] == mm for key in DISTANCES)
+        and alone["dice"]["mean"] == alone["nsd"]["mean"] == 0
+    )
     assert all(row["hd"] == inf for row in missed)
 
 
@@ -504,14 +637,22 @@ def test_every_row_may_have_its_own_diagonal():
 @pytest.mark.parametrize("policy", ["exclude", "diagonal"])
 def test_an_average_of_nothing_is_not_a_number(policy):
     absent = [row for row in COHORT if row["status"] == "absent"]
-    for summary in (aggregate(rows, policy=policy, diagonal_mm=9)["overall"] for rows in (absent, [])):
-        assert all(isnan(summary[metric]["mean"]) and summary[metric]["n"] == 0 for metric in METRICS)
+    for summary in (
+        aggregate(rows, policy=policy, diagonal_mm=9)["overall"] for rows in (absent, [])
+    ):
+        assert all(
+            isnan(summary[metric]["mean"]) and summary[metric]["n"] == 0 for metric in METRICS
+        )
     assert aggregate([])["classes"] == {}
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_no_average_takes_in_what_is_not_finite(definition):
-    rows = [row for p, t in product((NOTHING, HERE, SHIFTED), repeat=2) for row in [score(p, t, definition=definition)]]
+    rows = [
+        row
+        for p, t in product((NOTHING, HERE, SHIFTED), repeat=2)
+        for row in [score(p, t, definition=definition)]
+    ]
     for policy in ("exclude", "diagonal"):
         result = aggregate(rows, policy=policy, diagonal_mm=50)
         for metric in METRICS:

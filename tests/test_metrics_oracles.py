@@ -20,7 +20,8 @@ def scene(seed, shape=(26, 31, 23)):
     smooth = ndimage.gaussian_filter(rng.normal(size=shape), 2.5)
     other = smooth + 0.4 * smooth.std() * ndimage.gaussian_filter(rng.normal(size=shape), 1.0) / 0.2
     truth, prediction = (
-        np.digitize(each / smooth.std(), [0.0, 0.5, 1.0, 1.5]).astype(np.int16) for each in (smooth, other)
+        np.digitize(each / smooth.std(), [0.0, 0.5, 1.0, 1.5]).astype(np.int16)
+        for each in (smooth, other)
     )
     specks = rng.random(shape) < 0.002
     prediction[specks] = rng.integers(0, 5, specks.sum())
@@ -36,14 +37,17 @@ def scores(prediction, truth, mm, definition):
 def compare(rows, expected, rel):
     """`expected` maps a key of a row to one value a class."""
     for key, values in expected.items():
-        assert [row[key] for row in rows] == pytest.approx([float(v) for v in values], rel=rel, abs=rel, nan_ok=True), (
-            key
-        )
+        assert [row[key] for row in rows] == pytest.approx(
+            [float(v) for v in values], rel=rel, abs=rel, nan_ok=True
+        ), key
 
 
 def by_monai(prediction, truth, mm):
     torch, monai = pytest.importorskip("torch"), pytest.importorskip("monai.metrics")
-    p, t = (torch.from_numpy(np.stack([labels == k for k in range(5)])[None]).float() for labels in (prediction, truth))
+    p, t = (
+        torch.from_numpy(np.stack([labels == k for k in range(5)])[None]).float()
+        for labels in (prediction, truth)
+    )
 
     def run(metric, a=p, b=t, **spacing):
         return metric(a, b, **spacing)[0].tolist()
@@ -52,8 +56,12 @@ def by_monai(prediction, truth, mm):
     return {
         "dice": run(monai.DiceMetric(include_background=False)),
         "hd": run(monai.HausdorffDistanceMetric(include_background=False), spacing=mm),
-        "hd95": run(monai.HausdorffDistanceMetric(include_background=False, percentile=95), spacing=mm),
-        "assd": run(monai.SurfaceDistanceMetric(include_background=False, symmetric=True), spacing=mm),
+        "hd95": run(
+            monai.HausdorffDistanceMetric(include_background=False, percentile=95), spacing=mm
+        ),
+        "assd": run(
+            monai.SurfaceDistanceMetric(include_background=False, symmetric=True), spacing=mm
+        ),
         "msd_prediction_to_truth": run(directed, spacing=mm),
         "msd_truth_to_prediction": run(directed, t, p, spacing=mm),
         "nsd": run(monai.SurfaceDiceMetric([TOLERANCE] * 4, include_background=False), spacing=mm),
@@ -107,14 +115,20 @@ def test_the_pooled_definition_is_that_of_medpy(seed):
 @pytest.mark.parametrize("seed", range(8))
 def test_surface_elements_score_as_in_surface_distance(seed):
     prediction, truth, mm = scene(seed)
-    compare(scores(prediction, truth, mm, "surface-distance"), by_surface_distance(prediction, truth, mm), rel=1e-9)
+    compare(
+        scores(prediction, truth, mm, "surface-distance"),
+        by_surface_distance(prediction, truth, mm),
+        rel=1e-9,
+    )
 
 
 @pytest.mark.parametrize("mm", [(1.0, 1.0, 1.0), (3.0, 1.0, 2.0), (0.7, 1.3, 2.9)])
 def test_every_pattern_has_the_area_of_surface_distance(mm):
     tables = pytest.importorskip("surface_distance.lookup_tables")
     areas = np.linalg.norm(surfel_triangles() * (np.prod(mm) / np.array(mm)), axis=-1).sum(1)
-    assert areas == pytest.approx(np.array(tables.create_table_neighbour_code_to_surface_area(mm)), abs=1e-12)
+    assert areas == pytest.approx(
+        np.array(tables.create_table_neighbour_code_to_surface_area(mm)), abs=1e-12
+    )
 
 
 def test_the_monai_definition_answers_as_monai_where_a_mask_is_empty():
@@ -138,8 +152,12 @@ def test_thirteen_organs_take_a_fiftieth_of_the_time_of_monai():
         start = perf_counter()
         maps = [one_hot(torch.from_numpy(labels)[None, None], 14) for labels in (prediction, truth)]
         monai.DiceMetric(include_background=False)(*maps)
-        hd95 = monai.HausdorffDistanceMetric(include_background=False, percentile=95)(*maps, spacing=mm)[0]
-        assd = monai.SurfaceDistanceMetric(include_background=False, symmetric=True)(*maps, spacing=mm)[0]
+        hd95 = monai.HausdorffDistanceMetric(include_background=False, percentile=95)(
+            *maps, spacing=mm
+        )[0]
+        assd = monai.SurfaceDistanceMetric(include_background=False, symmetric=True)(
+            *maps, spacing=mm
+        )[0]
         theirs = perf_counter() - start
     finally:
         torch.set_num_threads(threads)
@@ -156,10 +174,14 @@ def test_thirteen_organs_take_a_fiftieth_of_the_time_of_monai():
 def organs(seed, shape=(256, 256, 128)):
     """Thirteen ellipsoids at places that do not depend on the seed, with borders that do."""
     rng, grid = np.random.default_rng(42), np.ogrid[tuple(slice(n) for n in shape)]
-    noise = ndimage.zoom(np.random.default_rng(seed).normal(size=[n // 8 for n in shape]), 8, order=1)
+    noise = ndimage.zoom(
+        np.random.default_rng(seed).normal(size=[n // 8 for n in shape]), 8, order=1
+    )
     labels = np.zeros(shape, np.uint8)
     for label in range(1, 14):
         axes = np.exp(rng.uniform(np.log(5), np.log(40), 3))
         centre = [rng.uniform(r, n - r) for r, n in zip(axes, shape)]
-        labels[sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes)) + 0.1 * noise < 1] = label
+        labels[sum(((x - c) / r) ** 2 for x, c, r in zip(grid, centre, axes)) + 0.1 * noise < 1] = (
+            label
+        )
     return labels

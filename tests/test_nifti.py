@@ -11,7 +11,6 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dae.config import InputError
 from dae.data import nifti
 from dae.data.nifti import (
     Grid,
@@ -23,6 +22,7 @@ from dae.data.nifti import (
     read_labels_of,
     write,
 )
+from dae.errors import InputError
 
 SIZE = (4, 5, 6)
 SPACING = (1.5, 2.0, 3.0)
@@ -98,7 +98,9 @@ def test_every_axis_order_and_flip_comes_back_as_the_same_ras_volume(tmp_path: P
 
 
 def test_stored_types_all_come_back_in_float32(tmp_path: Path) -> None:
-    for kind, name in product(("int16", "uint8", "int32", "float32", "float64"), ("a.nii", "a.nii.gz")):
+    for kind, name in product(
+        ("int16", "uint8", "int32", "float32", "float64"), ("a.nii", "a.nii.gz")
+    ):
         x = np.arange(120).reshape(SIZE).astype(kind)
         volume = read(saved(tmp_path / name, x))
         assert volume.data.dtype == np.float32 and volume.data.shape == (1, *SIZE)
@@ -124,7 +126,9 @@ def test_spacing_of_an_oblique_volume_is_the_length_of_its_steps(tmp_path: Path)
     about_z = np.array([[np.cos(a), -np.sin(a), 0], [np.sin(a), np.cos(a), 0], [0, 0, 1]])
     about_x = np.array([[1, 0, 0], [0, np.cos(b), -np.sin(b)], [0, np.sin(b), np.cos(b)]])
     affine = np.eye(4)
-    affine[:3, :3] = (about_z @ about_x @ np.diag(SPACING))[:, [2, 0, 1]]  # stored as superior, right, anterior
+    affine[:3, :3] = (about_z @ about_x @ np.diag(SPACING))[
+        :, [2, 0, 1]
+    ]  # stored as superior, right, anterior
     volume = read(saved(tmp_path / "a.nii", np.arange(120.0).reshape(SIZE), affine))
     assert volume.spacing == pytest.approx(SPACING, abs=1e-5)
     assert volume.data.shape == (1, 5, 6, 4)
@@ -160,7 +164,9 @@ def test_what_is_no_nifti_file_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path) -> None:
-    whole = {name: saved(tmp_path / name, NOISE, LPS).read_bytes() for name in ("a.nii", "a.nii.gz")}
+    whole = {
+        name: saved(tmp_path / name, NOISE, LPS).read_bytes() for name in ("a.nii", "a.nii.gz")
+    }
     size = len(whole["a.nii.gz"])
     for keep in (0, 1, 15, 200, size // 2, size - 100, size - 8, size - 1):
         (tmp_path / "a.nii.gz").write_bytes(whole["a.nii.gz"][:keep])
@@ -170,7 +176,9 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path: Path) -> None:
         refusals(tmp_path / "a.nii")
 
 
-def test_a_damaged_header_is_refused_in_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_header_is_refused_in_one_line(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """Its data type, the place of its voxels."""
     for offset, form, value in ((70, "<h", 4096), (108, "<f", 207)):
         refusals(patched(saved(tmp_path / "a.nii", NOISE), offset, form, value))
@@ -206,7 +214,9 @@ def test_what_follows_a_gzip_stream_is_judged_as_by_gzip_t(tmp_path: Path) -> No
         gzip.compress(content + b"more"),
     ):
         path.write_bytes(good)
-        assert np.array_equal(read(path).data[0], LABELS) and np.array_equal(read_labels(path).labels, LABELS)
+        assert np.array_equal(read(path).data[0], LABELS) and np.array_equal(
+            read_labels(path).labels, LABELS
+        )
     for garbage in (b"x", b"<html>" * 9, gzip.compress(b"more")[:-3]):
         path.write_bytes(gzip.compress(content) + garbage)
         refusals(path)
@@ -241,13 +251,19 @@ def test_a_constant_is_refused_and_its_value_said(of: str, tmp_path: Path) -> No
     assert "every voxel is 7" in refusal(lambda: read(path), path)
 
 
-@pytest.mark.parametrize("shape", [(20, 22), (20, 22, 1), (1, 20, 22), (20, 22, 1, 3), (4, 5, 6, 1, 3)], ids=str)
-def test_what_has_not_three_axes_is_refused_with_its_size(shape: tuple[int, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shape", [(20, 22), (20, 22, 1), (1, 20, 22), (20, 22, 1, 3), (4, 5, 6, 1, 3)], ids=str
+)
+def test_what_has_not_three_axes_is_refused_with_its_size(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
     path = saved(tmp_path / "a.nii", np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
     assert " x ".join(map(str, shape)) in refusal(lambda: read(path), path)
 
 
-@pytest.mark.parametrize("row", [(1.5, 0, 0, 0), (0, 0, 0, 0), (0, nan, 0, 0)], ids=["as srow_x", "zeros", "nan"])
+@pytest.mark.parametrize(
+    "row", [(1.5, 0, 0, 0), (0, 0, 0, 0), (0, nan, 0, 0)], ids=["as srow_x", "zeros", "nan"]
+)
 def test_a_singular_affine_is_refused(row: tuple[float, ...], tmp_path: Path) -> None:
     refusals(patched(saved(tmp_path / "a.nii", LABELS), 296, "<4f", *row))  # srow_y
 
@@ -255,7 +271,9 @@ def test_a_singular_affine_is_refused(row: tuple[float, ...], tmp_path: Path) ->
 # --- lengths, and what a header leaves open
 
 
-@pytest.mark.parametrize("unit, mm", [("unknown", 1), ("mm", 1), ("meter", 1000), ("micron", 0.001)])
+@pytest.mark.parametrize(
+    "unit, mm", [("unknown", 1), ("mm", 1), ("meter", 1000), ("micron", 0.001)]
+)
 def test_lengths_are_in_mm_whatever_the_unit_of_the_header(
     unit: str, mm: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,28 +284,44 @@ def test_lengths_are_in_mm_whatever_the_unit_of_the_header(
     nib.save(image, tmp_path / "a.nii")
     expected = turned(20, SPACING)
     expected[:3, 3] = 10, -20, 30
-    for found in (read(tmp_path / "a.nii"), read_labels(tmp_path / "a.nii"), read_grid(tmp_path / "a.nii")):
+    for found in (
+        read(tmp_path / "a.nii"),
+        read_labels(tmp_path / "a.nii"),
+        read_grid(tmp_path / "a.nii"),
+    ):
         assert np.allclose(found.affine, expected, rtol=1e-6, atol=1e-5)
         assert found.spacing == pytest.approx(SPACING, rel=1e-6)
     said = capsys.readouterr().err
-    assert said.count("\n") == (mm != 1) and (f"in {unit}s; read as voxels of 1.5 x 2 x 3 mm" in said) == (mm != 1)
+    assert said.count("\n") == (mm != 1) and (
+        f"in {unit}s; read as voxels of 1.5 x 2 x 3 mm" in said
+    ) == (mm != 1)
 
 
 def test_a_unit_that_is_none_and_voxels_no_scanner_has_are_refused(tmp_path: Path) -> None:
     strange = patched(saved(tmp_path / "a.nii", LABELS), 123, "<B", 5)
     assert all("unit 5, which does not exist" in line for line in refusals(strange))
-    for unit, size, words in (("unknown", 500, "500 x 500 x 500"), ("meter", 1, "1000 x 1000 x 1000")):
-        image = nib.Nifti1Image(LABELS, np.diag([size, size, size, 1.0]))  # micrometres unsaid; mm called metres
+    for unit, size, words in (
+        ("unknown", 500, "500 x 500 x 500"),
+        ("meter", 1, "1000 x 1000 x 1000"),
+    ):
+        image = nib.Nifti1Image(
+            LABELS, np.diag([size, size, size, 1.0])
+        )  # micrometres unsaid; mm called metres
         image.header.set_xyzt_units(unit)
         nib.save(image, tmp_path / "b.nii")
         assert all(
-            f"a voxel of {words} mm (unit in the header: {unit})" in line for line in refusals(tmp_path / "b.nii")
+            f"a voxel of {words} mm (unit in the header: {unit})" in line
+            for line in refusals(tmp_path / "b.nii")
         )
-    tiny = saved(tmp_path / "c.nii", LABELS, np.diag([5e-4, 5e-4, 5e-4, 1]))  # half a micrometre is a size
+    tiny = saved(
+        tmp_path / "c.nii", LABELS, np.diag([5e-4, 5e-4, 5e-4, 1])
+    )  # half a micrometre is a size
     assert read(tiny).spacing == pytest.approx((5e-4,) * 3)
 
 
-def test_a_sheared_grid_is_said_once_with_its_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sheared_grid_is_said_once_with_its_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A gantry tilted by 20 degrees: along one diagonal 1 mm is sqrt(1 + sin 20), along the other sqrt(1 - sin 20)."""
     a = radians(20)
     tilted = np.array([[1, 0, 0, 0], [0, 1, 3 * sin(a), 0], [0, 0, 3 * cos(a), 0], [0, 0, 0, 1]])
@@ -299,7 +333,11 @@ def test_a_sheared_grid_is_said_once_with_its_error(tmp_path: Path, capsys: pyte
     for name in ("a.nii", "b.nii"):
         read(saved(tmp_path / name, LABELS, tilted))
     said = capsys.readouterr().err
-    assert said.count("not perpendicular") == said.count("\n") == 1 and "a.nii" in said and "23% off" in said
+    assert (
+        said.count("not perpendicular") == said.count("\n") == 1
+        and "a.nii" in said
+        and "23% off" in said
+    )
 
 
 def test_voxel_sizes_that_differ_between_affine_and_pixdim_are_said_and_the_affine_counts(
@@ -307,25 +345,40 @@ def test_voxel_sizes_that_differ_between_affine_and_pixdim_are_said_and_the_affi
 ) -> None:
     path = patched(saved(tmp_path / "a.nii", LABELS), 80, "<3f", 0.7, 0.7, 3.0)
     assert read(path).spacing == SPACING
-    assert "1.5 x 2 x 3 mm by its affine, which counts, but 0.7 x 0.7 x 3 mm by its pixdim" in capsys.readouterr().err
+    assert (
+        "1.5 x 2 x 3 mm by its affine, which counts, but 0.7 x 0.7 x 3 mm by its pixdim"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_file_without_an_affine_is_read_by_convention_and_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = saved(tmp_path / "a.nii", LABELS, None)
-    assert np.array_equal(read(path).data[0], LABELS[::-1])  # the convention: the first axis runs to the left
+    assert np.array_equal(
+        read(path).data[0], LABELS[::-1]
+    )  # the convention: the first axis runs to the left
     assert np.array_equal(read_labels_of(path, read(path)), LABELS[::-1])
-    assert capsys.readouterr().err.count("neither qform nor sform; left and right are by convention only") == 1
+    assert (
+        capsys.readouterr().err.count(
+            "neither qform nor sform; left and right are by convention only"
+        )
+        == 1
+    )
 
 
 def test_labels_without_an_affine_do_not_lie_on_an_image_that_has_one(tmp_path: Path) -> None:
-    image, path = read(saved(tmp_path / "image.nii", LABELS)), saved(tmp_path / "a.nii", LABELS, None)
+    image, path = (
+        read(saved(tmp_path / "image.nii", LABELS)),
+        saved(tmp_path / "a.nii", LABELS, None),
+    )
     line = refusal(lambda: read_labels_of(path, image), path)
     assert "not on the grid of its image" in line and "was it saved without an affine?" in line
 
 
-def test_sound_files_are_read_without_a_word(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sound_files_are_read_without_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for number, affine in enumerate((RAS, LPS, turned(12, SPACING), turned(45))):
         path = saved(tmp_path / f"{number}.nii.gz", LABELS, affine)
         read_labels_of(path, read(path))
@@ -374,14 +427,18 @@ def test_grids_are_one_where_all_corners_lie_within_a_tenth_of_a_voxel(
 
 
 def test_grids_of_other_sizes_are_told_by_both(tmp_path: Path) -> None:
-    assert difference(Grid((4, 5, 6), RAS), Grid((4, 5, 7), RAS)) == "4 x 5 x 6 and 4 x 5 x 7 voxels"
+    assert (
+        difference(Grid((4, 5, 6), RAS), Grid((4, 5, 7), RAS)) == "4 x 5 x 6 and 4 x 5 x 7 voxels"
+    )
 
 
 @pytest.mark.parametrize("degrees", [45, -45, 135])
 def test_two_headers_of_one_grid_at_45_degrees_are_one_though_their_axes_are_ordered_apart(
     degrees: float, tmp_path: Path
 ) -> None:
-    below, above = (saved(tmp_path / f"{n}.nii", LABELS, turned(degrees + n * 1e-5)) for n in (-1, 1))
+    below, above = (
+        saved(tmp_path / f"{n}.nii", LABELS, turned(degrees + n * 1e-5)) for n in (-1, 1)
+    )
     assert read_labels(below).labels.shape != read_labels(above).labels.shape
     for one, other in ((below, above), (above, below)):
         image = read(one)
@@ -395,7 +452,9 @@ def test_a_file_read_along_another_grid_takes_its_axes_from_every_order(tmp_path
     for axes, flips in ORDERS:
         nib.save(image.as_reoriented(list(zip(axes, flips))), tmp_path / "a.nii")
         found = read_labels(tmp_path / "a.nii", like=turned(30, SPACING))
-        assert np.array_equal(found.labels, LABELS) and not difference(found.grid, Grid(SIZE, image.affine))
+        assert np.array_equal(found.labels, LABELS) and not difference(
+            found.grid, Grid(SIZE, image.affine)
+        )
 
 
 # --- channels in files of their own
@@ -422,7 +481,9 @@ def test_channels_on_different_grids_are_refused(other: str, tmp_path: Path) -> 
 
 def test_labels_come_back_in_ras_order_with_their_own_spacing(tmp_path: Path) -> None:
     for axes, signs in ORDERS:
-        turned = nib.Nifti1Image(LABELS, RAS).as_reoriented([[axis, sign] for axis, sign in zip(axes, signs)])
+        turned = nib.Nifti1Image(LABELS, RAS).as_reoriented(
+            [[axis, sign] for axis, sign in zip(axes, signs)]
+        )
         nib.save(turned, tmp_path / "a.nii")
         found = read_labels(tmp_path / "a.nii")
         assert np.array_equal(found.labels, LABELS)
@@ -437,7 +498,9 @@ def test_whole_numbers_are_labels_however_they_are_stored(tmp_path: Path) -> Non
         assert np.array_equal(found.labels, LABELS) and found.labels.dtype == np.uint8
 
 
-def test_what_a_slope_leaves_within_a_thousandth_of_whole_numbers_is_rounded(tmp_path: Path) -> None:
+def test_what_a_slope_leaves_within_a_thousandth_of_whole_numbers_is_rounded(
+    tmp_path: Path,
+) -> None:
     """As nibabel's int16 scaling leaves it (1.0000153, 1.99999999953), 255 times 1/255, and a resampler's 0.9999."""
     levels = (LABELS % 3).astype(np.float64)
     scaled = nib.Nifti1Image(levels, RAS)
@@ -448,7 +511,9 @@ def test_what_a_slope_leaves_within_a_thousandth_of_whole_numbers_is_rounded(tmp
     assert np.array_equal(read_labels(tmp_path / "a.nii").labels, levels)
     for data in (levels * 0.9999, levels + 9e-4, levels - 9e-4):
         assert np.array_equal(read_labels(saved(tmp_path / "b.nii", data)).labels, levels)
-    of_255 = patched(saved(tmp_path / "c.nii", 255 * (LABELS > 9).astype(np.uint8)), 112, "<2f", 1 / 255, 0)
+    of_255 = patched(
+        saved(tmp_path / "c.nii", 255 * (LABELS > 9).astype(np.uint8)), 112, "<2f", 1 / 255, 0
+    )
     assert np.array_equal(read_labels(of_255).labels, LABELS > 9)
 
 
@@ -472,17 +537,25 @@ def test_large_and_negative_labels_survive_to_the_last_digit(tmp_path: Path) -> 
     assert read_labels(saved(tmp_path / "a.nii", labels)).labels.tolist() == labels.tolist()
 
 
-@pytest.mark.parametrize("content, reason", [
-    (np.full(SIZE, 0.5, np.float32), "holds 0.5, but labels are whole numbers"),
-    (np.full(SIZE, 2.002, np.float32), "holds 2.002, but labels are whole numbers"),
-    (np.full(SIZE, nan, np.float32), "holds nan, but labels are whole numbers"),
-    (np.full(SIZE, -inf, np.float32), "holds -inf, but labels are whole numbers"),
-    (np.full(SIZE, 1e30, np.float32), "holds 1e+30, but labels are whole numbers"),
-    (np.ones((3, 3, 3, 2), np.uint8), "labels of size 3 x 3 x 3 x 2; a label map has three axes"),
-    (np.ones((3, 3), np.uint8), "labels of size 3 x 3; a label map has three axes"),
-    (np.ones(SIZE, np.complex64), "voxels of type complex64"),
-])  # fmt: skip
-def test_what_is_not_a_label_map_is_refused_by_name(content: np.ndarray, reason: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (np.full(SIZE, 0.5, np.float32), "holds 0.5, but labels are whole numbers"),
+        (np.full(SIZE, 2.002, np.float32), "holds 2.002, but labels are whole numbers"),
+        (np.full(SIZE, nan, np.float32), "holds nan, but labels are whole numbers"),
+        (np.full(SIZE, -inf, np.float32), "holds -inf, but labels are whole numbers"),
+        (np.full(SIZE, 1e30, np.float32), "holds 1e+30, but labels are whole numbers"),
+        (
+            np.ones((3, 3, 3, 2), np.uint8),
+            "labels of size 3 x 3 x 3 x 2; a label map has three axes",
+        ),
+        (np.ones((3, 3), np.uint8), "labels of size 3 x 3; a label map has three axes"),
+        (np.ones(SIZE, np.complex64), "voxels of type complex64"),
+    ],
+)
+def test_what_is_not_a_label_map_is_refused_by_name(
+    content: np.ndarray, reason: str, tmp_path: Path
+) -> None:
     path = saved(tmp_path / "a.nii", content)
     assert reason in refusal(lambda: read_labels(path), path)
 

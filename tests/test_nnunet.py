@@ -10,9 +10,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dae.config import InputError
-from dae.data.datalist import DataList, hold_out, load, split
+from dae.data.datalist import DataList, load
+from dae.data.holdout import hold_out, split
 from dae.data.preprocess import Recipe, prepare
+from dae.errors import InputError
 
 LABELS = {"background": 0, "liver": 2, "spleen": 1}
 Folder = Callable[..., Path]
@@ -22,14 +23,21 @@ Folder = Callable[..., Path]
 def raw(tmp_path: Path) -> Folder:
     """A raw folder of empty files: cases to train on with their labels, and what dataset.json is given."""
 
-    def make(*cases: str, files: tuple[str, ...] = (), channels: tuple[str, ...] = ("CT",), **content: Any) -> Path:
+    def make(
+        *cases: str,
+        files: tuple[str, ...] = (),
+        channels: tuple[str, ...] = ("CT",),
+        **content: Any,
+    ) -> Path:
         folder = tmp_path / "nnUNet_raw" / "Dataset007_Body"
         images = [f"imagesTr/{case}_{k:04d}.nii.gz" for case in cases for k in range(len(channels))]
         for file in (*images, *(f"labelsTr/{case}.nii.gz" for case in cases), *files):
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).touch()
         names = {str(k): name for k, name in enumerate(channels)}
-        (folder / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": LABELS, **content}))
+        (folder / "dataset.json").write_text(
+            json.dumps({"channel_names": names, "labels": LABELS, **content})
+        )
         return folder
 
     return make
@@ -47,7 +55,9 @@ def subjects(items: Any) -> list[str]:
 
 
 def test_a_raw_folder_loads_by_its_path(raw: Folder) -> None:
-    folder = raw("b", "a_1", channels=("CT", "T2w"), files=("imagesTr/notes.txt",), file_ending=".nii.gz")
+    folder = raw(
+        "b", "a_1", channels=("CT", "T2w"), files=("imagesTr/notes.txt",), file_ending=".nii.gz"
+    )
     (folder / "labelsTr/b.nii.gz").unlink()
     items = load(str(folder))
     a, b = items.training
@@ -60,19 +70,27 @@ def test_a_raw_folder_loads_by_its_path(raw: Folder) -> None:
 
 def test_hidden_files_are_no_volumes(raw: Folder) -> None:
     """A Mac leaves "._name" beside each file that it copies to another disk."""
-    folder = raw("c0", "c1", files=("imagesTr/._c0_0000.nii.gz", "imagesTr/.DS_Store", "labelsTr/._c0.nii.gz"))
+    folder = raw(
+        "c0",
+        "c1",
+        files=("imagesTr/._c0_0000.nii.gz", "imagesTr/.DS_Store", "labelsTr/._c0.nii.gz"),
+    )
     assert subjects(load(str(folder)).training) == ["c0", "c1"]
 
 
 def test_images_to_test_are_the_test_split(raw: Folder) -> None:
-    folder = raw("c0", files=("imagesTs/t0_0000.nii.gz", "imagesTs/t1_0000.nii.gz", "labelsTs/t1.nii.gz"))
+    folder = raw(
+        "c0", files=("imagesTs/t0_0000.nii.gz", "imagesTs/t1_0000.nii.gz", "labelsTs/t1.nii.gz")
+    )
     items = load(str(folder))
     assert subjects(items.training) == ["c0"] and subjects(items.test) == ["t0", "t1"]
     assert [item.label for item in items.test] == [None, folder / "labelsTs/t1.nii.gz"]
     assert items.test[0].modality == ("ct",)
 
 
-@pytest.mark.parametrize("place", ["nnUNet_raw/Dataset007_Body", "nnUNet_raw", "nnUNet_preprocessed/Dataset007_Body"])
+@pytest.mark.parametrize(
+    "place", ["nnUNet_raw/Dataset007_Body", "nnUNet_raw", "nnUNet_preprocessed/Dataset007_Body"]
+)
 def test_the_folds_are_those_of_splits_final(raw: Folder, tmp_path: Path, place: str) -> None:
     """In the folder, beside it, or where nnU-Net itself keeps it; also where they are no partition."""
     folder = raw("a", "b", "c", "d")
@@ -85,15 +103,21 @@ def test_the_folds_are_those_of_splits_final(raw: Folder, tmp_path: Path, place:
         assert (subjects(first.training), subjects(first.validation)) == (["a", "b"], ["c"])
         assert (subjects(second.training), subjects(second.validation)) == (["c", "d"], ["a", "b"])
         assert "1 case in neither train nor val of it left out, as d" in first.notes[0]
-    assert "--fold 2: splits_final.json has the folds 0 to 1" in refusal(lambda: split(items, fold=2))
+    assert "--fold 2: splits_final.json has the folds 0 to 1" in refusal(
+        lambda: split(items, fold=2)
+    )
     assert "--split-seed 1" in refusal(lambda: split(items, split_seed=1))
 
 
-@pytest.mark.parametrize("folds, words", [
-    ([{"train": ["a", "x"], "val": ["b"]}], "fold 0: case x is not in imagesTr"),
-    ([{"train": ["a", "b"], "val": ["b"]}], "fold 0: case b is in both train and val"),
-    ([{"train": ["a"]}], 'the lists "train" and "val"'), ({"train": [], "val": []}, "must be a list of folds"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folds, words",
+    [
+        ([{"train": ["a", "x"], "val": ["b"]}], "fold 0: case x is not in imagesTr"),
+        ([{"train": ["a", "b"], "val": ["b"]}], "fold 0: case b is in both train and val"),
+        ([{"train": ["a"]}], 'the lists "train" and "val"'),
+        ({"train": [], "val": []}, "must be a list of folds"),
+    ],
+)
 def test_splits_that_do_not_fit_are_refused_by_name(raw: Folder, folds: Any, words: str) -> None:
     folder = raw("a", "b")
     (folder / "splits_final.json").write_text(json.dumps(folds))
@@ -113,11 +137,19 @@ def test_a_channel_that_is_not_there_is_named(raw: Folder) -> None:
     assert "case b has no channel _0001.nii.gz" in refusal(lambda: load(str(folder)))
 
 
-def test_a_folder_that_is_none_and_keys_that_are_almost_ours_are_refused(raw: Folder, tmp_path: Path) -> None:
+def test_a_folder_that_is_none_and_keys_that_are_almost_ours_are_refused(
+    raw: Folder, tmp_path: Path
+) -> None:
     assert "dataset.json" in refusal(lambda: load(str(tmp_path)))
     line = refusal(lambda: load(str(raw("a", tolerance={"liver": 2}))))
     assert '"tolerance" is not read; "tolerance_mm" was probably meant' in line
-    old = {"name": "Spleen", "numTraining": 1, "training": ["x"], "test": [], "regions_class_order": [1]}
+    old = {
+        "name": "Spleen",
+        "numTraining": 1,
+        "training": ["x"],
+        "test": [],
+        "regions_class_order": [1],
+    }
     assert len(load(str(raw("a", **old))).training) == 1  # nnU-Net's first version had a list in it
 
 
@@ -125,7 +157,9 @@ def prepared(folder: Path, values: np.ndarray, channel: str) -> np.ndarray:
     nib.save(nib.Nifti1Image(values, np.eye(4)), folder / "imagesTr/a_0000.nii.gz")
     items: DataList = load(str(folder))
     assert items.training[0].modality == (channel.lower(),)
-    return prepare(replace(items.training[0], label=None), Recipe(mr_intensity="percentile")).data[0]
+    return prepare(replace(items.training[0], label=None), Recipe(mr_intensity="percentile")).data[
+        0
+    ]
 
 
 def test_channel_names_that_are_normalisations_mean_what_they_mean_there(raw: Folder) -> None:
@@ -134,8 +168,11 @@ def test_channel_names_that_are_normalisations_mean_what_they_mean_there(raw: Fo
     x[:3] = 0
     wide = x.astype(np.float64)
     for name, expected in (
-        ("noNorm", wide), ("zscore", (wide - wide.mean()) / wide.std()), ("ZScore", (wide - wide.mean()) / wide.std()),
-        ("rescale_to_0_1", (wide - wide.min()) / np.ptp(wide)), ("rescale_0_to_1", (wide - wide.min()) / np.ptp(wide)),
-    ):  # fmt: skip
+        ("noNorm", wide),
+        ("zscore", (wide - wide.mean()) / wide.std()),
+        ("ZScore", (wide - wide.mean()) / wide.std()),
+        ("rescale_to_0_1", (wide - wide.min()) / np.ptp(wide)),
+        ("rescale_0_to_1", (wide - wide.min()) / np.ptp(wide)),
+    ):
         found = prepared(raw("a", labels={}, channels=(name,)), x, name)
         assert np.allclose(found, expected, rtol=1e-5, atol=1e-5), name

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, binary_fill_holes, distance_transform_edt, label
 
-from dae.data import phantom
-from dae.data.phantom import CT_LABELS, MR_LABELS, body_ct, head_mr, write_phantoms
+from dae.demo import phantom
+from dae.demo.phantom import CT_LABELS, MR_LABELS, body_ct, head_mr, write_phantoms
 
 SMALL = (48, 48, 48)
 CONTRASTS = ["t1", "t1ce", "t2", "flair"]
@@ -28,7 +28,9 @@ def ct(number: int = 0, size: tuple[int, int, int] = SMALL) -> tuple[np.ndarray,
     return body_ct(np.random.default_rng([0, 0, number]), size=size)
 
 
-def mr(number: int = 0, size: tuple[int, int, int] = SMALL) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def mr(
+    number: int = 0, size: tuple[int, int, int] = SMALL
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     return head_mr(np.random.default_rng([0, 1, number]), size=size)
 
 
@@ -62,14 +64,18 @@ def test_images_have_the_size_asked_for_on_every_axis() -> None:
     images, tissues = mr(size=size)
     assert {array.shape for array in (image, organs, tissues, *images.values())} == {size}
     assert (image.dtype, organs.dtype, tissues.dtype) == (np.int16, np.uint8, np.uint8)
-    assert list(images) == CONTRASTS and {array.dtype for array in images.values()} == {np.dtype(np.float32)}
+    assert list(images) == CONTRASTS and {array.dtype for array in images.values()} == {
+        np.dtype(np.float32)
+    }
 
 
 def test_subjects_differ() -> None:
     for draw in (ct, mr):
         (_, first), (_, second) = draw(0), draw(1)
         inside = (first > 0) | (second > 0)
-        assert 0.05 < np.mean(first[inside] != second[inside]) < 0.6  # another anatomy, yet the same kind of body
+        assert (
+            0.05 < np.mean(first[inside] != second[inside]) < 0.6
+        )  # another anatomy, yet the same kind of body
 
 
 def test_hu_of_air_fat_bone_are_plausible() -> None:
@@ -78,7 +84,10 @@ def test_hu_of_air_fat_bone_are_plausible() -> None:
     assert 0.10 < np.mean((image > -160) & (image < -50)) < 0.50
     assert 0.02 < np.mean(image > 350) < 0.20
     assert 0.02 < np.mean((image > -900) & (image < -700)) < 0.20  # lung
-    means = {name: image[organs == ORGAN[name]].mean() for name in ("liver", "spleen", "right kidney", "aorta")}
+    means = {
+        name: image[organs == ORGAN[name]].mean()
+        for name in ("liver", "spleen", "right kidney", "aorta")
+    }
     assert 60 < means["liver"] < means["spleen"] + 20 < means["right kidney"] < means["aorta"] < 350
 
 
@@ -109,9 +118,13 @@ def test_contrasts_share_one_anatomy() -> None:
     images, tissues = mr()
     brain = tissues > 0
     for image in images.values():
-        explained = [share_explained(image[brain], np.roll(tissues, by, axis=1)[brain]) for by in (0, 3, -3)]
+        explained = [
+            share_explained(image[brain], np.roll(tissues, by, axis=1)[brain]) for by in (0, 3, -3)
+        ]
         assert explained[0] > 0.75
-        assert explained[0] > max(explained[1:]) + 0.2  # moved by three voxels the labels no longer fit
+        assert (
+            explained[0] > max(explained[1:]) + 0.2
+        )  # moved by three voxels the labels no longer fit
 
 
 def share_explained(values: np.ndarray, groups: np.ndarray) -> float:
@@ -123,7 +136,9 @@ def share_explained(values: np.ndarray, groups: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("number", range(3))
-def test_the_lesion_takes_up_contrast_agent_and_the_oedema_shines_in_flair_and_t2(number: int) -> None:
+def test_the_lesion_takes_up_contrast_agent_and_the_oedema_shines_in_flair_and_t2(
+    number: int,
+) -> None:
     images, tissues = mr(number)
 
     def against_white(contrast: str, name: str) -> float:
@@ -138,11 +153,20 @@ def test_the_lesion_takes_up_contrast_agent_and_the_oedema_shines_in_flair_and_t
 def test_most_of_every_large_structure_is_five_voxels_thick() -> None:
     size = (96, 96, 96)
     torso = {"liver", "spleen", "left kidney", "right kidney", "stomach", "aorta"}
-    brain = {"cerebrospinal fluid", "grey matter", "white matter", "ventricles", "deep grey", "lesion"}
+    brain = {
+        "cerebrospinal fluid",
+        "grey matter",
+        "white matter",
+        "ventricles",
+        "deep grey",
+        "lesion",
+    }
     for labels, names in ((ct(size=size)[1], torso), (mr(size=size)[1], brain)):
         for name in names:
             region = np.pad(labels == ORGAN[name], 4, mode="edge")
-            cores = distance_transform_edt(region) > 2.2  # centres of the balls of five voxels that fit into it
+            cores = (
+                distance_transform_edt(region) > 2.2
+            )  # centres of the balls of five voxels that fit into it
             covered = region & (distance_transform_edt(~cores) <= 2.2)
             assert covered.sum() > 0.75 * region.sum(), name
 
@@ -186,7 +210,9 @@ def test_the_head_is_upright_and_looks_ahead(folder: Path) -> None:
     head = np.argwhere(np.asarray(image.dataobj) > 0)
     places = nib.affines.apply_affine(image.affine, head)
     x, y, z = places.T
-    assert np.sum(z < z.min() + 3) > 1.5 * np.sum(z > z.max() - 3)  # the neck is wider than the crown
+    assert np.sum(z < z.min() + 3) > 1.5 * np.sum(
+        z > z.max() - 3
+    )  # the neck is wider than the crown
     assert middle_in_mm(folder / "mr_000_label.nii.gz", ORGAN["ventricles"])[2] > z.mean()
     nose = y > y.max() - 3
     assert z[nose].mean() < z.mean()
@@ -206,7 +232,9 @@ def test_a_head_is_stored_along_other_axes_but_is_the_same_head(folder: Path) ->
 def test_the_lists_name_files_that_exist(folder: Path) -> None:
     for name, splits in {"pretrain": 2, "ct_seg": 3, "mr_seg": 3}.items():
         found = read(folder, name)
-        cases = {split: found[split] for split in ("training", "validation", "test") if split in found}
+        cases = {
+            split: found[split] for split in ("training", "validation", "test") if split in found
+        }
         assert len(cases) == splits and all(cases.values())
         subjects = [{case["subject"] for case in split} for split in cases.values()]
         assert sum(map(len, subjects)) == len(set().union(*subjects))  # no subject is in two splits

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dae.config import InputError
+from dae.errors import InputError
 from dae.evaluation import postprocess
+from dae.evaluation.cases import Case
 from dae.evaluation.metrics import score_labels
 from dae.evaluation.postprocess import (
     CANDIDATES,
@@ -22,7 +23,6 @@ from dae.evaluation.postprocess import (
     save,
     smooth_boundary,
 )
-from dae.evaluation.scoring import Case
 
 ISO = (1.0, 1.0, 1.0)
 STEP_CALLS = {
@@ -54,7 +54,12 @@ def empty(*shape):
 
 def kidneys():
     """Class 1 twice, 6 x 6 x 6 and 5 x 5 x 5, and class 2 once, far from each other."""
-    return box(box(box(empty(), 1, (2, 2, 2), (8, 8, 8)), 1, (15, 2, 2), (20, 7, 7)), 2, (4, 14, 14), (12, 22, 22))
+    return box(
+        box(box(empty(), 1, (2, 2, 2), (8, 8, 8)), 1, (15, 2, 2), (20, 7, 7)),
+        2,
+        (4, 14, 14),
+        (12, 22, 22),
+    )
 
 
 def dice(prediction, truth, cls):
@@ -71,7 +76,9 @@ def test_a_step_leaves_its_input_as_it_was_and_keeps_its_type(name, seed):
         labels = blobs(seed).astype(kind)
         before = labels.copy()
         result = STEP_CALLS[name](labels, 2)
-        assert np.array_equal(labels, before) and result.dtype == kind and result.shape == labels.shape
+        assert (
+            np.array_equal(labels, before) and result.dtype == kind and result.shape == labels.shape
+        )
         assert not np.array_equal(result, before)
 
 
@@ -88,7 +95,9 @@ def test_a_box_is_that_of_find_objects_and_its_margin_ends_at_the_faces(seed):
     for cls, expected in enumerate(ndimage.find_objects(labels), start=1):
         assert box_of(labels, cls) == expected
         d, h, w = box_of(labels, cls, (2, 0, 30))
-        assert labels[d, h, w].shape[1:] == (labels[expected].shape[1], labels.shape[2]) or w.start > 0
+        assert (
+            labels[d, h, w].shape[1:] == (labels[expected].shape[1], labels.shape[2]) or w.start > 0
+        )
         assert d.start == max(0, expected[0].start - 2) and h == expected[1] and w.start == 0
 
 
@@ -98,7 +107,9 @@ def test_a_box_is_that_of_find_objects_and_its_margin_ends_at_the_faces(seed):
 def test_two_kidneys_stay_two_where_two_are_kept():
     labels = box(kidneys(), 1, (20, 20, 2), (23, 23, 5))  # and an island
     assert np.array_equal(largest_components(labels, 1, keep=2), kidneys())
-    assert np.array_equal(largest_components(labels, 1, keep=1) == 1, box(empty(), 1, (2, 2, 2), (8, 8, 8)) == 1)
+    assert np.array_equal(
+        largest_components(labels, 1, keep=1) == 1, box(empty(), 1, (2, 2, 2), (8, 8, 8)) == 1
+    )
     assert np.array_equal(largest_components(labels, 1, keep=9), labels)
 
 
@@ -139,7 +150,12 @@ def test_what_is_open_at_the_volumes_face_is_no_hole():
 
 
 def test_an_organ_in_the_hole_stays_and_the_gap_around_it_is_filled():
-    labels = box(box(box(empty(), 1, (4, 4, 4), (16, 16, 16)), 0, (7, 7, 7), (13, 13, 13)), 2, (9, 9, 9), (11, 11, 11))
+    labels = box(
+        box(box(empty(), 1, (4, 4, 4), (16, 16, 16)), 0, (7, 7, 7), (13, 13, 13)),
+        2,
+        (9, 9, 9),
+        (11, 11, 11),
+    )
     filled = fill_holes(labels, 1)
     assert np.array_equal(filled == 2, labels == 2)
     assert np.array_equal(filled > 0, box(empty(), 1, (4, 4, 4), (16, 16, 16)) > 0)
@@ -147,7 +163,9 @@ def test_an_organ_in_the_hole_stays_and_the_gap_around_it_is_filled():
 
 def test_a_wall_that_touches_by_edges_holds():
     labels = empty(5, 5, 5)
-    labels[[1, 3, 2, 2, 2, 2], [2, 2, 1, 3, 2, 2], [2, 2, 2, 2, 1, 3]] = 1  # the six neighbours of the middle
+    labels[[1, 3, 2, 2, 2, 2], [2, 2, 1, 3, 2, 2], [2, 2, 2, 2, 1, 3]] = (
+        1  # the six neighbours of the middle
+    )
     assert fill_holes(labels, 1)[2, 2, 2] == 1
 
 
@@ -174,7 +192,9 @@ def test_the_blur_is_in_mm():
     stairs = plane.copy()
     stairs[1::4, :, 12] = 1
     assert np.array_equal(smooth_boundary(stairs, 1, (10.0, 10.0, 10.0), 1.5), stairs)
-    assert np.array_equal(smooth_boundary(stairs, 1, (10.0, 10.0, 10.0), 15.0), smooth_boundary(stairs, 1, ISO, 1.5))
+    assert np.array_equal(
+        smooth_boundary(stairs, 1, (10.0, 10.0, 10.0), 15.0), smooth_boundary(stairs, 1, ISO, 1.5)
+    )
 
 
 def test_an_organ_of_one_voxel_is_kept_alone_and_within_another():
@@ -198,8 +218,10 @@ def test_smoothing_in_a_box_is_smoothing_in_the_whole_volume(seed):
     labels[(labels == 2) & ~middle] = 3
     cls, spacing, mm = 2, (1.0, 2.0, 1.5), 0.9
     sigma = [mm / each for each in spacing]
-    fields = {k: ndimage.gaussian_filter((labels == k).astype(float), sigma, mode="nearest", truncate=3)
-              for k in np.unique(labels)}  # fmt: skip
+    fields = {
+        k: ndimage.gaussian_filter((labels == k).astype(float), sigma, mode="nearest", truncate=3)
+        for k in np.unique(labels)
+    }
     others = {k: field for k, field in fields.items() if k != cls}
     rival = np.max(list(others.values()), axis=0)
     highest = np.array(list(others))[np.argmax(list(others.values()), axis=0)]
@@ -212,20 +234,27 @@ def test_smoothing_in_a_box_is_smoothing_in_the_whole_volume(seed):
 
 def test_no_blur_is_no_change_and_settings_that_mean_nothing_are_refused():
     assert np.array_equal(smooth_boundary(blobs(0), 1, ISO, 0.0), blobs(0))
-    for call in (lambda: smooth_boundary(blobs(0), 1, ISO, -1.0), lambda: largest_components(blobs(0), 1, 0)):
+    for call in (
+        lambda: smooth_boundary(blobs(0), 1, ISO, -1.0),
+        lambda: largest_components(blobs(0), 1, 0),
+    ):
         with pytest.raises(ValueError, match=r"not -1|not 0"):
             call()
 
 
 # Plans
 
-PLAN = {1: [{"do": "largest_components", "keep": 2}, {"do": "fill_holes"}],
-        2: [{"do": "smooth_boundary", "sigma_mm": 1.0}]}  # fmt: skip
+PLAN = {
+    1: [{"do": "largest_components", "keep": 2}, {"do": "fill_holes"}],
+    2: [{"do": "smooth_boundary", "sigma_mm": 1.0}],
+}
 
 
 def test_a_plan_does_its_steps_in_order():
     labels = blobs(1)
-    by_hand = smooth_boundary(fill_holes(largest_components(labels, 1, 2), 1), 2, (1.0, 2.0, 1.5), 1.0)
+    by_hand = smooth_boundary(
+        fill_holes(largest_components(labels, 1, 2), 1), 2, (1.0, 2.0, 1.5), 1.0
+    )
     assert np.array_equal(apply(labels, PLAN, (1.0, 2.0, 1.5)), by_hand)
     assert np.array_equal(apply(labels, {}, ISO), labels)
 
@@ -239,18 +268,31 @@ def test_a_plan_is_json_and_comes_back(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["plan.json", "saved.json"]
 
 
-@pytest.mark.parametrize("content", [
-    "not json", "[]", '{"liver": []}', '{"1": [{"do": "shave"}]}', '{"1": [{}]}', '{"1": ["fill_holes"]}', '{"1": 3}',
-    '{"1": [{"do": "fill_holes", "sigma_mm": 1}]}', '{"1": [{"do": "smooth_boundary"}]}',
-    '{"1": [{"do": "smooth_boundary", "sigma_mm": -2}]}', '{"1": [{"do": "largest_components", "keep": 0}]}',
-    '{"1": [{"do": "largest_components", "keep": "two"}]}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[]",
+        '{"liver": []}',
+        '{"1": [{"do": "shave"}]}',
+        '{"1": [{}]}',
+        '{"1": ["fill_holes"]}',
+        '{"1": 3}',
+        '{"1": [{"do": "fill_holes", "sigma_mm": 1}]}',
+        '{"1": [{"do": "smooth_boundary"}]}',
+        '{"1": [{"do": "smooth_boundary", "sigma_mm": -2}]}',
+        '{"1": [{"do": "largest_components", "keep": 0}]}',
+        '{"1": [{"do": "largest_components", "keep": "two"}]}',
+    ],
+)
 def test_what_is_no_plan_is_refused_by_name(content, tmp_path):
     path = tmp_path / "plan.json"
     path.write_text(content)
     with pytest.raises(InputError) as caught:
         load(path)
-    assert str(caught.value).startswith(f"{path}: not a post-processing plan") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: not a post-processing plan") and "\n" not in str(
+        caught.value
+    )
     with pytest.raises(InputError, match="not a post-processing plan"):
         load(tmp_path / "none.json")
 
@@ -263,7 +305,9 @@ NAMES = {0: "background", 1: "kidney", 2: "liver", 3: "spleen"}
 def noisy(seed):
     """Kidneys with islands, a liver with a cavity, a perfect spleen."""
     truth = box(kidneys(), 3, (16, 14, 14), (20, 18, 18))
-    prediction = box(box(truth.copy(), 1, (20, 20, 2 + seed), (23, 23, 5 + seed)), 0, (6, 16, 16), (9, 19, 19))
+    prediction = box(
+        box(truth.copy(), 1, (20, 20, 2 + seed), (23, 23, 5 + seed)), 0, (6, 16, 16), (9, 19, 19)
+    )
     return Case(f"s{seed}", prediction, truth, ISO)
 
 
@@ -271,8 +315,9 @@ def test_what_helps_is_kept_and_nothing_else():
     plan, table = choose([noisy(0), noisy(3)], NAMES)
     assert plan == {1: [{"do": "largest_components", "keep": 2}], 2: [{"do": "fill_holes"}]}
     assert [(line["class"], line["step"]["do"]) for line in table if line["kept"]] == [
-        (1, "largest_components"), (2, "fill_holes"),
-    ]  # fmt: skip
+        (1, "largest_components"),
+        (2, "fill_holes"),
+    ]
     for case in (noisy(0), noisy(3)):
         assert np.array_equal(apply(case.prediction, plan, ISO), case.truth)
     assert len(table) == 3 * len(CANDIDATES)
@@ -291,9 +336,16 @@ def test_a_plan_is_chosen_on_what_was_annotated():
 def test_the_table_says_by_how_much_dice_changed():
     cases = [noisy(0), noisy(3)]
     _, table = choose(cases, NAMES)
-    for line in (line for line in table if line["class"] == 1):  # before any other class was changed
+    for line in (
+        line for line in table if line["class"] == 1
+    ):  # before any other class was changed
         before = np.mean([dice(case.prediction, case.truth, 1) for case in cases])
-        after = np.mean([dice(apply(case.prediction, {1: [line["step"]]}, ISO), case.truth, 1) for case in cases])
+        after = np.mean(
+            [
+                dice(apply(case.prediction, {1: [line["step"]]}, ISO), case.truth, 1)
+                for case in cases
+            ]
+        )
         if line["step"]["do"] == "largest_components":
             assert (line["dice_before"], line["dice_after"]) == pytest.approx((before, after))
             assert line["change"] == pytest.approx(after - before) and line["change"] > 0.03
@@ -301,7 +353,9 @@ def test_the_table_says_by_how_much_dice_changed():
 
 def test_a_step_is_tried_on_what_the_steps_before_it_left():
     case = noisy(0)
-    prediction = box(case.prediction.copy(), 0, (4, 4, 4), (5, 5, 5))  # a hole in a kidney, beside its islands
+    prediction = box(
+        case.prediction.copy(), 0, (4, 4, 4), (5, 5, 5)
+    )  # a hole in a kidney, beside its islands
     plan, table = choose([case._replace(prediction=prediction)], NAMES)
     assert [step["do"] for step in plan[1]] == ["largest_components", "fill_holes"]
     assert table[1]["dice_before"] == table[0]["dice_after"] and table[1]["dice_after"] == 1
@@ -323,11 +377,16 @@ def test_a_slip_of_the_annotator_is_no_second_organ():
 
 def test_an_organ_that_was_found_is_not_given_up_for_a_better_mean():
     truth = kidneys()
-    prediction = box(truth.copy(), 0, (15, 2, 2), (20, 7, 6))  # of the second kidney one side is found
+    prediction = box(
+        truth.copy(), 0, (15, 2, 2), (20, 7, 6)
+    )  # of the second kidney one side is found
     for n, far in enumerate((2, 8, 14)):  # and there are larger islands
         box(prediction, 1, (20, 18, far), (23 + n % 2, 22, far + 4))
     without = largest_components(prediction, 1, keep=2)
-    assert dice(without, truth, 1) > dice(prediction, truth, 1) and not (without[15:] * truth[15:]).any()
+    assert (
+        dice(without, truth, 1) > dice(prediction, truth, 1)
+        and not (without[15:] * truth[15:]).any()
+    )
     plan, table = choose([Case("s", prediction, truth, ISO)], NAMES, [{"do": "largest_components"}])
     assert plan == {} and table[0]["why"] == "loses 1 true components" and not table[0]["kept"]
 
@@ -349,7 +408,9 @@ def test_what_lowers_another_class_is_not_kept(monkeypatch):
 def test_of_several_settings_the_best_is_kept():
     truth = box(empty(), 1, (6, 6, 6), (18, 18, 18))
     rng = np.random.default_rng(0)
-    rough = np.where(ndimage.binary_dilation(truth > 0) & (rng.random(truth.shape) < 0.3), 1, truth).astype(np.uint8)
+    rough = np.where(
+        ndimage.binary_dilation(truth > 0) & (rng.random(truth.shape) < 0.3), 1, truth
+    ).astype(np.uint8)
     settings = [{"do": "smooth_boundary", "sigma_mm": mm} for mm in (0.8, 1.0, 4.0)]
     plan, table = choose([Case("s", rough, truth, ISO)], {1: "a"}, settings)
     best = max(settings, key=lambda step: dice(apply(rough, {1: [step]}, ISO), truth, 1))
@@ -377,7 +438,9 @@ def test_the_table_is_text_with_a_line_for_each_step():
     lines = as_text(table).splitlines()
     assert len(lines) == len(table)
     assert [line.startswith("+") for line in lines] == [line["kept"] for line in table]
-    assert lines[0].split()[:4] == ["+", "kidney", "largest_components", "2"] and lines[0].endswith("raises Dice")
+    assert lines[0].split()[:4] == ["+", "kidney", "largest_components", "2"] and lines[0].endswith(
+        "raises Dice"
+    )
 
 
 def test_every_candidate_is_a_step():

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dae.config import InputError, PretrainConfig
+from dae.config.pretrain import PretrainConfig
 from dae.data import nifti
 from dae.data.augment import labelled_crop
 from dae.data.cache import Cached, cached
 from dae.data.datalist import Item, load
 from dae.data.nifti import Volume, read
-from dae.data.phantom import write_phantoms
 from dae.data.preprocess import (
     Recipe,
     normalise,
@@ -30,6 +29,8 @@ from dae.data.preprocess import (
     zscore,
     zscore_of_nonzero,
 )
+from dae.demo.phantom import write_phantoms
+from dae.errors import InputError
 
 Saved = Callable[..., Item]
 
@@ -39,14 +40,19 @@ def saved(tmp_path: Path) -> Saved:
     """A file and the item that names it, and those of its label where there is one."""
 
     def save(
-        data: np.ndarray, *intensity: str, spacing: tuple[float, ...] = (1.0, 1.0, 1.0), label: np.ndarray | None = None
+        data: np.ndarray,
+        *intensity: str,
+        spacing: tuple[float, ...] = (1.0, 1.0, 1.0),
+        label: np.ndarray | None = None,
     ) -> Item:
         affine, of_label = np.diag([*spacing, 1.0]), None
         nib.save(nib.Nifti1Image(data.astype(np.float32), affine), tmp_path / "a.nii")
         if label is not None:
             of_label = tmp_path / "label.nii"
             nib.save(nib.Nifti1Image(label.astype(np.uint8), affine), of_label)
-        return Item((tmp_path / "a.nii",), ("any",) * len(intensity), intensity, "s", label=of_label)
+        return Item(
+            (tmp_path / "a.nii",), ("any",) * len(intensity), intensity, "s", label=of_label
+        )
 
     return save
 
@@ -75,12 +81,16 @@ def test_zscores_by_hand_take_mean_and_population_std_of_the_nonzero_voxels() ->
 
 
 @pytest.mark.parametrize("normalise", [zscore, zscore_of_nonzero])
-def test_a_zscored_volume_has_mean_0_and_std_1_where_it_was_not_zero(normalise: Callable[..., np.ndarray]) -> None:
+def test_a_zscored_volume_has_mean_0_and_std_1_where_it_was_not_zero(
+    normalise: Callable[..., np.ndarray],
+) -> None:
     rng = np.random.default_rng(0)
     x = (rng.normal(1e4, 3, (10, 11, 12)) * (rng.random((10, 11, 12)) > 0.4)).astype(np.float32)
     found = normalise(x)
     assert found.dtype == np.float32 and len(set(found[x == 0].tolist())) == 1
-    assert found[x != 0].mean() == pytest.approx(0, abs=1e-5) and found[x != 0].std() == pytest.approx(1, abs=1e-5)
+    assert found[x != 0].mean() == pytest.approx(0, abs=1e-5) and found[
+        x != 0
+    ].std() == pytest.approx(1, abs=1e-5)
 
 
 def test_percentiles_by_hand() -> None:
@@ -98,11 +108,14 @@ X[0] = 0
     "intensity, mr_intensity, expected",
     [
         ("window", "percentile", window(X, -200, 1600)),
-        ("mr", "zscore", zscore(X)), ("mr", "nonzero", zscore_of_nonzero(X)), ("mr", "percentile", percentile(X)),
-        ("zscore", "percentile", zscore(X)), ("nonzero", "zscore", zscore_of_nonzero(X)),
+        ("mr", "zscore", zscore(X)),
+        ("mr", "nonzero", zscore_of_nonzero(X)),
+        ("mr", "percentile", percentile(X)),
+        ("zscore", "percentile", zscore(X)),
+        ("nonzero", "zscore", zscore_of_nonzero(X)),
         ("percentile", "zscore", percentile(X)),
     ],
-)  # fmt: skip
+)
 def test_the_item_says_how_and_the_recipe_what_mr_means(
     intensity: str, mr_intensity: str, expected: np.ndarray, saved: Saved
 ) -> None:
@@ -112,9 +125,13 @@ def test_the_item_says_how_and_the_recipe_what_mr_means(
 
 def test_channels_are_normalised_one_by_one(saved: Saved) -> None:
     two = np.stack([X, 5 * X], axis=-1)
-    assert np.allclose(prepare(saved(two, "mr"), Recipe()).data, zscore(X), atol=1e-5)  # one name for all of them
+    assert np.allclose(
+        prepare(saved(two, "mr"), Recipe()).data, zscore(X), atol=1e-5
+    )  # one name for all of them
     found = prepare(saved(two, "window", "mr"), Recipe()).data
-    assert np.array_equal(found[0], window(X, -1000, 1000)) and np.allclose(found[1], zscore(X), atol=1e-5)
+    assert np.array_equal(found[0], window(X, -1000, 1000)) and np.allclose(
+        found[1], zscore(X), atol=1e-5
+    )
 
 
 def test_a_count_of_channels_that_is_not_the_lists_is_refused(saved: Saved) -> None:
@@ -150,7 +167,12 @@ def body(size: int = 48) -> np.ndarray:
 
 BODY = body()
 UNIT = (BODY - BODY.min()) / (BODY.max() - BODY.min())
-WINDOWS = [(-1000.0, 1000.0), (-175.0, 250.0), (-300.0, 500.0), (0.0, 80.0)]  # the widest, organs, the demo's, a brain
+WINDOWS = [
+    (-1000.0, 1000.0),
+    (-175.0, 250.0),
+    (-300.0, 500.0),
+    (0.0, 80.0),
+]  # the widest, organs, the demo's, a brain
 NOT_HU = {
     "as DICOM stores it": BODY + 1024,
     "clipped at 0": np.maximum(BODY + 1000, 0),
@@ -165,16 +187,23 @@ NOT_HU = {
 def lost(item: Item, recipe: Recipe) -> str:
     """The one line, which names the file; and the same of an image that is predicted."""
     lines = []
-    for prepared in (lambda: prepare(item, recipe), lambda: normalise(read(item.image[0]), item, recipe)):
+    for prepared in (
+        lambda: prepare(item, recipe),
+        lambda: normalise(read(item.image[0]), item, recipe),
+    ):
         with pytest.raises(InputError) as caught:
             prepared()
         lines.append(str(caught.value))
-    assert lines[0] == lines[1] and lines[0].startswith(f"{item.image[0]}: ") and "\n" not in lines[0]
+    assert (
+        lines[0] == lines[1] and lines[0].startswith(f"{item.image[0]}: ") and "\n" not in lines[0]
+    )
     return lines[0]
 
 
 @pytest.mark.parametrize("values", NOT_HU.values(), ids=NOT_HU.keys())
-def test_a_ct_that_is_not_in_hu_is_refused_by_name_in_every_window(values: np.ndarray, saved: Saved) -> None:
+def test_a_ct_that_is_not_in_hu_is_refused_by_name_in_every_window(
+    values: np.ndarray, saved: Saved
+) -> None:
     for limits in WINDOWS:
         line = lost(saved(values, "window"), Recipe(ct_window=limits))
         assert ("HU" in line) and f"values from {values.min():g} to {values.max():g}" in line
@@ -218,7 +247,9 @@ def test_a_ct_of_8_bits_is_said(saved: Saved, capsys: pytest.CaptureFixture[str]
     """It could be a brain without its skull: nothing is negative in either, and all of it fits into the window."""
     prepare(saved(255 * UNIT, "window"), Recipe())
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "a.nii: a CT without air and fat (values from 0 to 255)" in said
+    assert (
+        said.count("\n") == 1 and "a.nii: a CT without air and fat (values from 0 to 255)" in said
+    )
 
 
 def test_phantoms_are_in_hu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +262,9 @@ def test_phantoms_are_in_hu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.realdata
-@pytest.mark.skipif("DAE_REALDATA" not in os.environ, reason="DAE_REALDATA names no folder of real volumes")
+@pytest.mark.skipif(
+    "DAE_REALDATA" not in os.environ, reason="DAE_REALDATA names no folder of real volumes"
+)
 def test_real_volumes_are_taken_in_every_window_and_a_template_that_is_not_in_hu_is_not(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -255,14 +288,20 @@ def test_one_hot_voxel_that_makes_all_others_one_grey_is_named(how: str, saved: 
         if fine:
             prepare(item, Recipe(mr_intensity=how))
         else:
-            assert f"alike beside values from 0 to {value:g}; clip" in lost(item, Recipe(mr_intensity=how))
-    many = np.tile(X, (4, 4, 4))  # the percentile recipe looks at 99.9 % of these: 10 on either side are outside
+            assert f"alike beside values from 0 to {value:g}; clip" in lost(
+                item, Recipe(mr_intensity=how)
+            )
+    many = np.tile(
+        X, (4, 4, 4)
+    )  # the percentile recipe looks at 99.9 % of these: 10 on either side are outside
     many[3, 3, 3] = 1e30
     found = prepare(saved(many, "mr"), Recipe(mr_intensity="percentile")).data
     assert len(np.unique(found)) > 200
 
 
-def test_what_half_precision_does_not_hold_never_reaches_the_cache(saved: Saved, tmp_path: Path) -> None:
+def test_what_half_precision_does_not_hold_never_reaches_the_cache(
+    saved: Saved, tmp_path: Path
+) -> None:
     """1 with a noise of a millionth, on zeros: -10^6 z-scores."""
     faint = 1 + 1e-6 * (X - 500) / 230
     faint[0] = 0
@@ -284,10 +323,14 @@ def test_a_volume_that_vanishes_at_a_coarse_spacing_is_named(how: str, saved: Sa
 
 def test_a_recipe_that_leaves_one_grey_level_is_named(saved: Saved) -> None:
     dim = np.where(X > 500, 0.2, 0.1)
-    assert "--ct-window 200 300 leaves one grey level" in lost(saved(dim, "window"), Recipe(ct_window=(200.0, 300.0)))
+    assert "--ct-window 200 300 leaves one grey level" in lost(
+        saved(dim, "window"), Recipe(ct_window=(200.0, 300.0))
+    )
 
 
-def test_a_mask_among_the_images_of_few_values_is_taken_where_its_values_stay_apart(saved: Saved) -> None:
+def test_a_mask_among_the_images_of_few_values_is_taken_where_its_values_stay_apart(
+    saved: Saved,
+) -> None:
     prepared = prepare(saved(1000.0 * (X > 500) - 500, "window"), Recipe())
     assert np.unique(prepared.data).tolist() == [0.25, 0.75]
 
@@ -306,10 +349,14 @@ def test_resampling_a_ramp_gives_the_ramp_at_the_new_voxel_centres() -> None:
     asked = [(np.arange(n) + 0.5) * step for n, step in zip(found.shape[1:], new)]
     held = [np.clip(at, place[0], place[-1]) for at, place in zip(asked, places)]
     expected = sum(np.meshgrid(3 * held[0], -2 * held[1], 7 * held[2], indexing="ij"))
-    assert np.allclose(found[0], expected, atol=1e-4) and np.allclose(found[1], -expected, atol=1e-4)
+    assert np.allclose(found[0], expected, atol=1e-4) and np.allclose(
+        found[1], -expected, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("new, size", [((1, 1, 1), (6, 14, 24)), ((3, 3, 3), (2, 5, 8)), ((1, 2, 3.5), (6, 7, 7))])
+@pytest.mark.parametrize(
+    "new, size", [((1, 1, 1), (6, 14, 24)), ((3, 3, 3), (2, 5, 8)), ((1, 2, 3.5), (6, 7, 7))]
+)
 def test_a_prepared_volume_has_the_spacing_asked_for(
     new: tuple[float, ...], size: tuple[int, ...], saved: Saved
 ) -> None:
@@ -317,7 +364,12 @@ def test_a_prepared_volume_has_the_spacing_asked_for(
     item = saved(X, "mr", spacing=(1.0, 2.0, 3.0))
     found = prepare(item, Recipe(spacing=new))
     assert found.data.shape == (1, *size) and found.spacing == new
-    assert prepare(item, Recipe()).spacing == (1, 2, 3) and prepare(item, Recipe()).data.shape == (1, 6, 7, 8)
+    assert prepare(item, Recipe()).spacing == (1, 2, 3) and prepare(item, Recipe()).data.shape == (
+        1,
+        6,
+        7,
+        8,
+    )
 
 
 def test_normalisation_follows_resampling(saved: Saved) -> None:
@@ -328,7 +380,9 @@ def test_normalisation_follows_resampling(saved: Saved) -> None:
 
 def test_a_spacing_that_asks_for_more_than_the_memory_holds_is_one_line(saved: Saved) -> None:
     line = lost(saved(X, "mr", spacing=(50.0, 50.0, 50.0)), Recipe(spacing=(0.01, 0.01, 0.01)))
-    assert "6 x 7 x 8 voxels of 50 x 50 x 50 mm would become 30000 x 35000 x 40000 (153 TiB)" in line
+    assert (
+        "6 x 7 x 8 voxels of 50 x 50 x 50 mm would become 30000 x 35000 x 40000 (153 TiB)" in line
+    )
     assert "--spacing" in line
 
 
@@ -341,22 +395,34 @@ def test_a_spacing_that_leaves_no_voxels_is_refused_by_the_files_name(saved: Sav
 
 
 RATIOS = [
-    ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)), ((0.75, 0.75, 0.75), (1.5, 1.5, 1.5)), ((0.5, 1.0, 1.5), (1.0, 1.5, 3.0)),
-    ((2.0, 2.0, 2.0), (1.0, 1.0, 1.0)), ((0.8, 0.8, 3.0), (1.5, 1.5, 2.0)), ((1.0, 1.0, 1.0), (3.0, 1.0, 0.7)),
-]  # fmt: skip
+    ((1.0, 1.0, 1.0), (2.0, 2.0, 2.0)),
+    ((0.75, 0.75, 0.75), (1.5, 1.5, 1.5)),
+    ((0.5, 1.0, 1.5), (1.0, 1.5, 3.0)),
+    ((2.0, 2.0, 2.0), (1.0, 1.0, 1.0)),
+    ((0.8, 0.8, 3.0), (1.5, 1.5, 2.0)),
+    ((1.0, 1.0, 1.0), (3.0, 1.0, 0.7)),
+]
 
 
 def shares(label: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Of each class in each new voxel, by scipy alone: (k, d, h, w)."""
     factors = [m / n for n, m in zip(label.shape, shape)]
     one_hot = [np.equal(label, k).astype(np.float64) for k in range(label.max() + 1)]
-    return np.stack([ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in one_hot])
+    return np.stack(
+        [ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in one_hot]
+    )
 
 
-@pytest.mark.parametrize("new", [(10, 12, 14), (5, 6, 7), (7, 5, 9), (20, 25, 27), (10, 12, 28), (1, 3, 2)], ids=str)
-def test_labels_are_the_likeliest_class_of_one_hot_maps_resampled_linearly(new: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    "new", [(10, 12, 14), (5, 6, 7), (7, 5, 9), (20, 25, 27), (10, 12, 28), (1, 3, 2)], ids=str
+)
+def test_labels_are_the_likeliest_class_of_one_hot_maps_resampled_linearly(
+    new: tuple[int, ...],
+) -> None:
     """To even and odd sizes. Where two classes are equally likely either is right."""
-    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(5, 10, 12, 14)), (0, 1.5, 1.5, 1.5))
+    noise = ndimage.gaussian_filter(
+        np.random.default_rng(0).normal(size=(5, 10, 12, 14)), (0, 1.5, 1.5, 1.5)
+    )
     label = noise.argmax(0).astype(np.uint8)
     label[label == 3] = 200  # numbers need not follow each other
     found, expected = resample_labels(label, new), shares(label, new)
@@ -368,19 +434,28 @@ def test_labels_are_the_likeliest_class_of_one_hot_maps_resampled_linearly(new: 
 
 
 @pytest.mark.parametrize("old, new", RATIOS, ids=str)
-def test_labels_lie_where_their_image_lies(old: tuple[float, ...], new: tuple[float, ...], saved: Saved) -> None:
+def test_labels_lie_where_their_image_lies(
+    old: tuple[float, ...], new: tuple[float, ...], saved: Saved
+) -> None:
     """Balls as image and as label, prepared together: on average their centres agree to .03 of a new voxel.
 
     Nearest neighbour is a quarter of a voxel off where the new voxels are twice as large.
     """
     rng, off, grown = np.random.default_rng(0), [], []
     shape = [int(45 / mm) for mm in old]
-    mm = np.stack(np.meshgrid(*[(np.arange(n) + 0.5) * size for n, size in zip(shape, old)], indexing="ij"), axis=-1)
+    mm = np.stack(
+        np.meshgrid(*[(np.arange(n) + 0.5) * size for n, size in zip(shape, old)], indexing="ij"),
+        axis=-1,
+    )
     for _ in range(16):
         ball = ((mm - rng.uniform(17, 28, 3)) ** 2).sum(-1) < rng.uniform(8, 14) ** 2
-        found = prepare(saved(2000.0 * ball - 1000, "window", spacing=old, label=ball), Recipe(spacing=new))
+        found = prepare(
+            saved(2000.0 * ball - 1000, "window", spacing=old, label=ball), Recipe(spacing=new)
+        )
         assert found.label is not None and found.label.shape == found.data.shape[1:]
-        off.append(np.array(ndimage.center_of_mass(found.label)) - ndimage.center_of_mass(found.data[0]))
+        off.append(
+            np.array(ndimage.center_of_mass(found.label)) - ndimage.center_of_mass(found.data[0])
+        )
         grown.append(found.label.sum() / found.data[0].sum())
     assert np.abs(np.mean(off, axis=0)).max() < 0.03
     assert np.mean(grown) == pytest.approx(1, abs=0.08)
@@ -395,10 +470,16 @@ def test_where_half_of_a_voxel_is_of_one_organ_both_get_as_many_voxels() -> None
         found = resample_labels(label, (6, 6, 6))
         planes = np.moveaxis(found, axis, 0)
         assert [int((planes[n] == 1).sum()) for n in range(6)] == [0, 18, 36, 36, 18, 0]
-        assert (planes[0] == 0).all() and (planes[5] == 2).all() and set(np.unique(planes[4])) == {1, 2}
+        assert (
+            (planes[0] == 0).all()
+            and (planes[5] == 2).all()
+            and set(np.unique(planes[4])) == {1, 2}
+        )
 
 
-def test_an_organ_that_no_new_voxel_holds_is_said(saved: Saved, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_organ_that_no_new_voxel_holds_is_said(
+    saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
     label = np.zeros(X.shape, np.uint8)
     label[3:6, 3:6, 2:5], label[2, 2, 2] = 1, 7
     found = prepare(saved(X, "mr", label=label), Recipe(spacing=(3.0, 3.0, 3.0))).label
@@ -411,7 +492,9 @@ def test_many_classes_take_no_more_memory_than_a_few_volumes() -> None:
     label = np.zeros((80, 80, 80), np.uint8)
     for n in range(60):
         corner = [(n % 4) * 20, (n // 4 % 4) * 20, (n // 16) * 20]
-        label[corner[0] : corner[0] + 12, corner[1] : corner[1] + 12, corner[2] : corner[2] + 12] = n + 1
+        label[
+            corner[0] : corner[0] + 12, corner[1] : corner[1] + 12, corner[2] : corner[2] + 12
+        ] = n + 1
     tracemalloc.start()
     found = resample_labels(label, (80, 80, 81))
     peak = tracemalloc.get_traced_memory()[1]
@@ -453,7 +536,9 @@ def test_of_much_foreground_an_even_sample_is_kept() -> None:
     found = some_foreground(x, count=2000)
     assert found.shape == (2000, 3) and len(np.unique(found, axis=0)) == 2000
     assert (x[tuple(found.T)] > x.mean()).all()
-    assert np.abs(found.mean(axis=0) - 14.5).max() < 4 * 30 / 12**0.5 / 2000**0.5  # four standard errors
+    assert (
+        np.abs(found.mean(axis=0) - 14.5).max() < 4 * 30 / 12**0.5 / 2000**0.5
+    )  # four standard errors
     assert np.array_equal(found, some_foreground(x, count=2000))
 
 
@@ -480,11 +565,17 @@ def organs() -> np.ndarray:
     return label
 
 
-def test_of_each_class_512_evenly_drawn_voxels_are_kept_and_of_a_smaller_one_all(saved: Saved) -> None:
+def test_of_each_class_512_evenly_drawn_voxels_are_kept_and_of_a_smaller_one_all(
+    saved: Saved,
+) -> None:
     label = organs()
     places = some_labelled(label)
     values = label[tuple(places.T)]
-    assert dict(zip(*np.unique(values, return_counts=True))) == {1: 512, 5: 512, 9: 512}  # and none of the background
+    assert dict(zip(*np.unique(values, return_counts=True))) == {
+        1: 512,
+        5: 512,
+        9: 512,
+    }  # and none of the background
     for value, distinct in ((1, 512), (5, 512), (9, 20)):
         of_it, times = np.unique(places[values == value], axis=0, return_counts=True)
         assert len(of_it) == distinct and times.max() - times.min() <= 1
@@ -501,8 +592,15 @@ def test_small_organs_are_met_as_often_as_large_ones(tmp_path: Path) -> None:
     for name, array in (("image", label[None].astype(np.float16)), ("label", label)):
         np.save(tmp_path / f"{name}.npy", array)
     np.save(tmp_path / "foreground.npy", some_labelled(label))
-    volume, rng = Cached(tmp_path, (1, *label.shape), (0.0,), (1.0, 1.0, 1.0)), np.random.default_rng(0)
-    centres = [int(labelled_crop(volume, (1, 1, 1), rng, positive=1.0)[1][0, 0, 0]) for _ in range(900)]
+    volume, rng = (
+        Cached(tmp_path, (1, *label.shape), (0.0,), (1.0, 1.0, 1.0)),
+        np.random.default_rng(0),
+    )
+    centres = [
+        int(labelled_crop(volume, (1, 1, 1), rng, positive=1.0)[1][0, 0, 0]) for _ in range(900)
+    ]
     counts = dict(zip(*np.unique(centres, return_counts=True)))
     assert set(counts) == {1, 5, 9}
-    assert all(abs(count - 300) < 4 * (900 * 2 / 9) ** 0.5 for count in counts.values())  # four standard deviations
+    assert all(
+        abs(count - 300) < 4 * (900 * 2 / 9) ** 0.5 for count in counts.values()
+    )  # four standard deviations

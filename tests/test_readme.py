@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dae.config import PretrainConfig
-from dae.config_seg import SegConfig
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
 from train_pretrain import main
 
-OTHERS = {"help", "nnodes", "rdzv_endpoint", "finetune_choice"}  # argparse's, torchrun's, the authors'
+OTHERS = {
+    "help",
+    "nnodes",
+    "rdzv_endpoint",
+    "finetune_choice",
+}  # argparse's, torchrun's, the authors'
 CONFIGS = importlib.import_module("eval").CONFIGS
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -22,7 +27,15 @@ TEXT = (ROOT / "README.md").read_text()
 def test_the_weights_can_be_taken_elsewhere_as_it_says(
     tiny: Callable[..., PretrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main(tiny(out=str(tmp_path / "runs/mine"), depths=(1, 1, 1, 1), heads=(1, 1, 1, 1), crop=(64, 32, 32), steps=1))
+    main(
+        tiny(
+            out=str(tmp_path / "runs/mine"),
+            depths=(1, 1, 1, 1),
+            heads=(1, 1, 1, 1),
+            crop=(64, 32, 32),
+            steps=1,
+        )
+    )
     block = re.search(r"((?:    .*\n|\n)*?    from dae\.model import.*\n(?:    .*\n|\n)+)", TEXT)
     assert block
     code = "\n".join(line.removeprefix("    ") for line in block[1].split("\n"))
@@ -51,5 +64,7 @@ def test_every_test_that_the_ledger_names_is_there(name: str) -> None:
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w-]+)[ `]", TEXT + LEDGER))))
 def test_every_flag_that_readme_and_ledger_name_is_one(flag: str) -> None:
-    known = {f.name for config in (PretrainConfig, SegConfig, *CONFIGS.values()) for f in fields(config)}
+    known = {
+        f.name for config in (PretrainConfig, SegConfig, *CONFIGS.values()) for f in fields(config)
+    }
     assert flag.removeprefix("--no-").removeprefix("--").replace("-", "_") in known | OTHERS

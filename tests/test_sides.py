@@ -8,38 +8,89 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dae.config import InputError
-from dae.config_seg import SegConfig
+from dae.config.segment import SegConfig
 from dae.data.batches import LabelledCrops
 from dae.data.cache import Cached
 from dae.data.datalist import load
 from dae.data.sides import Flips, choose_flips, continued, flips_of, likely_pairs
+from dae.errors import InputError
 
 # As people write them: TotalSegmentator, FreeSurfer, TG-263, MONAI's BTCV list, and by hand.
 PAIRS = [
-    ("kidney_left", "kidney_right"), ("Left-Thalamus", "Right-Thalamus"), ("Parotid_L", "Parotid_R"),
-    ("L_kidney", "R_kidney"), ("leftkidney", "rightkidney"), ("LeftLung", "RightLung"),
-    ("kidney-left", "kidney-right"), ("Kidney (L)", "Kidney (R)"), ("lh_hippocampus", "rh_hippocampus"),
-    ("ctx-lh-insula", "ctx-rh-insula"), ("Lt Lung", "Rt Lung"), ("lung.left", "lung.right"),
-    ("rein gauche", "rein droit"), ("rein g", "rein d"), ("Niere links", "Niere rechts"), ("Niere li", "Niere re"),
-    ("rkid", "lkid"), ("rad", "lad"), ("LKIDNEY", "RKIDNEY"), ("lungl", "lungr"), ("kidneyleft", "kidneyright"),
-    ("UpperLeftLobe", "UpperRightLobe"), ("ctxLhInsula", "ctxRhInsula"), ("LEFT KIDNEY", "RIGHT KIDNEY"),
+    ("kidney_left", "kidney_right"),
+    ("Left-Thalamus", "Right-Thalamus"),
+    ("Parotid_L", "Parotid_R"),
+    ("L_kidney", "R_kidney"),
+    ("leftkidney", "rightkidney"),
+    ("LeftLung", "RightLung"),
+    ("kidney-left", "kidney-right"),
+    ("Kidney (L)", "Kidney (R)"),
+    ("lh_hippocampus", "rh_hippocampus"),
+    ("ctx-lh-insula", "ctx-rh-insula"),
+    ("Lt Lung", "Rt Lung"),
+    ("lung.left", "lung.right"),
+    ("rein gauche", "rein droit"),
+    ("rein g", "rein d"),
+    ("Niere links", "Niere rechts"),
+    ("Niere li", "Niere re"),
+    ("rkid", "lkid"),
+    ("rad", "lad"),
+    ("LKIDNEY", "RKIDNEY"),
+    ("lungl", "lungr"),
+    ("kidneyleft", "kidneyright"),
+    ("UpperLeftLobe", "UpperRightLobe"),
+    ("ctxLhInsula", "ctxRhInsula"),
+    ("LEFT KIDNEY", "RIGHT KIDNEY"),
     ("kidneyL", "kidneyR"),
-    ("left kidney", "kidney, right"), ("Hippocampus_L1", "Hippocampus_R1"), ("riñón izquierdo", "riñón derecho"),
-    ("rene sinistro", "rene destro"), ("vänster njure", "höger njure"), ("левая почка", "правая почка"),
-    ("左肾", "右肾"), ("lung_lower_lobe_left", "lung_lower_lobe_right"),
-]  # fmt: skip
-BTCV = dict(enumerate([
-    "background", "spleen", "rkid", "lkid", "gall", "eso", "liver", "sto", "aorta", "IVC", "veins", "pancreas", "rad",
-    "lad",
-]))  # fmt: skip
+    ("left kidney", "kidney, right"),
+    ("Hippocampus_L1", "Hippocampus_R1"),
+    ("riñón izquierdo", "riñón derecho"),
+    ("rene sinistro", "rene destro"),
+    ("vänster njure", "höger njure"),
+    ("левая почка", "правая почка"),
+    ("左肾", "右肾"),
+    ("lung_lower_lobe_left", "lung_lower_lobe_right"),
+]
+BTCV = dict(
+    enumerate(
+        [
+            "background",
+            "spleen",
+            "rkid",
+            "lkid",
+            "gall",
+            "eso",
+            "liver",
+            "sto",
+            "aorta",
+            "IVC",
+            "veins",
+            "pancreas",
+            "rad",
+            "lad",
+        ]
+    )
+)
 WITHOUT_SIDES = [
-    ["liver", "spleen"], ["tumour"], ["1"], ["edema", "non-enhancing tumor", "enhancing tumor"],
-    ["kidney", "tumor", "cyst"], ["bright lesion", "cleft lip"], ["vertebrae_L1", "vertebrae_L2", "vertebrae_L3"],
-    ["lungs (left and right)", "heart"], ["RV myocardium", "aorta"],
-    ["External Cerebrospinal Fluid", "Grey Matter", "White Matter", "Ventricles", "Cerebellum", "Deep Grey Matter",
-     "Brainstem"],
-]  # fmt: skip
+    ["liver", "spleen"],
+    ["tumour"],
+    ["1"],
+    ["edema", "non-enhancing tumor", "enhancing tumor"],
+    ["kidney", "tumor", "cyst"],
+    ["bright lesion", "cleft lip"],
+    ["vertebrae_L1", "vertebrae_L2", "vertebrae_L3"],
+    ["lungs (left and right)", "heart"],
+    ["RV myocardium", "aorta"],
+    [
+        "External Cerebrospinal Fluid",
+        "Grey Matter",
+        "White Matter",
+        "Ventricles",
+        "Cerebellum",
+        "Deep Grey Matter",
+        "Brainstem",
+    ],
+]
 
 
 def classes(*names: str) -> dict[int, str]:
@@ -47,13 +98,19 @@ def classes(*names: str) -> dict[int, str]:
 
 
 @pytest.mark.parametrize("names", PAIRS, ids=" / ".join)
-def test_a_pair_is_known_however_it_is_written_and_stops_left_right_flips(names: tuple[str, str]) -> None:
+def test_a_pair_is_known_however_it_is_written_and_stops_left_right_flips(
+    names: tuple[str, str],
+) -> None:
     for one, other in (names, names[::-1]):
         its = classes("liver", one, other)
         flips = choose_flips(its, None)
         assert likely_pairs(its) == [(2, 3)]
         assert flips.axes == (1, 2) and not flips.swap
-        assert repr(one) in flips.reason and repr(other) in flips.reason and '"swap": [[2, 3]]' in flips.reason
+        assert (
+            repr(one) in flips.reason
+            and repr(other) in flips.reason
+            and '"swap": [[2, 3]]' in flips.reason
+        )
 
 
 def test_the_pairs_of_a_well_known_list_are_named_with_the_line_to_add() -> None:
@@ -83,10 +140,21 @@ def test_all_axes_are_flipped_where_no_two_classes_can_be_a_pair(names: list[str
         assert flips.axes == (0, 1, 2) and "no two classes can be" in str(flips)
 
 
-@pytest.mark.parametrize("names", [
-    ["left atrium", "aorta"], ["Atrium_L"], ["leftatrium"], ["heart_atrium_left"],
-    ["1", "2"], ["class 1", "class 2", "class 3"], ["organ a", "organ b"], ["kidney 1", "kidney 2", "liver"], ["", ""],
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["left atrium", "aorta"],
+        ["Atrium_L"],
+        ["leftatrium"],
+        ["heart_atrium_left"],
+        ["1", "2"],
+        ["class 1", "class 2", "class 3"],
+        ["organ a", "organ b"],
+        ["kidney 1", "kidney 2", "liver"],
+        ["", ""],
+    ],
+    ids=str,
+)
 def test_one_side_alone_and_names_that_do_not_tell_stop_them_too(names: list[str]) -> None:
     flips = choose_flips(classes(*names), None)
     assert flips.axes == (1, 2) and '"swap"' in flips.reason and repr(names[0]) in flips.reason
@@ -96,7 +164,10 @@ def test_one_side_alone_and_names_that_do_not_tell_stop_them_too(names: list[str
 def test_the_list_decides_which_labels_change_places() -> None:
     flips = choose_flips(BTCV, ((2, 3), (12, 13)))
     assert flips[:3] == ((0, 1, 2), ((2, 3), (12, 13)), (0,))
-    assert "'rkid' and 'lkid', 'rad' and 'lad' change places" in flips.reason and "does not name" not in flips.reason
+    assert (
+        "'rkid' and 'lkid', 'rad' and 'lad' change places" in flips.reason
+        and "does not name" not in flips.reason
+    )
     assert "does not name 'rad' and 'lad'" in choose_flips(BTCV, ((3, 2),)).reason
     assert choose_flips(BTCV, ())[:3] == ((0, 1, 2), (), ())
 
@@ -108,9 +179,15 @@ def test_where_crops_are_turned_a_front_back_flip_is_one_of_left_and_right() -> 
 
 
 def test_a_swap_of_what_is_no_class_or_of_one_class_twice_is_refused() -> None:
-    for swap, word in (((2, 99),), "label 99"), (((0, 2),), "label 0"), (((2, 3), (3, 4)), "label 3 twice"), (
-        ((2, 2),), "label 2 twice",
-    ):  # fmt: skip
+    for swap, word in (
+        (((2, 99),), "label 99"),
+        (((0, 2),), "label 0"),
+        (((2, 3), (3, 4)), "label 3 twice"),
+        (
+            ((2, 2),),
+            "label 2 twice",
+        ),
+    ):
         with pytest.raises(InputError, match=word):
             choose_flips(BTCV, swap)
 
@@ -126,7 +203,12 @@ def test_a_list_that_swaps_nothing_is_told_from_one_that_does_not_say(tmp_path: 
 
 
 def test_a_plan_says_which_flips_were_trained_with_also_one_of_before() -> None:
-    now = {"flip_axes": [0, 1, 2], "swap": [[2, 3]], "swap_axes": [0, 1], "flips": "as the list says"}
+    now = {
+        "flip_axes": [0, 1, 2],
+        "swap": [[2, 3]],
+        "swap_axes": [0, 1],
+        "flips": "as the list says",
+    }
     assert flips_of(now, {"flip": 0.2}) == ((0, 1, 2), ((2, 3),), (0, 1), "as the list says")
     before = {"flip_axes": [0, 1, 2], "swap": [[2, 3]]}
     assert flips_of(before, {"flip": 0.2})[:3] == ((0, 1, 2), ((2, 3),), (0,))
@@ -138,8 +220,13 @@ def test_a_run_goes_on_as_it_began_unless_that_is_known_to_be_wrong() -> None:
     now, path = choose_flips(BTCV, None, turned=True), Path("last.pt")
     assert continued(now, now, path) == now
     began = Flips((1, 2), (), (), "")
-    assert continued(now, began, path)[:3] == began[:3] and "as the run began" in continued(now, began, path).reason
-    with pytest.raises(InputError, match=r"last.pt: the run so far flipped left and right; .*'rkid' and 'lkid'"):
+    assert (
+        continued(now, began, path)[:3] == began[:3]
+        and "as the run began" in continued(now, began, path).reason
+    )
+    with pytest.raises(
+        InputError, match=r"last.pt: the run so far flipped left and right; .*'rkid' and 'lkid'"
+    ):
         continued(now, Flips((0, 1, 2), (), (), ""), path)
     decided = choose_flips(BTCV, (), turned=True)  # the list says that it does not matter
     assert continued(decided, Flips((0, 1, 2), (), (), ""), path) == decided
@@ -156,16 +243,23 @@ def test_training_crops_are_flipped_as_was_chosen(tmp_path: Path) -> None:
     still = dict.fromkeys(("rotate", "zoom", "brightness", "contrast", "noise"), 0.0)
     config = SegConfig(crop=(4, 4, 4), flip=1.0, **still)
     for flips, left in (
-        (Flips((), (), (), ""), 1), (Flips((0,), (), (), ""), 2), (Flips((0,), ((1, 2),), (0,), ""), 1),
+        (Flips((), (), (), ""), 1),
+        (Flips((0,), (), (), ""), 2),
+        (Flips((0,), ((1, 2),), (0,), ""), 1),
         (Flips((0, 1), ((1, 2),), (0, 1), ""), 2),
-    ):  # fmt: skip
+    ):
         crops = LabelledCrops([volume], [0, 1, 2], config, global_batch=1, flips=flips)
         assert int(crops[0, 0][1][0, 0, 0]) == left
 
 
-@pytest.mark.parametrize("left, right", [
-    ("vänster njure", "höger njure"), ("левый", "правый"), ("왼쪽 신장", "오른쪽 신장"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "left, right",
+    [
+        ("vänster njure", "höger njure"),
+        ("левый", "правый"),
+        ("왼쪽 신장", "오른쪽 신장"),
+    ],
+)
 def test_names_are_read_alike_in_every_unicode_form(left: str, right: str) -> None:
     """A Mac takes letters and their marks apart (NFD); a wide keyboard writes full-width letters."""
     for form in ("NFC", "NFD"):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dae.config import InputError
+from dae.errors import InputError
 from dae.evaluation.metrics import DEFINITIONS, DISTANCES, METRICS, STATUSES
 from dae.evaluation.statistics import (
     OVERALL,
@@ -32,8 +32,11 @@ def row(case, cls, dice, hd95=1.0, status="ok", **others):
 
 def rows_of(table, hd95=None):
     """{class: a Dice for each case} as rows."""
-    return [row(f"s{n}", cls, dice, *([hd95[cls][n]] if hd95 else []))
-            for cls, values in table.items() for n, dice in enumerate(values)]  # fmt: skip
+    return [
+        row(f"s{n}", cls, dice, *([hd95[cls][n]] if hd95 else []))
+        for cls, values in table.items()
+        for n, dice in enumerate(values)
+    ]
 
 
 def found(lines, metric, cls):
@@ -43,7 +46,9 @@ def found(lines, metric, cls):
 
 RNG = np.random.default_rng(7)
 A = {cls: RNG.uniform(0.5, 0.9, 12).tolist() for cls in (1, 2, 3)}
-B = {cls: (np.array(values) + RNG.normal(0.02 * cls, 0.03, 12)).tolist() for cls, values in A.items()}
+B = {
+    cls: (np.array(values) + RNG.normal(0.02 * cls, 0.03, 12)).tolist() for cls, values in A.items()
+}
 
 
 # Intervals
@@ -52,7 +57,9 @@ B = {cls: (np.array(values) + RNG.normal(0.02 * cls, 0.03, 12)).tolist() for cls
 def test_an_interval_is_the_percentile_bootstrap_of_scipy():
     values = np.random.default_rng(1).gamma(2.0, size=25)
     ours = mean_interval(values)
-    scipys = stats.bootstrap((values,), np.mean, method="percentile", n_resamples=20_000).confidence_interval
+    scipys = stats.bootstrap(
+        (values,), np.mean, method="percentile", n_resamples=20_000
+    ).confidence_interval
     assert ours.mean == pytest.approx(values.mean()) and ours.n == 25
     assert (ours.low, ours.high) == pytest.approx((scipys.low, scipys.high), abs=0.03)
 
@@ -120,7 +127,9 @@ def test_each_class_has_the_tests_of_scipy():
         assert line["wilcoxon_p"] == pytest.approx(stats.wilcoxon(B[cls], A[cls]).pvalue)
         assert line["difference"] == pytest.approx(difference.mean())
         assert (line["mean_a"], line["mean_b"]) == pytest.approx((np.mean(A[cls]), np.mean(B[cls])))
-        assert (line["low"], line["high"]) == pytest.approx(mean_interval(difference)[1:3], abs=1e-9)
+        assert (line["low"], line["high"]) == pytest.approx(
+            mean_interval(difference)[1:3], abs=1e-9
+        )
         assert line["n"] == 12 and line["left_out"] == {} and line["name"] == f"organ {cls}"
 
 
@@ -128,7 +137,11 @@ def test_p_is_corrected_over_the_classes_of_a_metric():
     lines = [line for line in compare(rows_of(A), rows_of(B)) if line["metric"] == "dice"]
     for p in ("t_p", "wilcoxon_p"):
         expected = holm([line[p] for line in lines[:-1]])
-        assert [line[f"{p}_holm"] for line in lines[:-1]] == expected != [line[p] for line in lines[:-1]]
+        assert (
+            [line[f"{p}_holm"] for line in lines[:-1]]
+            == expected
+            != [line[p] for line in lines[:-1]]
+        )
         assert isnan(lines[-1][f"{p}_holm"])  # over all classes there is one test
 
 
@@ -143,16 +156,25 @@ def test_the_overall_test_pairs_the_means_of_cases():
 
 def test_the_overall_means_are_over_the_same_classes_on_both_sides():
     a = [row("s0", 1, 0.9), row("s0", 2, 0.1), row("s1", 1, 0.8), row("s1", 2, 0.6)]
-    b = [row("s0", 1, 0.8), row("s0", 2, nan, status="absent"), row("s1", 1, 0.8), row("s1", 2, 0.8)]
+    b = [
+        row("s0", 1, 0.8),
+        row("s0", 2, nan, status="absent"),
+        row("s1", 1, 0.8),
+        row("s1", 2, 0.8),
+    ]
     line = found(compare(a, b), "dice", OVERALL)
-    assert (line["mean_a"], line["mean_b"]) == pytest.approx((np.mean([0.9, 0.7]), np.mean([0.8, 0.8])))
+    assert (line["mean_a"], line["mean_b"]) == pytest.approx(
+        (np.mean([0.9, 0.7]), np.mean([0.8, 0.8]))
+    )
     assert line["n"] == 2 and line["left_out"] == {"absent in B": 1}
 
 
 def test_exchanging_the_runs_changes_the_sign_and_nothing_else():
     for there, back in zip(compare(rows_of(A), rows_of(B)), compare(rows_of(B), rows_of(A))):
         assert there["difference"] == pytest.approx(-back["difference"])
-        assert (there["low"], there["high"]) == pytest.approx((-back["high"], -back["low"]), abs=1e-9)
+        assert (there["low"], there["high"]) == pytest.approx(
+            (-back["high"], -back["low"]), abs=1e-9
+        )
         assert there["t_p"] == pytest.approx(back["t_p"], nan_ok=True)
         assert {there["better"], back["better"]} in ({"A", "B"}, {"neither"})
 
@@ -160,34 +182,66 @@ def test_exchanging_the_runs_changes_the_sign_and_nothing_else():
 def test_the_better_run_has_more_dice_or_less_distance():
     a, b = rows_of({1: [0.5, 0.6]}, {1: [3.0, 4.0]}), rows_of({1: [0.6, 0.8]}, {1: [4.0, 6.0]})
     lines = compare(a, b)
-    assert [found(lines, m, 1)["better"] for m in ("dice", "nsd", "hd95", "assd")] == ["B", "B", "A", "A"]
+    assert [found(lines, m, 1)["better"] for m in ("dice", "nsd", "hd95", "assd")] == [
+        "B",
+        "B",
+        "A",
+        "A",
+    ]
     assert found(compare(a, a), "dice", 1)["better"] == "neither"
 
 
 def test_pairs_that_are_none_are_counted_by_reason():
-    a = [row("s0", 1, 0.9, 1.0), row("s1", 1, 0.0, inf, "missed"), row("s2", 1, 0.8, 2.0), row("s3", 1, 0.8, 2.0),
-         row("s4", 1, nan, nan, "absent"), row("s5", 1, 0.0, inf, "missed"), row("s7", 1, 0.7, 3.0),
-         row("s8", 1, 0.7, 3.0)]  # fmt: skip
-    b = [row("s0", 1, 0.8, 2.0), row("s1", 1, 0.7, 3.0), row("s2", 1, 0.0, inf, "missed"), row("s6", 1, 0.5, 3.0),
-         row("s4", 1, nan, nan, "absent"), row("s5", 1, 0.0, inf, "missed"), row("s7", 1, 0.7, 4.0)]  # fmt: skip
+    a = [
+        row("s0", 1, 0.9, 1.0),
+        row("s1", 1, 0.0, inf, "missed"),
+        row("s2", 1, 0.8, 2.0),
+        row("s3", 1, 0.8, 2.0),
+        row("s4", 1, nan, nan, "absent"),
+        row("s5", 1, 0.0, inf, "missed"),
+        row("s7", 1, 0.7, 3.0),
+        row("s8", 1, 0.7, 3.0),
+    ]
+    b = [
+        row("s0", 1, 0.8, 2.0),
+        row("s1", 1, 0.7, 3.0),
+        row("s2", 1, 0.0, inf, "missed"),
+        row("s6", 1, 0.5, 3.0),
+        row("s4", 1, nan, nan, "absent"),
+        row("s5", 1, 0.0, inf, "missed"),
+        row("s7", 1, 0.7, 4.0),
+    ]
     lines = compare(a, b)
     hd95, dice = found(lines, "hd95", 1), found(lines, "dice", 1)
     assert hd95["n"] == 2 and hd95["difference"] == 1.0
     assert hd95["left_out"] == {
-        "missed in A": 1, "missed in B": 1, "only in A": 2, "absent in A and B": 1, "missed in A and B": 1,
+        "missed in A": 1,
+        "missed in B": 1,
+        "only in A": 2,
+        "absent in A and B": 1,
+        "missed in A and B": 1,
         "only in B": 1,
-    }  # fmt: skip
-    assert dice["n"] == 5 and dice["left_out"] == {"only in A": 2, "absent in A and B": 1, "only in B": 1}
+    }
+    assert dice["n"] == 5 and dice["left_out"] == {
+        "only in A": 2,
+        "absent in A and B": 1,
+        "only in B": 1,
+    }
     assert found(lines, "hd95", OVERALL)["left_out"] == hd95["left_out"]
 
 
 def test_runs_that_are_equal_have_p_one():
     for line in compare(rows_of(A), rows_of(A)):
-        assert line["t_p"] == line["wilcoxon_p"] == 1 and line["low"] == line["difference"] == line["high"] == 0
+        assert (
+            line["t_p"] == line["wilcoxon_p"] == 1
+            and line["low"] == line["difference"] == line["high"] == 0
+        )
 
 
 def test_a_difference_that_is_everywhere_the_same_has_no_t_test():
-    shifted = {cls: [value + 0.1 for value in values] for cls, values in A.items()}  # but for rounding
+    shifted = {
+        cls: [value + 0.1 for value in values] for cls, values in A.items()
+    }  # but for rounding
     line = found(compare(rows_of(A), rows_of(shifted)), "dice", 1)
     assert isnan(line["t_p"]) and isnan(line["t_p_holm"])
     assert line["wilcoxon_p"] == pytest.approx(2 / 2**12)
@@ -195,11 +249,22 @@ def test_a_difference_that_is_everywhere_the_same_has_no_t_test():
 
 
 def test_fewer_than_two_pairs_have_no_p():
-    lines = compare([row("s0", 1, 0.5), row("s0", 2, nan, nan, "absent")], [row("s0", 1, 0.6), row("s0", 2, 0.0, inf)])
+    lines = compare(
+        [row("s0", 1, 0.5), row("s0", 2, nan, nan, "absent")],
+        [row("s0", 1, 0.6), row("s0", 2, 0.0, inf)],
+    )
     one, none = found(lines, "dice", 1), found(lines, "dice", 2)
-    assert one["n"] == 1 and one["difference"] == pytest.approx(0.1) and none["n"] == 0 and isnan(none["difference"])
+    assert (
+        one["n"] == 1
+        and one["difference"] == pytest.approx(0.1)
+        and none["n"] == 0
+        and isnan(none["difference"])
+    )
     for line in (one, none):
-        assert all(isnan(line[key]) for key in ("t_p", "wilcoxon_p", "t_p_holm", "wilcoxon_p_holm", "low", "high"))
+        assert all(
+            isnan(line[key])
+            for key in ("t_p", "wilcoxon_p", "t_p_holm", "wilcoxon_p_holm", "low", "high")
+        )
 
 
 def test_many_cases_with_ties_and_zeros_are_tested_without_a_warning():
@@ -211,7 +276,9 @@ def test_many_cases_with_ties_and_zeros_are_tested_without_a_warning():
 
 def test_all_metrics_are_compared_or_those_asked_for():
     lines = compare(rows_of(A), rows_of(B))
-    assert [(line["metric"], line["class"]) for line in lines] == [(m, c) for m in METRICS for c in (1, 2, 3, OVERALL)]
+    assert [(line["metric"], line["class"]) for line in lines] == [
+        (m, c) for m in METRICS for c in (1, 2, 3, OVERALL)
+    ]
     assert {line["metric"] for line in compare(rows_of(A), rows_of(B), metrics=["nsd"])} == {"nsd"}
 
 
@@ -228,11 +295,21 @@ def test_runs_that_cannot_be_paired_are_refused():
 
 
 def test_folds_are_averaged_by_fold_and_by_case():
-    folds = [("fold0", rows_of({1: [0.9, 0.7]})), ("fold1", [row("s2", 1, 0.6)]), ("fold2", [row("s3", 1, 0.4)])]
+    folds = [
+        ("fold0", rows_of({1: [0.9, 0.7]})),
+        ("fold1", [row("s2", 1, 0.6)]),
+        ("fold2", [row("s3", 1, 0.4)]),
+    ]
     line = found(fold_table(folds), "dice", 1)
-    assert {name: fold["n"] for name, fold in line["folds"].items()} == {"fold0": 2, "fold1": 1, "fold2": 1}
+    assert {name: fold["n"] for name, fold in line["folds"].items()} == {
+        "fold0": 2,
+        "fold1": 1,
+        "fold2": 1,
+    }
     assert [fold["mean"] for fold in line["folds"].values()] == pytest.approx([0.8, 0.6, 0.4])
-    assert line["mean_of_folds"] == pytest.approx(0.6) and line["std_of_folds"] == pytest.approx(0.2)
+    assert line["mean_of_folds"] == pytest.approx(0.6) and line["std_of_folds"] == pytest.approx(
+        0.2
+    )
     assert line["mean"] == pytest.approx(0.65) and (line["n"], line["n_folds"]) == (4, 3)
     assert (line["low"], line["high"]) == pytest.approx(mean_interval([0.9, 0.7, 0.6, 0.4])[1:3])
     line = found(fold_table([("a", rows_of(A)), ("b", [])], seed=5), "dice", 1)
@@ -247,7 +324,9 @@ def test_seeds_do_not_make_cases():
 
 
 def test_a_fold_table_has_every_class_and_the_means_of_cases():
-    lines = fold_table([("a", rows_of({1: [0.9, nan], 2: [0.5, 0.3]}, {1: [1.0, inf], 2: [2.0, 3.0]}))])
+    lines = fold_table(
+        [("a", rows_of({1: [0.9, nan], 2: [0.5, 0.3]}, {1: [1.0, inf], 2: [2.0, 3.0]}))]
+    )
     assert len(lines) == 3 * len(METRICS)
     assert found(lines, "dice", OVERALL)["mean"] == pytest.approx((0.7 + 0.3) / 2)
     assert found(lines, "hd95", 1)["n"] == 1 and isnan(found(lines, "dice", 1)["std_of_folds"])
@@ -263,26 +342,50 @@ def test_two_folds_of_one_name_are_refused():
 
 
 def test_a_case_mean_is_over_the_classes_that_have_a_score():
-    rows = [row("s0", 1, 0.9), row("s0", 2, nan), row("s1", 1, nan), row("s2", 1, 0.2), row("s2", 2, 0.4)]
+    rows = [
+        row("s0", 1, 0.9),
+        row("s0", 2, nan),
+        row("s1", 1, nan),
+        row("s2", 1, 0.2),
+        row("s2", 2, 0.4),
+    ]
     means = case_means(rows, "dice")
     assert means["s0"] == 0.9 and isnan(means["s1"]) and means["s2"] == pytest.approx(0.3)
     assert worst_cases(rows) == ["s2", "s0"] and worst_cases(rows, 1) == ["s2"]
 
 
 def test_a_summary_counts_every_status_and_has_intervals():
-    rows = [row("s0", 1, 0.9, 2.0), row("s1", 1, 0.0, inf, "missed"), row("s2", 1, nan, nan, "absent"),
-            row("s3", 1, 0.7, 4.0), row("s0", 2, 0.5, 6.0), row("s3", 2, 0.0, inf, "spurious")]  # fmt: skip
+    rows = [
+        row("s0", 1, 0.9, 2.0),
+        row("s1", 1, 0.0, inf, "missed"),
+        row("s2", 1, nan, nan, "absent"),
+        row("s3", 1, 0.7, 4.0),
+        row("s0", 2, 0.5, 6.0),
+        row("s3", 2, 0.0, inf, "spurious"),
+    ]
     summary = summarise(rows, definition="medpy", tolerance=2.0, ignore=9)
     assert summary["ignore"] == 9 and summarise(rows)["ignore"] is None
     one = summary["classes"][1]
-    assert one["status"] == {"ok": 2, "missed": 1, "spurious": 0, "absent": 1} and set(one["status"]) == set(STATUSES)
-    assert (summary["cases"], summary["definition"], summary["policy"], summary["tolerance_mm"]) == (
-        4, "medpy", "exclude", 2.0,
-    )  # fmt: skip
+    assert one["status"] == {"ok": 2, "missed": 1, "spurious": 0, "absent": 1} and set(
+        one["status"]
+    ) == set(STATUSES)
+    assert (
+        summary["cases"],
+        summary["definition"],
+        summary["policy"],
+        summary["tolerance_mm"],
+    ) == (
+        4,
+        "medpy",
+        "exclude",
+        2.0,
+    )
     assert (one["dice"]["low"], one["dice"]["high"]) == mean_interval([0.9, 0.0, 0.7])[1:3]
     assert one["hd95"]["mean"] == 3.0 and (one["hd95"]["n"], one["hd95"]["left_out"]) == (2, 2)
     cases = summary["mean_of_cases"]["dice"]
-    assert (cases["mean"], cases["low"], cases["high"], cases["n"]) == pytest.approx(mean_interval([0.7, 0.0, 0.35]))
+    assert (cases["mean"], cases["low"], cases["high"], cases["n"]) == pytest.approx(
+        mean_interval([0.7, 0.0, 0.35])
+    )
 
 
 def test_under_the_penalty_a_missed_organ_is_as_far_off_as_its_volume_is_long():

@@ -142,12 +142,17 @@ def test_both_paths_of_attention_and_their_gradients_equal_the_formula(
     found, expected = path(*inputs, shift), by_the_formula(*inputs, shift)
     assert torch.allclose(found, expected, atol=1e-12)
     gradient = torch.randn_like(found)
-    pairs = zip(torch.autograd.grad(found, inputs, gradient), torch.autograd.grad(expected, inputs, gradient))
+    pairs = zip(
+        torch.autograd.grad(found, inputs, gradient),
+        torch.autograd.grad(expected, inputs, gradient),
+    )
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in pairs)
 
 
 @pytest.mark.parametrize("windows, shift", SHIFTS[:2])
-def test_the_recomputed_gradient_is_that_of_finite_differences(windows: Size3, shift: Size3) -> None:
+def test_the_recomputed_gradient_is_that_of_finite_differences(
+    windows: Size3, shift: Size3
+) -> None:
     inputs = attention_inputs(1, windows, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *t: recomputed(*t, shift), inputs, fast_mode=True)
 
@@ -155,7 +160,9 @@ def test_the_recomputed_gradient_is_that_of_finite_differences(windows: Size3, s
 def test_attention_that_is_recomputed_keeps_no_scores_for_the_backward_pass() -> None:
     kept: list[int] = []
     inputs = attention_inputs(2, (2, 2, 2), dtype=torch.float32)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    ):
         recomputed(*inputs, (1, 1, 1))
     assert max(kept) == inputs[0].numel() < 16 * 2 * 18 * 18
 
@@ -214,7 +221,9 @@ def test_a_block_on_a_volume_of_depth_one_equals_timms_2d_block(shift: int) -> N
     torch.nn.init.normal_(theirs.attn.relative_position_bias_table)
     ours = SwinBlock(16, 2, window=(1, 4, 4), shift=(0, shift, shift)).eval()
     state = {k: v for k, v in theirs.state_dict().items() if "index" not in k and "mask" not in k}
-    ours.load_state_dict({k.replace("relative_position_bias_table", "bias_table"): v for k, v in state.items()})
+    ours.load_state_dict(
+        {k.replace("relative_position_bias_table", "bias_table"): v for k, v in state.items()}
+    )
     x = torch.randn(2, 8, 12, 16)
     assert torch.allclose(ours(x[:, None])[:, 0], theirs(x), atol=1e-5)
 

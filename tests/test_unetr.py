@@ -15,7 +15,9 @@ def test_instance_norm_is_torchs() -> None:
     assert torch.allclose(InstanceNorm(5)(x), torch.nn.functional.instance_norm(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("depths, heads", [((1, 1), (1, 2)), ((1, 1, 2), (1, 2, 2)), ((1, 1, 1, 1), (1, 2, 2, 4))])
+@pytest.mark.parametrize(
+    "depths, heads", [((1, 1), (1, 2)), ((1, 1, 2), (1, 2, 2)), ((1, 1, 1, 1), (1, 2, 2, 4))]
+)
 @pytest.mark.parametrize("stem", ["patch", "conv"])
 def test_every_number_of_stages_gives_its_states_and_an_output_on_the_grid_of_the_input(
     depths: tuple[int, ...], heads: tuple[int, ...], stem: Any
@@ -26,7 +28,9 @@ def test_every_number_of_stages_gives_its_states_and_an_output_on_the_grid_of_th
     tokens = model.tokenize(x)
     assert tokens.shape == (1, 4, *(n // model.stride for n in size))
     states = model.encode(tokens)
-    halved = [(1, 4 * 2**n, *(side // 2 ** (n + 1) for side in size)) for n in range(len(depths) + 1)]
+    halved = [
+        (1, 4 * 2**n, *(side // 2 ** (n + 1) for side in size)) for n in range(len(depths) + 1)
+    ]
     assert [s.shape for s in states] == halved
     assert model.decode(states, x).shape == (1, 3, *size)
     assert torch.equal(model(x), model.decode(states, x))
@@ -41,7 +45,9 @@ def test_tokens_stay_channels_last_from_the_stem_to_the_decoder() -> None:
 def test_gradients_reach_every_parameter() -> None:
     model = SwinUNETR(1, 2, **NETWORK, stage_conv=True)
     model(torch.randn(1, 1, 16, 16, 16)).square().mean().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert [
+        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ] == []
 
 
 def test_checkpointing_changes_no_gradient() -> None:
@@ -54,10 +60,17 @@ def test_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("size, words", [
-    ((90, 96, 96), "96 96 96 would fit"), ((32, 32, 32), "64 64 64 would fit"), ((96, 96, 0), "96 96 32 would fit"),
-])  # fmt: skip
-def test_a_size_that_does_not_fit_is_refused_with_one_that_does(size: tuple[int, ...], words: str) -> None:
+@pytest.mark.parametrize(
+    "size, words",
+    [
+        ((90, 96, 96), "96 96 96 would fit"),
+        ((32, 32, 32), "64 64 64 would fit"),
+        ((96, 96, 0), "96 96 32 would fit"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_one_that_does(
+    size: tuple[int, ...], words: str
+) -> None:
     with pytest.raises(ValueError, match=f"multiple of 32.*{words}"):
         check_size(size, 32)
 
@@ -67,7 +80,9 @@ def test_the_network_itself_refuses_such_a_size() -> None:
         SwinUNETR(1, 1, **NETWORK)(torch.zeros(1, 1, 16, 12, 16))
 
 
-@pytest.mark.parametrize("wrong", [{"depths": (2,)}, {"heads": (3, 6)}, {"feature_size": 10}, {"window": (7, 7, 0)}])
+@pytest.mark.parametrize(
+    "wrong", [{"depths": (2,)}, {"heads": (3, 6)}, {"feature_size": 10}, {"window": (7, 7, 0)}]
+)
 def test_arguments_that_contradict_each_other_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"stage|heads|window"):
         SwinUNETR(1, 1, **{"feature_size": 12, **wrong})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dae.config import InputError
+from dae.errors import InputError
 from dae.evaluation.written import LEDGER, Written, check_apart
 
 
@@ -15,7 +15,9 @@ def makes(content: str):
     return lambda path: path.write_text(content)
 
 
-def test_what_was_written_is_noted_with_the_hash_of_its_bytes_and_found_again(tmp_path: Path) -> None:
+def test_what_was_written_is_noted_with_the_hash_of_its_bytes_and_found_again(
+    tmp_path: Path,
+) -> None:
     folder = tmp_path / "out"
     written = Written(folder)
     written.check(["a.txt"])
@@ -60,7 +62,12 @@ def test_an_input_is_not_replaced_by_whatever_name_it_is_reached(tmp_path: Path)
     os.link(scan, tmp_path / "out/hard.txt")
     (tmp_path / "out/soft.txt").symlink_to(scan)
     (tmp_path / "same").symlink_to(tmp_path / "in")
-    for folder, name in (("out", "hard.txt"), ("out", "soft.txt"), ("in", "scan.txt"), ("same", "scan.txt")):
+    for folder, name in (
+        ("out", "hard.txt"),
+        ("out", "soft.txt"),
+        ("in", "scan.txt"),
+        ("same", "scan.txt"),
+    ):
         with pytest.raises(InputError, match="is an input"):
             Written(tmp_path / folder).check([name], [scan])
     for folder in ("in", "same"):
@@ -70,7 +77,9 @@ def test_an_input_is_not_replaced_by_whatever_name_it_is_reached(tmp_path: Path)
     check_apart(tmp_path / "new", [scan])
 
 
-def test_a_run_that_is_cut_short_knows_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_is_cut_short_knows_its_own_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Before the file has its name, after it, and in the middle of a line."""
     written = Written(tmp_path)
     written.write("a.txt", makes("one"))

@@ -10,26 +10,32 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dae.config import Size3
-from dae.config_seg import AugmentConfig
+from dae.config.command_line import Size3
+from dae.config.segment import AugmentConfig
 from dae.data.cache import Cached
 from dae.data.nifti import Array
 
 
 def random_corner(grid: Sequence[int], size: Size3, rng: Generator) -> list[int]:
     """First voxel of a crop anywhere inside; where the grid is smaller than the crop, it is centred in it."""
-    return [int(rng.integers(0, n - s + 1)) if n >= s else -((s - n) // 2) for n, s in zip(grid, size)]
+    return [
+        int(rng.integers(0, n - s + 1)) if n >= s else -((s - n) // 2) for n, s in zip(grid, size)
+    ]
 
 
 def corner_around(place: Sequence[int], grid: Sequence[int], size: Size3) -> list[int]:
     """First voxel of the crop that has `place` nearest to its centre and does not leave the grid where it need not."""
     return [
-        int(np.clip(p - s // 2, 0, n - s)) if n >= s else -((s - n) // 2) for p, n, s in zip(place, grid, size)
-    ]  # fmt: skip
+        int(np.clip(p - s // 2, 0, n - s)) if n >= s else -((s - n) // 2)
+        for p, n, s in zip(place, grid, size)
+    ]
 
 
 def crop(
-    volume: NDArray[np.float16] | NDArray[np.uint8], corner: Sequence[int], size: Size3, background: Sequence[float]
+    volume: NDArray[np.float16] | NDArray[np.uint8],
+    corner: Sequence[int],
+    size: Size3,
+    background: Sequence[float],
 ) -> Array:
     """Copy of (c, *size) voxels from `corner` on, in float32; beyond the volume its background."""
     out = np.empty((len(volume), *size), dtype=np.float32)
@@ -52,7 +58,7 @@ def random_crop(volume: Cached, size: Size3, rng: Generator, *, foreground: floa
 
 def labelled_crop(
     volume: Cached, size: Size3, rng: Generator, *, positive: float, ignore: int | None = None
-) -> tuple[Array, NDArray[np.uint8]]:  # fmt: skip
+) -> tuple[Array, NDArray[np.uint8]]:
     """A crop and its labels. With probability `positive` it is centred on a labelled voxel, else it lies anywhere.
 
     A voxel whose label is `ignore` has none.
@@ -61,15 +67,25 @@ def labelled_crop(
     if ignore is not None:
         places = places[volume.label()[tuple(places.T)] != ignore]
     on_label = rng.random() < positive and len(places) > 0
-    corner = corner_around(rng.choice(places), grid, size) if on_label else random_corner(grid, size, rng)
+    corner = (
+        corner_around(rng.choice(places), grid, size)
+        if on_label
+        else random_corner(grid, size, rng)
+    )
     label = crop(volume.label()[None], corner, size, [0])[0]
     return crop(volume.array(), corner, size, volume.background), label.astype(np.uint8)
 
 
 def augment(
-    x: Array, label: NDArray[np.uint8], rng: Generator, chances: AugmentConfig, *, flip_axes: Sequence[int],
-    swap: Sequence[tuple[int, int]] = (), swap_axes: Sequence[int] = (0,),
-) -> tuple[Array, NDArray[np.uint8]]:  # fmt: skip
+    x: Array,
+    label: NDArray[np.uint8],
+    rng: Generator,
+    chances: AugmentConfig,
+    *,
+    flip_axes: Sequence[int],
+    swap: Sequence[tuple[int, int]] = (),
+    swap_axes: Sequence[int] = (0,),
+) -> tuple[Array, NDArray[np.uint8]]:
     """Each of flips, rotation, zoom, brightness, contrast and noise with its own chance (sec. 3.2).
 
     A flip of axis 0 makes a left kidney look like a right one: `flip_axes` leaves it out, or `swap` names the pairs of
@@ -106,7 +122,9 @@ def zoomed(x: Array, label: NDArray[np.uint8], factor: float) -> tuple[Array, ND
     shift = [(n - 1) / 2 * (1 - 1 / factor) for n in label.shape]
 
     def onto_grid(values: NDArray[np.generic], order: int) -> NDArray[np.generic]:
-        return np.asarray(ndimage.affine_transform(values, [1 / factor] * 3, shift, order=order, mode="nearest"))
+        return np.asarray(
+            ndimage.affine_transform(values, [1 / factor] * 3, shift, order=order, mode="nearest")
+        )
 
     return np.stack([onto_grid(channel, 1) for channel in x]), onto_grid(label, 0).astype(np.uint8)
 

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from dae.config import InputError, Size3
-from dae.config_seg import SegConfig
+from dae.config.command_line import Size3
+from dae.config.segment import SegConfig
 from dae.data.augment import augment, labelled_crop, random_crop
 from dae.data.cache import Cached
 from dae.data.sides import Flips
+from dae.errors import InputError
 
 # Streams of their own beside those of (seed, step, j); trailing zeros in a key would change nothing.
 VALIDATION = 2**32 - 1  # in place of a step: crops that never change
@@ -42,7 +43,11 @@ class Batch(NamedTuple):
     seeds: list[int]  # of each sample's disruption
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.x.to(device, non_blocking=True), self.modality.to(device, non_blocking=True), self.seeds)
+        return Batch(
+            self.x.to(device, non_blocking=True),
+            self.modality.to(device, non_blocking=True),
+            self.seeds,
+        )
 
 
 @lru_cache(maxsize=4)
@@ -61,16 +66,29 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
     """Maps (step, j) to sample j of the global batch at that step."""
 
     def __init__(
-        self, volumes: Sequence[Cached], kinds: Sequence[int], crop: Size3, *, seed: int, global_batch: int,
+        self,
+        volumes: Sequence[Cached],
+        modalities: Sequence[int],
+        crop: Size3,
+        *,
+        seed: int,
+        global_batch: int,
         foreground: float = 0.0,
-    ) -> None:  # fmt: skip
-        self.volumes, self.kinds, self.crop, self.foreground = volumes, kinds, crop, foreground
+    ) -> None:
+        self.volumes, self.modalities, self.crop, self.foreground = (
+            volumes,
+            modalities,
+            crop,
+            foreground,
+        )
         self.seed, self.global_batch = seed, global_batch
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
         """(x, modality, seed of the disruption)."""
         step, j = address
-        index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed)
+        index = volume_of(
+            step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed
+        )
         return self.draw(index, [self.seed, step, j], self.foreground)
 
     def fixed(self, n: int) -> tuple[Tensor, int, int]:
@@ -80,10 +98,12 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
     def draw(self, index: int, key: Sequence[int], foreground: float) -> tuple[Tensor, int, int]:
         rng = np.random.default_rng(key)
         x = random_crop(self.volumes[index], self.crop, rng, foreground=foreground)
-        return torch.from_numpy(x), self.kinds[index], int(rng.integers(2**63))
+        return torch.from_numpy(x), self.modalities[index], int(rng.integers(2**63))
 
 
-def places_of(label: NDArray[np.uint8], classes: Sequence[int], ignore: int | None = None) -> NDArray[np.int64]:
+def class_index(
+    label: NDArray[np.uint8], classes: Sequence[int], ignore: int | None = None
+) -> NDArray[np.int64]:
     """Label values -> their places in the ordered `classes`, which is what a network is trained on; `ignore` -> -1."""
     places = np.searchsorted(np.asarray(classes), label)
     return places if ignore is None else np.where(label == ignore, -1, places)
@@ -93,38 +113,60 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
     """Maps (step, j) to an augmented crop and its labels, as places in `classes`: by (seed, step, j) alone, too."""
 
     def __init__(
-        self, volumes: Sequence[Cached], classes: Sequence[int], config: SegConfig, *, global_batch: int,
-        flips: Flips, ignore: int | None = None,
-    ) -> None:  # fmt: skip
-        self.volumes, self.classes, self.config, self.global_batch = volumes, classes, config, global_batch
+        self,
+        volumes: Sequence[Cached],
+        classes: Sequence[int],
+        config: SegConfig,
+        *,
+        global_batch: int,
+        flips: Flips,
+        ignore: int | None = None,
+    ) -> None:
+        self.volumes, self.classes, self.config, self.global_batch = (
+            volumes,
+            classes,
+            config,
+            global_batch,
+        )
         self.flips, self.ignore = flips, ignore
 
     def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x (c, d, h, w) float32, label (d, h, w) int64; -1 where there is none."""
         (step, j), config = address, self.config
-        index = volume_of(step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed)
+        index = volume_of(
+            step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed
+        )
         rng = np.random.default_rng([config.seed, step, j])
-        x, label = labelled_crop(self.volumes[index], config.crop, rng, positive=config.positive, ignore=self.ignore)
-        x, label = augment(x, label, rng, config, flip_axes=self.flips.axes, swap=self.flips.swap,
-                           swap_axes=self.flips.swap_axes)  # fmt: skip
-        return torch.from_numpy(x), torch.from_numpy(places_of(label, self.classes, self.ignore))
+        x, label = labelled_crop(
+            self.volumes[index], config.crop, rng, positive=config.positive, ignore=self.ignore
+        )
+        x, label = augment(
+            x,
+            label,
+            rng,
+            config,
+            flip_axes=self.flips.axes,
+            swap=self.flips.swap,
+            swap_axes=self.flips.swap_axes,
+        )
+        return torch.from_numpy(x), torch.from_numpy(class_index(label, self.classes, self.ignore))
 
 
-def by_turns(kinds: Sequence[int]) -> list[int]:
+def by_turns(modalities: Sequence[int]) -> list[int]:
     """Indices so ordered that the modalities take turns: the first of each, the second of each, ..."""
-    earlier = [kinds[:n].count(kind) for n, kind in enumerate(kinds)]
-    return sorted(range(len(kinds)), key=lambda n: (earlier[n], kinds[n]))
+    earlier = [modalities[:n].count(modality) for n, modality in enumerate(modalities)]
+    return sorted(range(len(modalities)), key=lambda n: (earlier[n], modalities[n]))
 
 
-def spread(kinds: Sequence[int], count: int) -> list[int]:
+def spread(modalities: Sequence[int], count: int) -> list[int]:
     """Up to `count` of the indices: the modalities take turns, and each one's lie evenly over its own."""
-    shares = Counter(kinds[n] for n in by_turns(kinds)[:count])
+    shares = Counter(modalities[n] for n in by_turns(modalities)[:count])
     chosen: list[int] = []
-    for kind, share in shares.items():
-        own = [n for n, other in enumerate(kinds) if other == kind]
+    for modality, share in shares.items():
+        own = [n for n, other in enumerate(modalities) if other == modality]
         chosen += [own[(2 * place + 1) * len(own) // (2 * share)] for place in range(share)]
     chosen.sort()
-    return [chosen[n] for n in by_turns([kinds[n] for n in chosen])]
+    return [chosen[n] for n in by_turns([modalities[n] for n in chosen])]
 
 
 def addresses(
@@ -213,7 +255,12 @@ def as_it_is(batch: Any) -> Any:
 
 
 def loader(
-    crops: Dataset[Any], places: Iterator[list[tuple[int, int]]], *, workers: int, pin: bool, gather: Gather = collate
+    crops: Dataset[Any],
+    places: Iterator[list[tuple[int, int]]],
+    *,
+    workers: int,
+    pin: bool,
+    gather: Gather = collate,
 ) -> Generator[Any, None, None]:
     """Batches in order, read ahead by `workers` processes, until it is closed.
 
@@ -221,11 +268,19 @@ def loader(
     """
     ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
     theirs, ours = Pipe(duplex=False)
-    batches = iter(DataLoader(
-        Reader(crops, gather), sampler=places, batch_size=None, collate_fn=as_it_is, num_workers=workers,
-        pin_memory=pin, worker_init_fn=partial(stay_with_the_run, theirs, ours),
-        generator=torch.Generator(), **ahead,  # its own: starting workers must not move the global one
-    ))  # fmt: skip
+    batches = iter(
+        DataLoader(
+            Reader(crops, gather),
+            sampler=places,
+            batch_size=None,
+            collate_fn=as_it_is,
+            num_workers=workers,
+            pin_memory=pin,
+            worker_init_fn=partial(stay_with_the_run, theirs, ours),
+            generator=torch.Generator(),
+            **ahead,  # its own: starting workers must not move the global one
+        )
+    )
     # The pipe is closed before torch ends its workers: torch waits seconds for each one that hangs.
     with theirs, ours:
         for batch in batches:

@@ -35,13 +35,15 @@ from nibabel.affines import voxel_sizes
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from dae.config import InputError
 from dae.data.datalist import Content, Item
 from dae.data.nifti import read_grid
 from dae.data.preprocess import Recipe, prepare
+from dae.errors import InputError
 
 FORMAT = 4  # of the folders below; counts up when what they hold changes
-DTYPE = np.float16  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
+DTYPE = (
+    np.float16
+)  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
 PATIENCE = 600.0  # seconds that a volume may take another process, before it is prepared here too
 
 
@@ -97,8 +99,14 @@ def is_made(folder: Path) -> bool:
 
 def _read(folder: Path) -> Cached:
     facts = json.loads((folder / "facts.json").read_text())
-    return Cached(folder, tuple(facts["shape"]), tuple(facts["background"]), tuple(facts["spacing"]),
-                  tuple(facts["labels"]), _content(facts["content"]))  # fmt: skip
+    return Cached(
+        folder,
+        tuple(facts["shape"]),
+        tuple(facts["background"]),
+        tuple(facts["spacing"]),
+        tuple(facts["labels"]),
+        _content(facts["content"]),
+    )
 
 
 def _content(facts: dict[str, Any]) -> Content:
@@ -118,9 +126,12 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
             np.save(aside / "label.npy", volume.label)
         facts = {
             "labels": [] if volume.label is None else np.unique(volume.label).tolist(),
-            "shape": volume.data.shape, "background": volume.background.tolist(), "spacing": volume.spacing,
-            "image": [str(path) for path in item.image], "content": volume.content._asdict(),
-        }  # fmt: skip
+            "shape": volume.data.shape,
+            "background": volume.background.tolist(),
+            "spacing": volume.spacing,
+            "image": [str(path) for path in item.image],
+            "content": volume.content._asdict(),
+        }
         (aside / "facts.json").write_text(json.dumps(facts))
         if folder.exists() and not is_made(folder):
             shutil.rmtree(folder)  # what an interrupted deletion left
@@ -128,7 +139,9 @@ def _make(item: Item, recipe: Recipe, folder: Path) -> None:
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         if not is_made(folder):  # else somebody was faster
-            raise InputError(f"--cache-dir {folder.parent}: cannot write there ({error})") from error
+            raise InputError(
+                f"--cache-dir {folder.parent}: cannot write there ({error})"
+            ) from error
 
 
 @contextmanager
@@ -181,7 +194,9 @@ def room_for(item: Item, recipe: Recipe) -> int:
             return 0
         mm = voxel_sizes(grid.affine)
         if recipe.spacing:
-            voxels = math.prod(round(n * old / new) for n, old, new in zip(grid.shape, mm, recipe.spacing))
+            voxels = math.prod(
+                round(n * old / new) for n, old, new in zip(grid.shape, mm, recipe.spacing)
+            )
         else:
             voxels = math.prod(grid.shape)
         channels += shape[3] if len(shape) > 3 and item.channel is None else 1
@@ -189,7 +204,9 @@ def room_for(item: Item, recipe: Recipe) -> int:
     return voxels * (channels * np.dtype(DTYPE).itemsize + (item.label is not None)) + places
 
 
-def check_room(items: Sequence[Item], recipe: Recipe, root: Path, *, free: int, quiet: bool) -> None:
+def check_room(
+    items: Sequence[Item], recipe: Recipe, root: Path, *, free: int, quiet: bool
+) -> None:
     """Say how much of `free` bytes the volumes to be prepared take.
 
     Raises InputError where they do not fit.
@@ -220,9 +237,15 @@ def free_in(root: Path) -> int:
 
 
 def prepare_all(
-    items: Sequence[Item], recipe: Recipe, root: Path, *, rank: int = 0, world: int = 1, threads: int = 1,
+    items: Sequence[Item],
+    recipe: Recipe,
+    root: Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    threads: int = 1,
     quiet: bool = True,
-) -> list[Cached]:  # fmt: skip
+) -> list[Cached]:
     """Every item's prepared volume, in order. Each rank makes its share, then what others have not made, from the end.
 
     Ranks meet at no barrier, which would time out where ten thousand volumes take hours. At the end one
@@ -254,12 +277,20 @@ def prepare_all(
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
         made = pool.map(make, in_turn(sorted(absent.values()), rank=rank, world=world))
-        bar = tqdm(made, "preparing volumes", len(absent), disable=quiet or not sys.stderr.isatty(), leave=False)
+        bar = tqdm(
+            made,
+            "preparing volumes",
+            len(absent),
+            disable=quiet or not sys.stderr.isatty(),
+            leave=False,
+        )
         errors = [error for error in bar if error is not None]
         failed = {n for n, _ in errors}
         # What others were at: wait for it, and do it if they do not.
         late = [n for folder, n in absent.items() if n not in failed and not is_made(folder)]
-        errors += [error for error in pool.map(lambda n: make(n, PATIENCE), late) if error is not None]
+        errors += [
+            error for error in pool.map(lambda n: make(n, PATIENCE), late) if error is not None
+        ]
     if errors:
         more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
         raise InputError(f"{min(errors)[1]}{more}")

@@ -19,13 +19,12 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dae.config import InputError
 from dae.data import nnunet
 from dae.data.listfile import (
     ITEM_KEYS,
@@ -39,14 +38,36 @@ from dae.data.listfile import (
     several,
 )
 from dae.data.nnunet import Split
+from dae.errors import InputError
 
 # Each modality and the way its intensities are normalised (preprocess.py); a list may declare others.
 # The first five stand in the order of the authors' class labels, which --cmcl ranks depends on.
-MODALITIES = {"ct": "window", "t1": "mr", "t1ce": "mr", "t2": "mr", "flair": "mr", "t2s": "mr", "pd": "mr", "mr": "mr"}
-ALIASES = {"t1c": "t1ce", "t1gd": "t1ce", "t1w": "t1", "t2w": "t2", "t2*": "t2s", "t2f": "flair", "mri": "mr"}
+MODALITIES = {
+    "ct": "window",
+    "t1": "mr",
+    "t1ce": "mr",
+    "t2": "mr",
+    "flair": "mr",
+    "t2s": "mr",
+    "pd": "mr",
+    "mr": "mr",
+}
+
+ALIASES = {
+    "t1c": "t1ce",
+    "t1gd": "t1ce",
+    "t1w": "t1",
+    "t2w": "t2",
+    "t2*": "t2s",
+    "t2f": "flair",
+    "mri": "mr",
+}
+
 INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile", "zscore_all", "minmax", "none")
-FOLDS = 5
-BY_VOXELS = "voxels "  # begins a fingerprint of contents; those of older versions were of names and sizes
+
+BY_VOXELS = (
+    "voxels "  # begins a fingerprint of contents; those of older versions were of names and sizes
+)
 
 
 class Content(NamedTuple):
@@ -67,11 +88,13 @@ class Item:
     subject: str
     fold: int | None = None
     label: Path | None = None
-    channel: tuple[int, int] | None = None  # which of how many of the file's, where the item is one alone
+    channel: tuple[int, int] | None = (
+        None  # which of how many of the file's, where the item is one alone
+    )
     subject_named: bool = True  # by the list; else the image is taken for a subject of its own
 
     @property
-    def kind(self) -> str:
+    def modality_name(self) -> str:
         """The modality as one name, which CMCL compares."""
         return "+".join(self.modality)
 
@@ -82,21 +105,36 @@ class DataList:
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     labels: dict[int, str]
-    swap: tuple[tuple[int, int], ...] | None = None  # labels that change places in a left-right flip; None: not said
-    tolerance: dict[int, float] = field(default_factory=dict)  # of NSD in mm, of classes with their own
+    swap: tuple[tuple[int, int], ...] | None = (
+        None  # labels that change places in a left-right flip; None: not said
+    )
+    tolerance: dict[int, float] = field(
+        default_factory=dict
+    )  # of NSD in mm, of classes with their own
     ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
-    regions: tuple[str, ...] = ()  # names of several labels at once, which pre-training need not know
+    regions: tuple[
+        str, ...
+    ] = ()  # names of several labels at once, which pre-training need not know
     splits: tuple[Split, ...] = ()  # of nnU-Net's splits_final.json: subjects of each fold
-    notes: tuple[str, ...] = field(default=(), compare=False)  # what was decided about the list, for the user
+    notes: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # what was decided about the list, for the user
 
     def fingerprint(
-        self, training: Sequence[Content], validation: Sequence[Content] = (), *, labels: bool = False
+        self,
+        training: Sequence[Content],
+        validation: Sequence[Content] = (),
+        *,
+        labels: bool = False,
     ) -> str:
         """Of what is trained and validated on and in which order, wherever the files lie and whatever their names.
 
         `training` and `validation` are what was found in the files, in the order in which it is used.
         """
-        how = [[(item.modality, item.intensity) for item in split] for split in (self.training, self.validation)]
+        how = [
+            [(item.modality, item.intensity) for item in split]
+            for split in (self.training, self.validation)
+        ]
         content: list[Any] = [how, training, validation]
         if labels:
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
@@ -115,10 +153,10 @@ class DataList:
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
-    def kinds(self) -> list[str]:
+    def modalities(self) -> list[str]:
         """Every modality of the list: the known ones in their fixed order, then others by name."""
         known = {name: n for n, name in enumerate(MODALITIES)}
-        found = {item.kind for item in (*self.training, *self.validation)}
+        found = {item.modality_name for item in (*self.training, *self.validation)}
         return sorted(found, key=lambda kind: (known.get(kind, len(known)), kind))
 
 
@@ -126,17 +164,25 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     """Read a list or an nnU-Net raw folder. `modality` is for items that do not name one. Raises InputError."""
     path = Path(data).expanduser()
     if not data or not path.exists():
-        raise InputError(f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder")
+        raise InputError(
+            f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder"
+        )
     content = nnunet.content_of(path) if path.is_dir() else _json(path)
     folder = Path(root).expanduser() if root else (path if path.is_dir() else path.parent)
-    declared = {**MODALITIES, **{str(k).lower(): str(v) for k, v in _object(content, "modalities", path).items()}}
+    declared = {
+        **MODALITIES,
+        **{str(k).lower(): str(v) for k, v in _object(content, "modalities", path).items()},
+    }
     usual = [modality] if modality else in_order(content.get("modality"))
     if wrong := sorted(set(declared.values()) - set(INTENSITIES)):
         raise InputError(f"{path}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
 
     def items_of(name: str) -> tuple[Item, ...]:
         entries = _entries(content, name, path)
-        items = [_item(entry, f"{path}: {name}[{n}]", folder, usual, declared) for n, entry in enumerate(entries)]
+        items = [
+            _item(entry, f"{path}: {name}[{n}]", folder, usual, declared)
+            for n, entry in enumerate(entries)
+        ]
         _check_files_once(items, f"{path}: {name}")
         return tuple(items)
 
@@ -163,149 +209,19 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     return items
 
 
-def channels_apart(items: DataList) -> DataList:
-    """Each channel of every image as an item of its own: to pre-train on single channels of what is fine-tuned on all.
-
-    A file of several channels is taken apart where the list names a modality for each of them.
-    """
-
-    def apart(item: Item) -> list[Item]:
-        n = max(len(item.image), len(item.modality))
-        kinds = item.modality if len(item.modality) == n else item.modality * n
-        intensities = item.intensity if len(item.intensity) == n else item.intensity * n
-        places = (
-            [(item.image[0], (k, n)) for k in range(n)] if len(item.image) == 1 else [(f, (0, 1)) for f in item.image]
-        )
-        return [replace(item, image=(file,), modality=(kind,), intensity=(intensity,), channel=place)
-                for (file, place), kind, intensity in zip(places, kinds, intensities)]  # fmt: skip
-
-    training, validation, test = (
-        tuple(one for item in split for one in apart(item)) for split in (items.training, items.validation, items.test)
-    )
-    return replace(items, training=training, validation=validation, test=test)
-
-
-def has_folds(items: DataList) -> bool:
-    """Whether the list itself says what each fold holds out."""
-    return bool(items.splits) or any(item.fold is not None for item in items.training)
-
-
-def split(items: DataList, *, fold: int | None = None, split_seed: int | None = None) -> DataList:
-    """What a fine-tuning run trains and validates on: the list's own split, one of its folds, or one of five drawn.
-
-    None stands for a flag that was not asked for, and means 0. Raises InputError where one that was cannot act.
-    """
-    if items.validation or has_folds(items):
-        return hold_out(items, fold=fold, split_seed=split_seed)
-    return five_folds(items, fold=fold or 0, split_seed=split_seed or 0)
-
-
-def hold_out(items: DataList, *, fold: int | None = None, split_seed: int | None = None) -> DataList:
-    """Choose what validates: the list's `validation`; else the items of `fold`; else 5 % of the subjects (Table 1).
-
-    None stands for a flag that was not asked for, and means 0. Raises InputError where one that was cannot act, or
-    where nothing would be left on one side.
-    """
-    asked = {"--fold": fold, "--split-seed": split_seed}
-    if items.validation:
-        _refuse_idle(asked, 'the list has a "validation" of its own; leave the flag out')
-        return items
-    if items.splits:
-        _refuse_idle({"--split-seed": split_seed}, "splits_final.json has the folds; leave the flag out")
-        return _fold_of_splits(items, fold or 0)
-    if has_folds(items):
-        _refuse_idle({"--split-seed": split_seed}, "the list has folds of its own; leave the flag out")
-        return _fold_of_list(items, fold or 0)
-
-    _refuse_idle({"--fold": fold}, "the list has no folds, and 5 % of its subjects are held out; leave the flag out")
-    subjects = drawn((item.subject for item in items.training), "hold out", split_seed or 0)
-    held = subjects[: max(1, round(0.05 * len(subjects)))]
-    note = f"{len(held)} of {len(subjects)} subjects validate, drawn by --split-seed {split_seed or 0}"
-    return _with_held(items, set(held), "one subject", note)
-
-
-def five_folds(items: DataList, *, fold: int, split_seed: int = 0) -> DataList:
-    """Fold `fold` of five by subject: what a list without folds and validation is split into. Raises InputError.
-
-    The drawn order of the subjects is cut into five parts, whose sizes differ by one at most. When a subject joins,
-    only the borders between two parts move, each by one subject at most.
-    """
-    subjects = drawn((item.subject for item in items.training), "folds", split_seed)
-    parts = min(FOLDS, len(subjects))
-    if fold >= parts:
-        raise InputError(f"--fold {fold}: {len(subjects)} subjects make {parts} folds, 0 to {parts - 1}")
-    held = {subject for place, subject in enumerate(subjects) if place * parts // len(subjects) == fold}
-    note = f"fold {fold} of {parts} validates, drawn by --split-seed {split_seed}: {_count(len(held), 'subject')}"
-    return _with_held(items, held, f"--fold {fold}", note)
-
-
-def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
-    """A share of the training subjects, at least one; smaller shares lie within larger ones of the same seed."""
-    subjects = drawn((item.subject for item in items.training), "fraction", split_seed)
-    kept = set(subjects[: max(1, round(share * len(subjects)))])
-    return replace(items, training=tuple(item for item in items.training if item.subject in kept))
-
-
-def drawn(subjects: Iterable[str], purpose: str, seed: int) -> list[str]:
-    """Each subject once, in an order drawn by the seed: two of them stand in one order whoever else is in the list."""
-
-    def lot(subject: str) -> str:
-        return hashlib.sha256(f"{purpose} {seed} {subject}".encode("utf-8", "surrogatepass")).hexdigest()
-
-    return sorted(set(subjects), key=lot)
-
-
-def _fold_of_list(items: DataList, fold: int) -> DataList:
-    """The items whose `fold` it is are held out. One without a fold is always trained on."""
-    folds = sorted({item.fold for item in items.training if item.fold is not None})
-    if fold not in folds:
-        raise InputError(f"--fold {fold}: the list has the folds {', '.join(map(str, folds))}")
-    held = {item.subject for item in items.training if item.fold == fold}
-    note = f"fold {fold} of the list validates: {_count(len(held), 'subject')}"
-    if always := [item for item in items.training if item.fold is None]:
-        note += f"; {_count(len(always), 'item')} without a fold always trained on, as {always[0].image[0].name}"
-    return _with_held(items, held, f"--fold {fold}", note)
-
-
-def _fold_of_splits(items: DataList, fold: int) -> DataList:
-    """The cases that splits_final.json names for the fold; a case in neither of its lists is left out."""
-    if fold >= len(items.splits):
-        raise InputError(f"--fold {fold}: splits_final.json has the folds 0 to {len(items.splits) - 1}")
-    train, val = items.splits[fold]
-    note = f"fold {fold} of splits_final.json validates: {_count(len(val), 'case')}"
-    if neither := sorted({item.subject for item in items.training} - train - val):
-        note += f"; {_count(len(neither), 'case')} in neither train nor val of it left out, as {neither[0]}"
-    used = replace(items, training=tuple(item for item in items.training if item.subject in train | val))
-    return _with_held(used, set(val), f"--fold {fold}", note)
-
-
-def _with_held(items: DataList, held: set[str], reason: str, note: str) -> DataList:
-    training = tuple(item for item in items.training if item.subject not in held)
-    validation = tuple(item for item in items.training if item.subject in held)
-    if not training or not validation:
-        raise InputError(f"--data: {reason} leaves nothing to train or to validate on; name a validation split")
-    return replace(items, training=training, validation=validation, notes=(note,))
-
-
-def _refuse_idle(flags: Mapping[str, int | None], reason: str) -> None:
-    for flag, value in flags.items():
-        if value is not None:
-            raise InputError(f"{flag} {value}: cannot choose what is held out: {reason}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
 def check_labels(items: DataList, data: str) -> None:
     """Raises InputError unless there are classes, and a label for everything that is trained or validated on."""
     for item in (*items.training, *items.validation):
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {data}')
     if items.regions:
-        raise InputError(f'{data}: "labels" gives {items.regions[0]!r} no number of its own; name single labels')
+        raise InputError(
+            f'{data}: "labels" gives {items.regions[0]!r} no number of its own; name single labels'
+        )
     if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
-        raise InputError(f'{data}: "labels" must name the background, 0, and at least one class, none above 255')
+        raise InputError(
+            f'{data}: "labels" must name the background, 0, and at least one class, none above 255'
+        )
 
 
 def _json(path: Path) -> Mapping[str, Any]:
@@ -330,7 +246,9 @@ def _object(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, A
     return value
 
 
-def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapping[str, str]) -> Item:
+def _item(
+    entry: Any, where: str, folder: Path, usual: list[str], declared: Mapping[str, str]
+) -> Item:
     if isinstance(entry, str):
         entry = {"image": entry}
     if isinstance(entry, dict):
@@ -341,7 +259,9 @@ def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapp
     image = tuple(folder / Path(file).expanduser() for file in files)
     named = several(entry.get("modality")) or usual
     if not named:
-        raise InputError(f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality')
+        raise InputError(
+            f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality'
+        )
     names = [name.lower() for name in named]
     kinds = tuple(name if name in declared else ALIASES.get(name, name) for name in names)
     if unknown := [kind for kind in kinds if kind not in declared]:
@@ -359,8 +279,15 @@ def _item(entry: Any, where: str, folder: Path, usual: list[str], declared: Mapp
         raise InputError(f"{where}: label {label!r} is not the name of a file")
     named_subject = entry.get("subject")
     subject = str(files[0] if named_subject is None else named_subject)
-    return Item(image, kinds, intensity, subject, fold, folder / label if label else None,
-                subject_named=named_subject is not None)  # fmt: skip
+    return Item(
+        image,
+        kinds,
+        intensity,
+        subject,
+        fold,
+        folder / label if label else None,
+        subject_named=named_subject is not None,
+    )
 
 
 def _check_files_once(items: Sequence[Item], where: str) -> None:
@@ -370,7 +297,9 @@ def _check_files_once(items: Sequence[Item], where: str) -> None:
         for file in item.image:
             first = seen.setdefault(os.path.normpath(file), n)
             if first != n or item.image.count(file) > 1:
-                raise InputError(f"{where}[{first}] and [{n}] are the same file {file}; remove one of them")
+                raise InputError(
+                    f"{where}[{first}] and [{n}] are the same file {file}; remove one of them"
+                )
 
 
 def _check_one_fold(items: Sequence[Item], path: Path) -> None:
@@ -394,7 +323,9 @@ def _check_splits(items: DataList, path: Path) -> None:
     subjects = {item.subject for item in items.training}
     for n, sides in enumerate(items.splits):
         if unknown := sorted(frozenset().union(*sides) - subjects):
-            raise InputError(f"{path}: splits_final.json, fold {n}: case {unknown[0]} is not in imagesTr")
+            raise InputError(
+                f"{path}: splits_final.json, fold {n}: case {unknown[0]} is not in imagesTr"
+            )
 
 
 def _labels(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
@@ -409,7 +340,9 @@ def _labels(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tupl
                 "it so, or rename the class"
             )
         if twice := [other for number, other in named if number == label and other != name]:
-            raise InputError(f'{path}: "labels" has two names for {label}: "{name}" and "{twice[0]}"; keep one')
+            raise InputError(
+                f'{path}: "labels" has two names for {label}: "{name}" and "{twice[0]}"; keep one'
+            )
     repeated = [name for name, times in Counter(name for _, name in named).items() if times > 1]
     if repeated:
         numbers = [label for label, name in named if name == repeated[0]]
@@ -421,12 +354,18 @@ def _labels(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tupl
 
 
 def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) -> dict[int, float]:
-    numbers = {name: label for label, name in labels.items()} | {str(label): label for label in labels}
+    numbers = {name: label for label, name in labels.items()} | {
+        str(label): label for label in labels
+    }
     for key, mm in given.items():
         if not numbers.get(key):
-            raise InputError(f'{path}: "tolerance_mm" names {key!r}, which is no class of its "labels"')
+            raise InputError(
+                f'{path}: "tolerance_mm" names {key!r}, which is no class of its "labels"'
+            )
         if not isinstance(mm, int | float) or not 0 <= mm < inf:
-            raise InputError(f'{path}: "tolerance_mm" of {key!r} is {mm!r}; it must be 0 mm or more')
+            raise InputError(
+                f'{path}: "tolerance_mm" of {key!r} is {mm!r}; it must be 0 mm or more'
+            )
     return {numbers[key]: float(mm) for key, mm in given.items()}
 
 
@@ -434,12 +373,16 @@ def _pairs(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[int,
     try:
         pairs = tuple((int(a), int(b)) for a, b in swap)
     except (TypeError, ValueError) as error:
-        raise InputError(f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]') from error
+        raise InputError(
+            f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]'
+        ) from error
     for label, times in Counter(label for pair in pairs for label in pair).items():
         if labels and (label not in labels or label == 0):
             raise InputError(f'{path}: "swap" names {label}, which is no class of its "labels"')
         if times > 1:
-            raise InputError(f'{path}: "swap" has {label} in two places; a label changes places with one other')
+            raise InputError(
+                f'{path}: "swap" has {label} in two places; a label changes places with one other'
+            )
     return pairs
 
 

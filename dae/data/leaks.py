@@ -16,18 +16,49 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from dae.config import InputError
-from dae.data import datalist
+from dae.data import holdout
 from dae.data.datalist import Content, DataList, Item
 from dae.data.listfile import read_json
+from dae.errors import InputError
 
 RECORD = "predicted.json"  # beside predictions
 Seen = Mapping[str, Any]  # what a checkpoint says of its training; see `seen_by`
 # What stands last in the names of files that are images of one patient, in small letters.
-CONTRASTS = frozenset((
-    "t1", "t1w", "t1n", "t1c", "t1ce", "t1gd", "t1km", "t2", "t2w", "t2f", "t2s", "t2star", "flair", "pd", "pdw", "mr",
-    "mri", "ct", "ncct", "cta", "pet", "suv", "dwi", "adc", "swi", "mra", "dce", "image", "img", "scan", "volume",
-))  # fmt: skip
+CONTRASTS = frozenset(
+    (
+        "t1",
+        "t1w",
+        "t1n",
+        "t1c",
+        "t1ce",
+        "t1gd",
+        "t1km",
+        "t2",
+        "t2w",
+        "t2f",
+        "t2s",
+        "t2star",
+        "flair",
+        "pd",
+        "pdw",
+        "mr",
+        "mri",
+        "ct",
+        "ncct",
+        "cta",
+        "pet",
+        "suv",
+        "dwi",
+        "adc",
+        "swi",
+        "mra",
+        "dce",
+        "image",
+        "img",
+        "scan",
+        "volume",
+    )
+)
 
 
 def hash_of(array: NDArray[Any]) -> str:
@@ -77,7 +108,9 @@ def check_voxels(items: Sequence[Item], contents: Sequence[Content], *, trained:
 
     The first `trained` items are trained on, the others validated on; each with what its files hold.
     """
-    seen = {voxels: item for item, content in zip(items[:trained], contents) for voxels in content.image}
+    seen = {
+        voxels: item for item, content in zip(items[:trained], contents) for voxels in content.image
+    }
     for item, content in zip(items[trained:], contents[trained:]):
         for voxels in content.image:
             if voxels in seen:
@@ -106,7 +139,11 @@ def doubts(items: DataList, *, drawn: bool) -> str:
     trained = [item for item in items.training if not item.subject_named]
     validated = [item for item in items.validation if not item.subject_named]
     by_patient = {patient_of(item): item for item in trained}
-    alike = [(by_patient[patient], item) for item in validated if (patient := patient_of(item)) in by_patient]
+    alike = [
+        (by_patient[patient], item)
+        for item in validated
+        if (patient := patient_of(item)) in by_patient
+    ]
     if alike:
         here, there = (item.image[0].name for item in alike[0])
         more = f" ({len(alike)} such images)" if len(alike) > 1 else ""
@@ -141,7 +178,12 @@ def patient_of(item: Item) -> str:
 
 
 def seen_by(
-    items: DataList, training: Sequence[Content], *, fold: int, split_seed: int, before: Seen | None = None
+    items: DataList,
+    training: Sequence[Content],
+    *,
+    fold: int,
+    split_seed: int,
+    before: Seen | None = None,
 ) -> dict[str, Any]:
     """For a checkpoint: hashes of those trained on and of those held out, and the flags that chose them.
 
@@ -174,35 +216,52 @@ def known_before(items: DataList, validated: Sequence[Content], before: Seen | N
     return [told] if known else []
 
 
-def seen_of(saved: Sequence[Mapping[str, Any]], names: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def seen_of(
+    saved: Sequence[Mapping[str, Any]], names: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
     """What is known of several checkpoints together: whom any was trained on, and whom all of them held out.
 
     Also the names of those that older versions wrote, which know their fold and nobody by name.
     """
-    configs: list[Mapping[str, Any]] = [state["plan"].get("seen") or state.get("config", {}) for state in saved]
+    configs: list[Mapping[str, Any]] = [
+        state["plan"].get("seen") or state.get("config", {}) for state in saved
+    ]
     flags = [{name: config.get(name, 0) for name in ("fold", "split_seed")} for config in configs]
     known: list[Mapping[str, Any]] = [state["plan"].get("seen", {}) for state in saved]
-    trained, voxels = ({name for one in known for name in one.get(key, ())} for key in ("trained", "voxels"))
+    trained, voxels = (
+        {name for one in known for name in one.get(key, ())} for key in ("trained", "voxels")
+    )
     held = set.intersection(*(set(one.get("held_out", ())) for one in known))
-    told = {**flags[0], "trained": sorted(trained), "held_out": sorted(held), "voxels": sorted(voxels)}
+    told = {
+        **flags[0],
+        "trained": sorted(trained),
+        "held_out": sorted(held),
+        "voxels": sorted(voxels),
+    }
     return told, [name for name, one in zip(names, known) if not one]
 
 
-def held_out(items: DataList, seen: Seen, *, fold: int | None = None, split_seed: int | None = None) -> DataList:
+def held_out(
+    items: DataList, seen: Seen, *, fold: int | None = None, split_seed: int | None = None
+) -> DataList:
     """The split of a list as a checkpoint saw it: who was held out then is now, whoever has joined the list since.
 
     What the flags ask for goes first (None: not asked for), then the list's own `validation`. A list that knows none
     of them is split by the checkpoint's fold. Raises InputError.
     """
     if fold is not None or split_seed is not None or items.validation:
-        return datalist.split(items, fold=fold, split_seed=split_seed)
+        return holdout.split(items, fold=fold, split_seed=split_seed)
     names = set(seen.get("held_out", ()))
     held = tuple(item for item in items.training if name_of(item.subject) in names)
     if held:
         kept = tuple(item for item in items.training if name_of(item.subject) not in names)
-        return replace(items, training=kept, validation=held, notes=("the cases that the checkpoint held out",))
-    drawn = not datalist.has_folds(items)
-    return datalist.split(items, fold=seen.get("fold", 0), split_seed=seen.get("split_seed", 0) if drawn else None)
+        return replace(
+            items, training=kept, validation=held, notes=("the cases that the checkpoint held out",)
+        )
+    drawn = not holdout.has_folds(items)
+    return holdout.split(
+        items, fold=seen.get("fold", 0), split_seed=seen.get("split_seed", 0) if drawn else None
+    )
 
 
 def trained_among(items: Sequence[Item], seen: Seen) -> list[int]:
@@ -231,7 +290,13 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def write_record(
-    path: Path, seen: Seen, *, before: Mapping[str, Any], split: str, cases: Sequence[str], trained: Sequence[str]
+    path: Path,
+    seen: Seen,
+    *,
+    before: Mapping[str, Any],
+    split: str,
+    cases: Sequence[str],
+    trained: Sequence[str],
 ) -> None:
     """For predictions: which split they are of, whom the network held out, and which cases it was trained on.
 

@@ -11,35 +11,73 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dae.config import InputError
+from dae.errors import InputError
 
 # For each of our keys, what people write for it. Capitals, underscores and small slips need no entry.
 LIST_KEYS: dict[str, tuple[str, ...]] = {
-    "training": ("train", "tr", "trainset", "trainingset", "traindata", "trainingdata", "trainfiles"),
-    "validation": ("val", "valid", "validate", "validating", "dev", "valset", "validset", "validationset", "valdata",
-                   "validationdata", "valfiles"),
+    "training": (
+        "train",
+        "tr",
+        "trainset",
+        "trainingset",
+        "traindata",
+        "trainingdata",
+        "trainfiles",
+    ),
+    "validation": (
+        "val",
+        "valid",
+        "validate",
+        "validating",
+        "dev",
+        "valset",
+        "validset",
+        "validationset",
+        "valdata",
+        "validationdata",
+        "valfiles",
+    ),
     "test": ("testing", "ts", "testset", "testdata", "testfiles"),
     "labels": ("label", "labelnames", "classes", "classnames"),
     "modality": ("channelnames",),
     "modalities": (),
     "swap": ("swaps", "swaplabels", "swappairs"),
     "tolerance_mm": ("tolerance", "tolerances", "tolerancesmm", "nsdtolerance"),
-}  # fmt: skip
+}
 ITEM_KEYS: dict[str, tuple[str, ...]] = {
     "image": ("img", "imgs", "imagepath", "imagefile", "imagefiles"),
     "label": ("lbl", "labelpath", "labelfile"),
     "modality": ("modalities",),
     "intensity": ("intensities", "normalization", "normalisation"),
-    "subject": ("subjectid", "subj", "sub", "patient", "patientid", "pid", "participant", "participantid"),
+    "subject": (
+        "subjectid",
+        "subj",
+        "sub",
+        "patient",
+        "patientid",
+        "pid",
+        "participant",
+        "participantid",
+    ),
     "fold": ("foldid", "foldnumber", "cvfold"),
 }
 # Keys that are understood, but stand in another place: key -> where they belong.
 MISPLACED_IN_LIST = {
-    **dict.fromkeys(("ignore", "ignored", "ignorelabel", "ignoreindex"), '"labels", as {"255": "ignore"}'),
-    **dict.fromkeys(("subject", "subjects", "fold", "folds", "intensity", "image"), "the items of the list"),
+    **dict.fromkeys(
+        ("ignore", "ignored", "ignorelabel", "ignoreindex"), '"labels", as {"255": "ignore"}'
+    ),
+    **dict.fromkeys(
+        ("subject", "subjects", "fold", "folds", "intensity", "image"), "the items of the list"
+    ),
 }
-MISPLACED_IN_ITEM = dict.fromkeys(("split", "partition"), '"training", "validation" and "test", or "fold"')
-COUNTS = ("numTraining", "numTest", "numValidation")  # of Decathlon lists: near to our keys, but not meant for them
+MISPLACED_IN_ITEM = dict.fromkeys(
+    ("split", "partition"), '"training", "validation" and "test", or "fold"'
+)
+COUNTS = (
+    "numTraining",
+    "numTest",
+    "numValidation",
+)  # of Decathlon lists: near to our keys, but not meant for them
 CLOSE = 0.85  # of difflib's ratio: one slip in a word of five letters and more
 
 
@@ -53,18 +91,25 @@ def read_json(path: Path) -> Any:
         content: dict[str, Any] = {}
         for key, value in pairs:
             if key in content:
-                raise InputError(f'{path}: the key "{key}" is there twice in one object; keep one of them')
+                raise InputError(
+                    f'{path}: the key "{key}" is there twice in one object; keep one of them'
+                )
             content[key] = value
         return content
 
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repetition)
+        return json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=without_repetition
+        )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path}: not a JSON data list ({error})") from error
 
 
 def check_keys(
-    keys: Collection[str], ours: Mapping[str, Sequence[str]], where: str, misplaced: Mapping[str, str] | None = None
+    keys: Collection[str],
+    ours: Mapping[str, Sequence[str]],
+    where: str,
+    misplaced: Mapping[str, str] | None = None,
 ) -> None:
     """Raises InputError for a key that is not ours but was probably meant to be; names both."""
     for key in keys:
@@ -75,7 +120,9 @@ def check_keys(
         meant = meant_by(key, ours)
         # Where the right key is there too, the other one may well be about something else.
         if meant and (meant not in keys or plain(meant) == plain(key)):
-            raise InputError(f'{where}: "{key}" is not read; "{meant}" was probably meant: rename it, or remove it')
+            raise InputError(
+                f'{where}: "{key}" is not read; "{meant}" was probably meant: rename it, or remove it'
+            )
 
 
 def meant_by(key: str, ours: Mapping[str, Sequence[str]]) -> str | None:
@@ -100,7 +147,10 @@ def in_order(channels: Any) -> list[str]:
     """{"1": "T2", "0": "FLAIR"}, as Decathlon and nnU-Net name the channels of all their images -> ["FLAIR", "T2"]."""
     if not isinstance(channels, dict):
         return several(channels)
-    return [str(channels[key]) for key in sorted(channels, key=lambda key: int(key) if str(key).isdigit() else 0)]
+    return [
+        str(channels[key])
+        for key in sorted(channels, key=lambda key: int(key) if str(key).isdigit() else 0)
+    ]
 
 
 def plain(key: str) -> str:

@@ -35,7 +35,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from dae.config import InputError
+from dae.errors import InputError
 
 Array = NDArray[np.float32]
 Affine = NDArray[np.float64]  # (4, 4), voxel of the RAS grid -> mm
@@ -112,7 +112,9 @@ def read(path: Path, like: Affine | None = None) -> Volume:
     image = _open(path)
     shape = image.shape
     if len(shape) not in (3, 4) or min(shape) < 1 or min(shape[:3]) < 2:
-        raise InputError(f"{path}: an image of size {_by(shape)}; a volume has three axes of two voxels and more")
+        raise InputError(
+            f"{path}: an image of size {_by(shape)}; a volume has three axes of two voxels and more"
+        )
     affine = _place(path, image)
     values, affine = _ordered(_values(path, image, np.float32), affine, like)
     data = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
@@ -145,7 +147,9 @@ def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
     found = read_labels(path, like=image.affine)
     labels = found.labels
     if labels.dtype != np.uint8:
-        raise InputError(f"{path}: holds labels from {labels.min()} to {labels.max()}; they must lie in 0 to 255")
+        raise InputError(
+            f"{path}: holds labels from {labels.min()} to {labels.max()}; they must lie in 0 to 255"
+        )
     if apart := difference(found.grid, image.grid):
         raise InputError(f"{path}: not on the grid of its image: {apart}{_unplaced(path)}")
     return labels.astype(np.uint8, copy=False)
@@ -204,7 +208,9 @@ def difference(a: Grid, b: Grid) -> str:
     voxels = np.linalg.norm(apply_affine(a_in_b, corners) - corners, axis=1).max()
     if voxels <= SAME_GRID:
         return ""
-    mm = np.linalg.norm(apply_affine(a.affine, corners) - apply_affine(b.affine, corners), axis=1).max()
+    mm = np.linalg.norm(
+        apply_affine(a.affine, corners) - apply_affine(b.affine, corners), axis=1
+    ).max()
     return f"their corners lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart"
 
 
@@ -248,9 +254,13 @@ def _open(path: Path) -> Any:
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({_short(error)})") from error
     if not isinstance(image, nib.Nifti1Image):
-        raise InputError(f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read")
+        raise InputError(
+            f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read"
+        )
     if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read")
+        raise InputError(
+            f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read"
+        )
     _check_size(path, image)
     return image
 
@@ -260,9 +270,13 @@ def _check_size(path: Path, image: Any) -> None:
     stored = prod(image.shape) * image.get_data_dtype().itemsize
     claim = f"its header claims {_by(image.shape)} voxels ({bytes_in_words(stored)})"
     there = path.stat().st_size
-    holds = {".nii": there - int(image.dataobj.offset), ".gz": there * DEFLATE}.get(path.suffix.lower(), stored)
+    holds = {".nii": there - int(image.dataobj.offset), ".gz": there * DEFLATE}.get(
+        path.suffix.lower(), stored
+    )
     if stored > holds:
-        raise InputError(f"{path}: cut short or damaged: {claim}, the file holds {there} bytes; copy it again")
+        raise InputError(
+            f"{path}: cut short or damaged: {claim}, the file holds {there} bytes; copy it again"
+        )
     if (needed := 4 * prod(image.shape)) > memory():
         raise InputError(
             f"{path}: {claim}; reading it takes {bytes_in_words(needed)}, this machine has {bytes_in_words(memory())}"
@@ -276,26 +290,39 @@ def _place(path: Path, image: Any) -> Affine:
     """
     code = int(image.header["xyzt_units"]) % 8
     if code > 3:
-        raise InputError(f"{path}: its header gives lengths in unit {code}, which does not exist; set xyzt_units to mm")
+        raise InputError(
+            f"{path}: its header gives lengths in unit {code}, which does not exist; set xyzt_units to mm"
+        )
     unit, affine = _unit(image), affine_in_mm(image)
     sizes, steps = voxel_sizes(affine), affine[:3, :3]
     if not np.isfinite(affine).all() or abs(np.linalg.det(steps)) <= 1e-3 * sizes.prod():
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
     if sizes.max() > LARGEST_VOXEL:
-        raise InputError(f"{path}: a voxel of {_mm(sizes)} (unit in the header: {unit}); correct its sizes or its unit")
+        raise InputError(
+            f"{path}: a voxel of {_mm(sizes)} (unit in the header: {unit}); correct its sizes or its unit"
+        )
 
     if MM[unit] != 1:
-        say_once(unit, f"{path}: lengths in its header are in {unit}s; read as voxels of {_mm(sizes)}")
+        say_once(
+            unit, f"{path}: lengths in its header are in {unit}s; read as voxels of {_mm(sizes)}"
+        )
     if _is_unplaced(image.header):
-        say_once("codes", f"{path}: its header has neither qform nor sform; left and right are by convention only")
+        say_once(
+            "codes",
+            f"{path}: its header has neither qform nor sform; left and right are by convention only",
+        )
     by_pixdim = np.array(image.header.get_zooms()[:3], dtype=np.float64) * MM[unit]
     if np.abs(by_pixdim / sizes - 1).max() > SHEAR:
         say_once(
-            "pixdim", f"{path}: a voxel is {_mm(sizes)} by its affine, which counts, but {_mm(by_pixdim)} by its pixdim"
+            "pixdim",
+            f"{path}: a voxel is {_mm(sizes)} by its affine, which counts, but {_mm(by_pixdim)} by its pixdim",
         )
     shear = Grid(image.shape[:3], affine).shear
     if shear > SHEAR:
-        say_once("shear", f"{path}: its axes are not perpendicular; lengths in mm along them are up to {shear:.0%} off")
+        say_once(
+            "shear",
+            f"{path}: its axes are not perpendicular; lengths in mm along them are up to {shear:.0%} off",
+        )
     return affine
 
 
@@ -309,7 +336,11 @@ def _is_unplaced(header: Any) -> bool:
 
 def _unplaced(path: Path) -> str:
     unplaced = _is_unplaced(nib.load(path).header)
-    return " (its header has neither qform nor sform: was it saved without an affine?)" if unplaced else ""
+    return (
+        " (its header has neither qform nor sform: was it saved without an affine?)"
+        if unplaced
+        else ""
+    )
 
 
 def _values(path: Path, image: Any, kind: Any = None) -> NDArray[Any]:
@@ -327,7 +358,9 @@ def _values(path: Path, image: Any, kind: Any = None) -> NDArray[Any]:
         return values
 
 
-def _ordered(values: NDArray[Any], affine: Affine, like: Affine | None) -> tuple[NDArray[Any], Affine]:
+def _ordered(
+    values: NDArray[Any], affine: Affine, like: Affine | None
+) -> tuple[NDArray[Any], Affine]:
     """Values (x, y, z, ...) and their affine, axes in RAS order or along those of `like`."""
     order = io_orientation(affine if like is None else np.linalg.inv(like) @ affine)
     return apply_orientation(values, order), affine @ inv_ornt_aff(order, values.shape[:3])
@@ -339,7 +372,9 @@ def _whole(path: Path, values: NDArray[Any]) -> NDArray[Any]:
     with np.errstate(invalid="ignore"):  # infinity minus infinity
         uneven = values[~(np.abs(values) < 2**53) | ~(np.abs(values - near) <= WHOLE)]
     if len(uneven):
-        raise InputError(f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?")
+        raise InputError(
+            f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?"
+        )
     return near
 
 
@@ -348,18 +383,26 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:
-        raise InputError(f"{path}: too large for this machine's memory ({_short(error)})") from error
+        raise InputError(
+            f"{path}: too large for this machine's memory ({_short(error)})"
+        ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: cut short or damaged ({_short(error)}); copy it again") from error
+        raise InputError(
+            f"{path}: cut short or damaged ({_short(error)}); copy it again"
+        ) from error
 
 
 def _check_values(path: Path, data: Array) -> None:
     """NaN and infinity would spread through every crop; a constant has no scale to normalise by."""
     if bad := int(data.size - np.isfinite(data).sum()):
-        raise InputError(f"{path}: {bad} voxels are NaN or infinite; replace them by the background's value")
+        raise InputError(
+            f"{path}: {bad} voxels are NaN or infinite; replace them by the background's value"
+        )
     for channel in data:
         if channel.min() == channel.max():
-            raise InputError(f"{path}: every voxel is {channel.flat[0]:g}; leave it out of the list")
+            raise InputError(
+                f"{path}: every voxel is {channel.flat[0]:g}; leave it out of the list"
+            )
 
 
 def _mm(sizes: Sequence[float] | NDArray[np.float64]) -> str:

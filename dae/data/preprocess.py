@@ -13,10 +13,19 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dae.config import DataConfig, InputError
+from dae.config.shared import DataConfig
 from dae.data.datalist import Content, Item
 from dae.data.leaks import hash_of, hashes_of
-from dae.data.nifti import Array, Volume, bytes_in_words, memory, read_channels, read_labels_of, say_once
+from dae.data.nifti import (
+    Array,
+    Volume,
+    bytes_in_words,
+    memory,
+    read_channels,
+    read_labels_of,
+    say_once,
+)
+from dae.errors import InputError
 
 STEP = 1e-3  # one grey level of z-scores, or of a window; half precision keeps little more
 FEW = 16  # grey levels; what has fewer is no picture
@@ -46,20 +55,30 @@ class Recipe:
 
 class Prepared(NamedTuple):
     data: Array  # (c, d, h, w), normalised
-    background: NDArray[np.float32]  # (c,), what surrounds the volume: the normalised value of its darkest voxel
-    foreground: NDArray[np.int32]  # (n, 3), some voxels of the labels, or brighter than the mean, to centre crops on
+    background: NDArray[
+        np.float32
+    ]  # (c,), what surrounds the volume: the normalised value of its darkest voxel
+    foreground: NDArray[
+        np.int32
+    ]  # (n, 3), some voxels of the labels, or brighter than the mean, to centre crops on
     spacing: tuple[float, float, float]  # mm
     label: NDArray[np.uint8] | None = None  # (d, h, w), on the grid of data
-    box: tuple[slice, slice, slice] | None = None  # where data lies in the grid it was cut from, if it was
+    box: tuple[slice, slice, slice] | None = (
+        None  # where data lies in the grid it was cut from, if it was
+    )
     grid: tuple[int, ...] = ()  # (d, h, w) of that grid
-    content: Content | None = None  # hashes of what the files held, where they were read by `prepare`
+    content: Content | None = (
+        None  # hashes of what the files held, where they were read by `prepare`
+    )
 
 
 def prepare(item: Item, recipe: Recipe) -> Prepared:
     """Read an item and its label, and `normalise` them. Raises InputError naming the file."""
     volume = channel_of(read_channels(item.image), item)
     label = read_labels_of(item.label, volume) if item.label else None
-    content = Content(hashes_of(volume.data), "" if label is None else hash_of(label), volume.spacing)
+    content = Content(
+        hashes_of(volume.data), "" if label is None else hash_of(label), volume.spacing
+    )
     return normalise(volume, item, recipe, label)._replace(content=content)
 
 
@@ -69,11 +88,15 @@ def channel_of(volume: Volume, item: Item) -> Volume:
         return volume
     place, named = item.channel
     if named != len(volume.data):
-        raise InputError(f"{item.image[0]}: {len(volume.data)} channels, {named} modalities; the list must name each")
+        raise InputError(
+            f"{item.image[0]}: {len(volume.data)} channels, {named} modalities; the list must name each"
+        )
     return Volume(volume.data[place : place + 1], volume.affine)
 
 
-def normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None = None) -> Prepared:
+def normalise(
+    volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None = None
+) -> Prepared:
     """Resample a volume if asked, normalise every channel, cut it if asked; its label with it.
 
     Raises InputError, naming the file, where that leaves nothing to learn from or to predict on.
@@ -84,7 +107,9 @@ def normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint
         raise InputError(f"{item.image[0]}: {error}") from error
 
 
-def _normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None) -> Prepared:
+def _normalise(
+    volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uint8] | None
+) -> Prepared:
     raw = resample(volume, recipe.spacing) if recipe.spacing else volume.data
     spacing = volume.spacing if not recipe.spacing else recipe.spacing
     normalised = np.empty_like(raw)
@@ -104,20 +129,32 @@ def _normalise(volume: Volume, item: Item, recipe: Recipe, label: NDArray[np.uin
     if label is not None and recipe.spacing:
         before, label = label, resample_labels(label, raw.shape[1:])
         if lost := sorted(set(np.unique(before)) - set(np.unique(label))):
-            say_once("lost label", f"{item.label}: nothing is left of label {lost[0]} at {_by(spacing)} mm")
+            say_once(
+                "lost label",
+                f"{item.label}: nothing is left of label {lost[0]} at {_by(spacing)} mm",
+            )
 
     box, grid = None, raw.shape[1:]
     if recipe.foreground_crop:
         box = bounding_box(normalised > background[:, None, None, None])
-        normalised, raw, label = normalised[:, *box], raw[:, *box], label if label is None else label[box]
+        normalised, raw, label = (
+            normalised[:, *box],
+            raw[:, *box],
+            label if label is None else label[box],
+        )
     places = some_foreground(raw[0]) if label is None else some_labelled(label)
-    return Prepared(normalised, background, places, (spacing[0], spacing[1], spacing[2]), label, box, grid)
+    return Prepared(
+        normalised, background, places, (spacing[0], spacing[1], spacing[2]), label, box, grid
+    )
 
 
 def bounding_box(mask: NDArray[np.bool_]) -> tuple[slice, slice, slice]:
     """The smallest box of (d, h, w) that holds what is true in any channel of (c, d, h, w)."""
     along = [np.flatnonzero(mask.any(axis=axes)) for axes in ((0, 2, 3), (0, 1, 3), (0, 1, 2))]
-    d, h, w = (slice(int(a[0]), int(a[-1]) + 1) if len(a) else slice(0, n) for a, n in zip(along, mask.shape[1:]))
+    d, h, w = (
+        slice(int(a[0]), int(a[-1]) + 1) if len(a) else slice(0, n)
+        for a, n in zip(along, mask.shape[1:])
+    )
     return d, h, w
 
 
@@ -125,7 +162,9 @@ def _per_channel(item: Item, channels: int) -> Sequence[str]:
     if len(item.intensity) == 1:
         return item.intensity * channels
     if len(item.intensity) != channels:
-        raise InputError(f"{channels} channels, but the list names {len(item.intensity)} modalities")
+        raise InputError(
+            f"{channels} channels, but the list names {len(item.intensity)} modalities"
+        )
     return item.intensity
 
 
@@ -153,7 +192,9 @@ def zscore(x: Array) -> Array:
     if not len(values):
         raise InputError("every voxel is 0; leave it out of the list")
     if values.std() == 0:
-        raise InputError(f"every voxel that is not 0 is {values[0]:g}: a mask or a label map? leave it out of the list")
+        raise InputError(
+            f"every voxel that is not 0 is {values[0]:g}: a mask or a label map? leave it out of the list"
+        )
     return ((x - values.mean()) / values.std()).astype(np.float32)
 
 
@@ -222,7 +263,9 @@ def check_levels(file: Array, found: Array, how: str, recipe: Recipe) -> None:
         asked = "--ct-window {:g} {:g}".format(*recipe.ct_window) if how == "window" else how
         hint = "; is it a CT in HU?" if how == "window" else ""
         count = "one grey level" if left == 1 else f"{left} grey levels"
-        raise InputError(f"{asked} leaves {count} of its values from {file.min():g} to {file.max():g}{hint}")
+        raise InputError(
+            f"{asked} leaves {count} of its values from {file.min():g} to {file.max():g}{hint}"
+        )
 
 
 def check_hu(file: Array, window: Sequence[float], path: Path) -> None:
@@ -275,13 +318,17 @@ def resample(volume: Volume, spacing: Sequence[float]) -> Array:
     factors = zoom_factors(volume, spacing)
     new = [round(n * factor) for n, factor in zip(old, factors)]
     if min(new) < 1:
-        raise InputError(f"--spacing: a volume of {volume.spacing} mm would have no voxel left along an axis")
+        raise InputError(
+            f"--spacing: a volume of {volume.spacing} mm would have no voxel left along an axis"
+        )
     if (needed := 4 * channels * prod(new)) > memory():
         raise InputError(
             f"--spacing {_by(spacing)}: its {_by(old)} voxels of {_by(volume.spacing)} mm would become {_by(new)} "
             f"({bytes_in_words(needed)}), more than this machine's memory; are its voxel sizes in mm?"
         )
-    return np.stack([ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in volume.data])
+    return np.stack(
+        [ndimage.zoom(x, factors, order=1, mode="nearest", grid_mode=True) for x in volume.data]
+    )
 
 
 def zoom_factors(volume: Volume, spacing: Sequence[float]) -> list[float]:

@@ -13,7 +13,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dae.config import InputError
+from dae.errors import InputError
 
 AXES = {0: "left-right", 1: "front-back", 2: "up-down"}
 LEFT, RIGHT = "left", "right"
@@ -22,17 +22,28 @@ Pairs = Sequence[tuple[int, int]]
 # Words that name a side wherever they stand. All in lower case.
 WORDS = {
     LEFT: "left l lt lft lh lhs sinister sinistra sinistrum gauche links linke linker linkes izquierdo izquierda izq "
-          "esquerdo esquerda sinistro sx lewy lewa lewe vänster venstre vasen левый левая левое 左 左侧 왼쪽",
+    "esquerdo esquerda sinistro sx lewy lewa lewe vänster venstre vasen левый левая левое 左 左侧 왼쪽",
     RIGHT: "right r rt rgt rh rhs dexter dextra dextrum droit droite rechts rechte rechter rechtes derecho derecha "
-           "direito direita destro destra dx prawy prawa prawe höger højre høyre oikea правый правая правое 右 右侧 "
-           "오른쪽",
-}  # fmt: skip
+    "direito direita destro destra dx prawy prawa prawe höger højre høyre oikea правый правая правое 右 右侧 "
+    "오른쪽",
+}
 # Words that name a side only where another class has the other one in their place: "rein g" and "rein d".
 WORDS_OF_PAIRS = {LEFT: "g li sin izda sol", RIGHT: "d re dex dcha sag sağ"}
 # Ordinary words that end in one that names a side.
 NOT_SIDES = {"bright", "upright", "cleft"}
 # Words that tell nothing about a class.
-EMPTY_WORDS = {"class", "label", "organ", "roi", "region", "structure", "object", "part", "segment", "seg"}
+EMPTY_WORDS = {
+    "class",
+    "label",
+    "organ",
+    "roi",
+    "region",
+    "structure",
+    "object",
+    "part",
+    "segment",
+    "seg",
+}
 
 
 class Flips(NamedTuple):
@@ -48,7 +59,9 @@ class Flips(NamedTuple):
         return f"flips along axes {axes}: {self.reason}" if axes else f"no flips: {self.reason}"
 
 
-def choose_flips(classes: Mapping[int, str], swap: Pairs | None, *, chance: float = 1.0, turned: bool = False) -> Flips:
+def choose_flips(
+    classes: Mapping[int, str], swap: Pairs | None, *, chance: float = 1.0, turned: bool = False
+) -> Flips:
     """The axes that may be flipped, for the classes {label: name} of a list and its `swap` (None: it has none).
 
     `chance` is that of a flip. `turned` says that crops are also rotated by 180 degrees in the axial plane. Then a
@@ -65,13 +78,21 @@ def choose_flips(classes: Mapping[int, str], swap: Pairs | None, *, chance: floa
     if swap:
         named = {frozenset(pair) for pair in swap}
         missing = [pair for pair in pairs if frozenset(pair) not in named]
-        missing_words = f", which does not name {in_words(missing, organs)}; add {missing[0]}" if missing else ""
-        reason = f'{in_words(swap, organs)} change places, as the list\'s "swap" says{missing_words}'
+        missing_words = (
+            f", which does not name {in_words(missing, organs)}; add {missing[0]}"
+            if missing
+            else ""
+        )
+        reason = (
+            f'{in_words(swap, organs)} change places, as the list\'s "swap" says{missing_words}'
+        )
         return Flips(tuple(AXES), tuple((a, b) for a, b in swap), sideways, reason)
     if swap is not None:
         return Flips(tuple(AXES), (), (), 'the list says "swap": [], so left and right are alike')
     if not (doubt := doubt_of(organs, pairs)):
-        return Flips(tuple(AXES), (), (), "no two classes can be the left and the right one of a pair")
+        return Flips(
+            tuple(AXES), (), (), "no two classes can be the left and the right one of a pair"
+        )
     also = ", nor front and back (crops are also turned by 180 degrees)" if turned else ""
     return Flips(others, (), (), f"left and right are not flipped{also}, since {doubt}")
 
@@ -81,7 +102,9 @@ def flips_of(plan: Mapping[str, Any], config: Mapping[str, Any]) -> Flips:
     if config.get("flip", 1) == 0:
         return Flips((), (), (), "--flip was 0")
     axes, swap = tuple(plan["flip_axes"]), tuple((int(a), int(b)) for a, b in plan.get("swap", ()))
-    return Flips(axes, swap, tuple(plan.get("swap_axes", (0,))) if swap else (), plan.get("flips", ""))
+    return Flips(
+        axes, swap, tuple(plan.get("swap_axes", (0,))) if swap else (), plan.get("flips", "")
+    )
 
 
 def continued(now: Flips, began: Flips, path: Path) -> Flips:
@@ -92,7 +115,9 @@ def continued(now: Flips, began: Flips, path: Path) -> Flips:
     if began[:3] == now[:3]:
         return now
     if 0 in began.axes and 0 not in now.axes:
-        raise InputError(f"{path}: the run so far flipped left and right; {now.reason}; start it anew in another --out")
+        raise InputError(
+            f"{path}: the run so far flipped left and right; {now.reason}; start it anew in another --out"
+        )
     return began._replace(reason=f"as the run began; in a new one {now.reason}")
 
 
@@ -136,7 +161,9 @@ def in_words(pairs: Pairs, organs: Mapping[int, str], most: int = 3) -> str:
 
 def words_of(name: str) -> list[str]:
     """A name split at whatever is no letter or digit, and at capitals: "LeftLung (a)" -> ["left", "lung", "a"]."""
-    name = unicodedata.normalize("NFKC", name)  # a Mac writes ö as o and a mark, which would end the word
+    name = unicodedata.normalize(
+        "NFKC", name
+    )  # a Mac writes ö as o and a mark, which would end the word
     apart = re.sub(r"(?<=[a-zà-ÿ])(?=[A-ZÀ-Þ])|(?<=[A-ZÀ-Þ])(?=[A-ZÀ-Þ][a-zà-ÿ])", " ", name)
     return re.findall(r"[^\W_]+", apart.casefold())
 
@@ -191,7 +218,9 @@ def readings(word: str, side: str) -> set[tuple[str, str]]:
     marks = WORDS[side].split()
     found = {("", "") for mark in (*marks, *WORDS_OF_PAIRS[side].split()) if word == mark}
     found |= {("", word[len(mark) :]) for mark in marks if word.startswith(mark) and word != mark}
-    return found | {(word[: -len(mark)], "") for mark in marks if word.endswith(mark) and word != mark}
+    return found | {
+        (word[: -len(mark)], "") for mark in marks if word.endswith(mark) and word != mark
+    }
 
 
 def without_sides(words: Sequence[str]) -> list[str]:

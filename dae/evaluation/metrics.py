@@ -31,12 +31,19 @@ Labels = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
-STATUSES = ("ok", "missed", "spurious", "absent")  # in both maps, not in the prediction, not in the truth, in neither
+STATUSES = (
+    "ok",
+    "missed",
+    "spurious",
+    "absent",
+)  # in both maps, not in the prediction, not in the truth, in neither
 DISTANCES = ("hd", "hd95", "assd", "masd", "msd_prediction_to_truth", "msd_truth_to_prediction")
 METRICS = ("dice", *DISTANCES, "nsd")
 LARGEST_LABEL = 65534
 REACH = 2  # voxels: nearer elements are looked up, farther ones searched for
-MARGIN = REACH + 1  # of background around the maps, so that a step by flat index never meets the other end of a row
+MARGIN = (
+    REACH + 1
+)  # of background around the maps, so that a step by flat index never meets the other end of a row
 SLACK = 1e-6  # mm: headers store spacing as float32, and 0.8 mm arrives as 0.800000012
 
 
@@ -80,7 +87,9 @@ def surfels(labels: Labels, spacing: Floats) -> Surface:
     for step in steps:
         mixed |= flat[step : step + len(lowest)] != lowest
     at = np.flatnonzero(mixed)
-    at = at[(flat[at + steps[:, None]] != unknown).all(0)]  # beside an ignored voxel the pattern is not known
+    at = at[
+        (flat[at + steps[:, None]] != unknown).all(0)
+    ]  # beside an ignored voxel the pattern is not known
     eight = flat[at + steps[:, None]]  # (8, corners)
     areas = np.linalg.norm(surfel_triangles() * (spacing.prod() / spacing), axis=-1).sum(1)
     found = []
@@ -113,7 +122,11 @@ def patch(part: Mask) -> Floats:
     Seen from the part they are a convex loop, here cut into a fan of triangles. Where the loop is not flat, its first
     vertex decides the area; the largest is taken, as surface-distance does (all 256 areas are equal to its table).
     """
-    edges = [(a, b) for a, b in combinations(np.ndindex(2, 2, 2), 2) if np.abs(np.subtract(a, b)).sum() == 1]
+    edges = [
+        (a, b)
+        for a, b in combinations(np.ndindex(2, 2, 2), 2)
+        if np.abs(np.subtract(a, b)).sum() == 1
+    ]
     middles = np.array([np.add(a, b) / 2 for a, b in edges if part[a] != part[b]])
     across = np.linalg.svd(np.argwhere(part).mean(0, keepdims=True) - 0.5)[2][1:]
     x, y = across @ (middles - middles.mean(0)).T
@@ -155,7 +168,9 @@ class Nearest:
         self.marked[target.at] = False
         if len(left):
             # Measured over whole voxels, not by the tree, so that lengths that are equal come out equal.
-            here, there = (np.stack(np.unravel_index(index, self.shape), axis=-1) for index in (at, target.at))
+            here, there = (
+                np.stack(np.unravel_index(index, self.shape), axis=-1) for index in (at, target.at)
+            )
             tree = cKDTree(there * self.spacing, balanced_tree=False, compact_nodes=False)
             _, nearest = tree.query(here * self.spacing)
             mm[left] = np.linalg.norm((here - there[nearest]) * self.spacing, axis=1)
@@ -181,7 +196,9 @@ WHEN_EMPTY = {"missed": ONE_EMPTY, "spurious": ONE_EMPTY, "absent": dict.fromkey
 
 DEFINITIONS: dict[DefinitionName, Definition] = {
     "default": Definition(border_voxels),
-    "monai": Definition(border_voxels, when_empty={"missed": {"hd95": nan}, "spurious": {"hd95": nan, "dice": nan}}),
+    "monai": Definition(
+        border_voxels, when_empty={"missed": {"hd95": nan}, "spurious": {"hd95": nan, "dice": nan}}
+    ),
     "medpy": Definition(border_voxels, pooled=True),
     "surface-distance": Definition(surfels, by_area=True),
 }
@@ -207,37 +224,62 @@ def score_labels(
 
     Voxels where `ignore` is true count in no volume and bear no surface; a class left without one has nan distances.
     """
-    names = dict(classes) if isinstance(classes, Mapping) else {label: str(label) for label in classes}
-    tolerances = {label: tolerance.get(label, nan) if isinstance(tolerance, Mapping) else tolerance for label in names}
+    names = (
+        dict(classes) if isinstance(classes, Mapping) else {label: str(label) for label in classes}
+    )
+    tolerances = {
+        label: tolerance.get(label, nan) if isinstance(tolerance, Mapping) else tolerance
+        for label in names
+    }
     voxel = np.asarray(spacing, np.float64)
     check(prediction, truth, ignore, voxel, tolerances)
-    refuse(definition not in DEFINITIONS, f"definition must be one of {', '.join(DEFINITIONS)}, got {definition}")
+    refuse(
+        definition not in DEFINITIONS,
+        f"definition must be one of {', '.join(DEFINITIONS)}, got {definition}",
+    )
     prediction, truth = cut_out(prediction, truth, ignore)
-    chosen, nearest, millilitres = DEFINITIONS[definition], Nearest(truth.shape, voxel), float(voxel.prod()) / 1000
+    chosen, nearest, millilitres = (
+        DEFINITIONS[definition],
+        Nearest(truth.shape, voxel),
+        float(voxel.prod()) / 1000,
+    )
     predicted, true = (chosen.surface(labels, voxel) for labels in (prediction, truth))
     rows = []
-    for label, (in_prediction, in_truth, in_both) in zip(names, count_voxels(prediction, truth, list(names))):
+    for label, (in_prediction, in_truth, in_both) in zip(
+        names, count_voxels(prediction, truth, list(names))
+    ):
         status = STATUSES[2 * (not in_truth) + (not in_prediction)]
         if status == "ok":
             scores = {"dice": 2 * in_both / (in_prediction + in_truth)}
-            scores |= surface_scores(predicted.of(label), true.of(label), nearest, chosen, tolerances[label])
+            scores |= surface_scores(
+                predicted.of(label), true.of(label), nearest, chosen, tolerances[label]
+            )
         else:
             scores = {**WHEN_EMPTY[status], **chosen.when_empty.get(status, {})}
-        volumes = {"volume_truth_ml": in_truth * millilitres, "volume_prediction_ml": in_prediction * millilitres}
+        volumes = {
+            "volume_truth_ml": in_truth * millilitres,
+            "volume_prediction_ml": in_prediction * millilitres,
+        }
         rows.append({"class": label, "name": names[label], "status": status, **scores, **volumes})
     return rows
 
 
-def surface_scores(predicted: Surface, true: Surface, nearest: Nearest, chosen: Definition, tolerance: float) -> Row:
+def surface_scores(
+    predicted: Surface, true: Surface, nearest: Nearest, chosen: Definition, tolerance: float
+) -> Row:
     """Distances in mm and NSD of one class; nan where one of the two surfaces is wholly ignored."""
     if not len(predicted.at) or not len(true.at):
         return dict.fromkeys((*DISTANCES, "nsd"), nan)
     forth, back = (nearest(predicted, true), predicted.area), (nearest(true, predicted), true.area)
     both = mm, area = np.concatenate([forth[0], back[0]]), np.concatenate([forth[1], back[1]])
-    to_truth, to_prediction, pooled = (float(np.average(d, weights=w)) for d, w in (forth, back, both))
+    to_truth, to_prediction, pooled = (
+        float(np.average(d, weights=w)) for d, w in (forth, back, both)
+    )
     return {
         "hd": float(mm.max()),
-        "hd95": max(chosen.percentile(95, *way) for way in ([both] if chosen.pooled else [forth, back])),
+        "hd95": max(
+            chosen.percentile(95, *way) for way in ([both] if chosen.pooled else [forth, back])
+        ),
         "assd": pooled,
         "masd": (to_truth + to_prediction) / 2,
         "msd_prediction_to_truth": to_truth,
@@ -250,7 +292,9 @@ def count_voxels(prediction: Labels, truth: Labels, classes: list[int]) -> list[
     """Voxels of each class in the prediction, in the truth and in both."""
     predicted, true = (labels[(prediction | truth) != 0] for labels in (prediction, truth))
     sets = (predicted, true, true[predicted == true])
-    return np.stack([np.bincount(each, minlength=max(classes) + 1)[classes] for each in sets], axis=1).tolist()
+    return np.stack(
+        [np.bincount(each, minlength=max(classes) + 1)[classes] for each in sets], axis=1
+    ).tolist()
 
 
 def cut_out(prediction: Labels, truth: Labels, ignore: Mask | None) -> tuple[Labels, Labels]:
@@ -266,25 +310,48 @@ def cut_out(prediction: Labels, truth: Labels, ignore: Mask | None) -> tuple[Lab
     hidden = slice(0) if ignore is None else ignore[box]
     pair[:, hidden] = 0
     low, high = int(pair.min(initial=0)), int(pair.max(initial=0))
-    refuse(low < 0 or high > LARGEST_LABEL, f"labels must lie in 0 to {LARGEST_LABEL}, found {low} to {high}")
+    refuse(
+        low < 0 or high > LARGEST_LABEL,
+        f"labels must lie in 0 to {LARGEST_LABEL}, found {low} to {high}",
+    )
     pair = pair.astype(np.min_scalar_type(high + 1))
     pair[:, hidden] = np.iinfo(pair.dtype).max
     return np.pad(pair[0], MARGIN), np.pad(pair[1], MARGIN)
 
 
-def check(prediction: Labels, truth: Labels, ignore: Mask | None, voxel: Floats, tolerances: dict[int, float]) -> None:
+def check(
+    prediction: Labels,
+    truth: Labels,
+    ignore: Mask | None,
+    voxel: Floats,
+    tolerances: dict[int, float],
+) -> None:
     """Raises one line on the first thing that is wrong."""
     shapes, types = f"{prediction.shape} and {truth.shape}", f"{prediction.dtype} and {truth.dtype}"
-    refuse(prediction.ndim != 3 or truth.ndim != 3, f"prediction and truth must be 3D (d, h, w), got {shapes}")
-    refuse(prediction.shape != truth.shape, f"prediction and truth lie on different grids: {shapes}")
-    refuse(not {prediction.dtype.kind, truth.dtype.kind} <= set("biu"), f"labels must be integers, got {types}")
+    refuse(
+        prediction.ndim != 3 or truth.ndim != 3,
+        f"prediction and truth must be 3D (d, h, w), got {shapes}",
+    )
+    refuse(
+        prediction.shape != truth.shape, f"prediction and truth lie on different grids: {shapes}"
+    )
+    refuse(
+        not {prediction.dtype.kind, truth.dtype.kind} <= set("biu"),
+        f"labels must be integers, got {types}",
+    )
     fits = ignore is None or (ignore.shape == truth.shape and ignore.dtype == bool)
     refuse(not fits, f"ignore must be a boolean array of shape {truth.shape}")
     valid = voxel.shape == (3,) and 0 < voxel.min() <= voxel.max() < inf
     refuse(not valid, f"spacing must be three positive numbers in mm, got {voxel.tolist()}")
     inside = tolerances and 1 <= min(tolerances) <= max(tolerances) <= LARGEST_LABEL
-    refuse(not inside, f"classes must be 1 to {LARGEST_LABEL} (0 is the background), got {list(tolerances)}")
-    refuse(not all(t >= 0 for t in tolerances.values()), f"every class needs a tolerance of 0 mm or more: {tolerances}")
+    refuse(
+        not inside,
+        f"classes must be 1 to {LARGEST_LABEL} (0 is the background), got {list(tolerances)}",
+    )
+    refuse(
+        not all(t >= 0 for t in tolerances.values()),
+        f"every class needs a tolerance of 0 mm or more: {tolerances}",
+    )
 
 
 def refuse(wrong: object, message: str) -> None:
@@ -294,7 +361,10 @@ def refuse(wrong: object, message: str) -> None:
 
 
 def aggregate(
-    rows: Iterable[Row], *, policy: Policy = "exclude", diagonal_mm: float | Sequence[float] | None = None
+    rows: Iterable[Row],
+    *,
+    policy: Policy = "exclude",
+    diagonal_mm: float | Sequence[float] | None = None,
 ) -> dict[str, Any]:
     """Averages over the rows of any number of cases: policy, classes, overall, mean_of_classes and mean_of_cases.
 
@@ -303,7 +373,9 @@ def aggregate(
     which takes all rows alike, have the number of rows by `status` and for each metric mean, median, sample std, `n`
     values averaged and `left_out`; nan over nothing. `mean_of_classes` and `mean_of_cases` average those means instead.
     """
-    refuse(policy not in ("exclude", "diagonal"), f"policy must be exclude or diagonal, got {policy}")
+    refuse(
+        policy not in ("exclude", "diagonal"), f"policy must be exclude or diagonal, got {policy}"
+    )
     rows = list(rows) if policy == "exclude" else penalised(list(rows), diagonal_mm)
     names = {row["class"]: row["name"] for row in rows}
     by_class, by_case = summaries(rows, "class"), summaries(rows, "case")
@@ -311,8 +383,12 @@ def aggregate(
         "policy": policy,
         "classes": {label: {"name": names[label], **scores} for label, scores in by_class.items()},
         "overall": summary(rows),
-        "mean_of_classes": {m: spread([scores[m]["mean"] for scores in by_class.values()]) for m in METRICS},
-        "mean_of_cases": {m: spread([scores[m]["mean"] for scores in by_case.values()]) for m in METRICS},
+        "mean_of_classes": {
+            m: spread([scores[m]["mean"] for scores in by_class.values()]) for m in METRICS
+        },
+        "mean_of_cases": {
+            m: spread([scores[m]["mean"] for scores in by_case.values()]) for m in METRICS
+        },
     }
 
 
@@ -323,11 +399,19 @@ def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
 
 def penalised(rows: Sequence[Row], diagonal_mm: float | Sequence[float] | None) -> list[Row]:
     """The rows, with a diagonal for the distances wherever one of the two masks is empty."""
-    lengths = list(diagonal_mm) if isinstance(diagonal_mm, Iterable) else [diagonal_mm or nan] * len(rows)
+    lengths = (
+        list(diagonal_mm) if isinstance(diagonal_mm, Iterable) else [diagonal_mm or nan] * len(rows)
+    )
     fits = len(lengths) == len(rows) and all(0 < mm < inf for mm in lengths)
-    refuse(not fits, "policy diagonal needs diagonal_mm: one positive length in mm, or one for each row")
+    refuse(
+        not fits,
+        "policy diagonal needs diagonal_mm: one positive length in mm, or one for each row",
+    )
     empty = ("missed", "spurious")
-    return [{**r, **dict.fromkeys(DISTANCES, mm)} if r["status"] in empty else r for r, mm in zip(rows, lengths)]
+    return [
+        {**r, **dict.fromkeys(DISTANCES, mm)} if r["status"] in empty else r
+        for r, mm in zip(rows, lengths)
+    ]
 
 
 def summaries(rows: Sequence[Row], key: str) -> dict[Any, dict[str, Any]]:
@@ -339,7 +423,10 @@ def summaries(rows: Sequence[Row], key: str) -> dict[Any, dict[str, Any]]:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """How many rows have which status, and every metric's spread."""
     counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-    return {"status": counts, **{metric: spread([row[metric] for row in rows]) for metric in METRICS}}
+    return {
+        "status": counts,
+        **{metric: spread([row[metric] for row in rows]) for metric in METRICS},
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -347,4 +434,10 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     finite = [value for value in values if isfinite(value)]
     mean, middle = (fmean(finite), median(finite)) if finite else (nan, nan)
     std = stdev(finite) if len(finite) > 1 else nan
-    return {"mean": mean, "median": middle, "std": std, "n": len(finite), "left_out": len(values) - len(finite)}
+    return {
+        "mean": mean,
+        "median": middle,
+        "std": std,
+        "n": len(finite),
+        "left_out": len(values) - len(finite),
+    }

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from dae.config import InputError
-from dae.data.phantom import put
+from dae.errors import InputError
+from dae.evaluation.cases import Case, Spacing
 from dae.evaluation.metrics import Labels, Mask, count_voxels, refuse, spread
-from dae.evaluation.scoring import Case, Spacing
+from dae.files import write_bytes
 
 Step = dict[str, Any]  # {"do": name of the step, and its settings}
 Plan = dict[int, list[Step]]
@@ -75,7 +75,9 @@ def fill_holes(labels: Labels, cls: int) -> Labels:
     box, result = box_of(labels, cls), labels.copy()
     if box:
         gaps, _ = ndimage.label(np.pad(labels[box] != cls, 1, constant_values=True))
-        holes = gaps[1:-1, 1:-1, 1:-1] > 1  # gap 1 is the outside, which the padding joins and is met first
+        holes = (
+            gaps[1:-1, 1:-1, 1:-1] > 1
+        )  # gap 1 is the outside, which the padding joins and is met first
         result[box][holes & (labels[box] == 0)] = cls
     return result
 
@@ -86,15 +88,26 @@ def smooth_boundary(labels: Labels, cls: int, spacing: Spacing, sigma_mm: float)
     All labels around are blurred with a Gaussian of `sigma_mm`; a voxel becomes the class where that is the highest,
     and a voxel that the class loses goes to the highest of the others. A class that would vanish keeps its voxels.
     """
-    refuse(not 0 <= sigma_mm < inf, f"smooth_boundary needs a sigma_mm of 0 or more, not {sigma_mm}")
+    refuse(
+        not 0 <= sigma_mm < inf, f"smooth_boundary needs a sigma_mm of 0 or more, not {sigma_mm}"
+    )
     sigma = [sigma_mm / mm for mm in spacing]
-    box, result = box_of(labels, cls, [2 * int(np.ceil(REACH * s)) + 1 for s in sigma]), labels.copy()
+    box, result = (
+        box_of(labels, cls, [2 * int(np.ceil(REACH * s)) + 1 for s in sigma]),
+        labels.copy(),
+    )
     if not box or not sigma_mm:
         return result
     old = labels[box]
-    own, rival, best = np.zeros(old.shape, np.float32), np.full(old.shape, -1, np.float32), np.zeros_like(old)
+    own, rival, best = (
+        np.zeros(old.shape, np.float32),
+        np.full(old.shape, -1, np.float32),
+        np.zeros_like(old),
+    )
     for value in np.unique(old):
-        blurred = ndimage.gaussian_filter((old == value).astype(np.float32), sigma, mode="nearest", truncate=REACH)
+        blurred = ndimage.gaussian_filter(
+            (old == value).astype(np.float32), sigma, mode="nearest", truncate=REACH
+        )
         if value == cls:
             own = blurred
         else:
@@ -108,7 +121,9 @@ def smooth_boundary(labels: Labels, cls: int, spacing: Spacing, sigma_mm: float)
 
 
 STEPS: dict[str, Callable[..., Labels]] = {
-    "largest_components": lambda labels, cls, spacing, keep=1: largest_components(labels, cls, keep),
+    "largest_components": lambda labels, cls, spacing, keep=1: largest_components(
+        labels, cls, keep
+    ),
     "fill_holes": lambda labels, cls, spacing: fill_holes(labels, cls),
     "smooth_boundary": smooth_boundary,
 }
@@ -129,18 +144,25 @@ def apply(labels: Labels, plan: Plan, spacing: Spacing) -> Labels:
 
 
 def save(plan: Plan, path: Path) -> None:
-    put(path, json.dumps(plan, indent=1).encode())
+    write_bytes(path, json.dumps(plan, indent=1).encode())
 
 
 def load(path: Path) -> Plan:
     """The plan in a JSON file, by itself or beside other things as "plan". Raises InputError on what is not one."""
     try:
         content = json.loads(path.read_text())
-        plan = {int(cls): [dict(step) for step in steps] for cls, steps in content.get("plan", content).items()}
-        for steps in plan.values():  # a wrong name or setting is met here, not after an hour of prediction
+        plan = {
+            int(cls): [dict(step) for step in steps]
+            for cls, steps in content.get("plan", content).items()
+        }
+        for (
+            steps
+        ) in plan.values():  # a wrong name or setting is met here, not after an hour of prediction
             apply(np.ones((1, 1, 1), np.uint8), {1: steps}, (1.0, 1.0, 1.0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: not a post-processing plan ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{path}: not a post-processing plan ({type(error).__name__}: {error})"
+        ) from error
     return plan
 
 
@@ -175,13 +197,18 @@ def choose(
         for kind in dict.fromkeys(step["do"] for step in candidates):
             before = outcome(maps, cases, classes, cls, organs)
             steps = [with_count(step, organs) for step in candidates if step["do"] == kind]
-            after = [outcome(taken(step, maps, cases, cls), cases, classes, cls, organs) for step in steps]
+            after = [
+                outcome(taken(step, maps, cases, cls), cases, classes, cls, organs)
+                for step in steps
+            ]
             objections = [objection(before, each, cls, classes) for each in after]
             allowed = [n for n, why in enumerate(objections) if not why]
             best = max(allowed, key=lambda n: after[n].dice[cls], default=None)
             for n, step in enumerate(steps):
                 why = objections[n] or ("" if n == best else "another setting is better")
-                table.append(row(cls, classes[cls], step, before.dice[cls], after[n].dice[cls], why))
+                table.append(
+                    row(cls, classes[cls], step, before.dice[cls], after[n].dice[cls], why)
+                )
             if best is not None:
                 plan.setdefault(cls, []).append(steps[best])
                 maps = list(taken(steps[best], maps, cases, cls))
@@ -212,15 +239,30 @@ def taken(step: Step, maps: Iterable[Labels], cases: Iterable[Case], cls: int) -
 
 
 def outcome(
-    maps: Iterable[Labels], cases: Sequence[Case], classes: Iterable[int], cls: int, organs: Sequence[Organs | None]
+    maps: Iterable[Labels],
+    cases: Sequence[Case],
+    classes: Iterable[int],
+    cls: int,
+    organs: Sequence[Organs | None],
 ) -> Outcome:
     """The mean Dice of every class over the cases that have it, and what is met of `cls`."""
-    scored, dice, met = [each for each in classes if each], list[list[float]](), set[tuple[int, int]]()
+    scored, dice, met = (
+        [each for each in classes if each],
+        list[list[float]](),
+        set[tuple[int, int]](),
+    )
     for n, (labels, case, its) in enumerate(zip(maps, cases, organs)):
         counts = count_voxels(labels[case.annotated], case.truth[case.annotated], scored)
-        dice.append([2 * both / (predicted + true) if predicted + true else nan for predicted, true, both in counts])
+        dice.append(
+            [
+                2 * both / (predicted + true) if predicted + true else nan
+                for predicted, true, both in counts
+            ]
+        )
         if its:
-            met |= {(n, part) for part in np.unique(its.parts[labels[its.box] == cls]).tolist() if part}
+            met |= {
+                (n, part) for part in np.unique(its.parts[labels[its.box] == cls]).tolist() if part
+            }
     return Outcome({each: spread(values)["mean"] for each, values in zip(scored, zip(*dice))}, met)
 
 
@@ -247,4 +289,11 @@ def as_text(table: Sequence[Mapping[str, Any]]) -> str:
 def row(cls: int, name: str, step: Step, before: float, after: float, why: str) -> dict[str, Any]:
     """One line of the table that says what was tried."""
     scores = {"dice_before": before, "dice_after": after, "change": after - before}
-    return {"class": cls, "name": name, "step": step, **scores, "kept": not why, "why": why or "raises Dice"}
+    return {
+        "class": cls,
+        "name": name,
+        "step": step,
+        **scores,
+        "kept": not why,
+        "why": why or "raises Dice",
+    }

@@ -16,8 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from dae.config import InputError
-from dae.evaluation.metrics import METRICS, DefinitionName, Policy, Row, aggregate, penalised, spread
+from dae.errors import InputError
+from dae.evaluation.metrics import (
+    METRICS,
+    DefinitionName,
+    Policy,
+    Row,
+    aggregate,
+    penalised,
+    spread,
+)
 
 OVERALL, OVERALL_NAME = "overall", "mean of classes"
 RESAMPLES = 10_000
@@ -83,10 +91,14 @@ def worst_cases(rows: Iterable[Row], n: int = 3) -> list[str]:
 
 
 def summarise(
-    rows: Sequence[Row], *, policy: Policy = "exclude", diagonals: Mapping[str, float] | None = None,
-    definition: DefinitionName = "default", tolerance: float | Mapping[int, float] = 1.0,
+    rows: Sequence[Row],
+    *,
+    policy: Policy = "exclude",
+    diagonals: Mapping[str, float] | None = None,
+    definition: DefinitionName = "default",
+    tolerance: float | Mapping[int, float] = 1.0,
     ignore: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """`metrics.aggregate` of all cases, with the interval of each class's means and of the means over cases.
 
     `diagonals`, mm by case, stand for the distances of missed and spurious classes if the policy is "diagonal". They,
@@ -118,20 +130,29 @@ def compare(
     """
     a, b = by_case_and_class(rows_a, "A"), by_case_and_class(rows_b, "B")
     if not {case for case, _ in a} & {case for case, _ in b}:
-        raise InputError("A and B have no case in common, so that nothing can be paired; are they of one test set?")
+        raise InputError(
+            "A and B have no case in common, so that nothing can be paired; are they of one test set?"
+        )
     names = {row["class"]: row["name"] for row in (*rows_a, *rows_b)}
     table = []
     for metric in metrics:
         pairs, left_out = pair_up(a, b, metric)
         lines = []
         for cls, name in names.items():
-            scores = contrast([pair for (_, its), pair in pairs.items() if its == cls], left_out[cls], metric, seed)
+            scores = contrast(
+                [pair for (_, its), pair in pairs.items() if its == cls],
+                left_out[cls],
+                metric,
+                seed,
+            )
             lines.append({"metric": metric, "class": cls, "name": name, **scores})
         for p in P_VALUES:
             for line, corrected in zip(lines, holm([line[p] for line in lines])):
                 line[f"{p}_holm"] = corrected
         scores = contrast(of_cases(pairs), sum(left_out.values(), Counter[str]()), metric, seed)
-        lines.append({"metric": metric, "class": OVERALL, "name": OVERALL_NAME, **scores, **UNCORRECTED})
+        lines.append(
+            {"metric": metric, "class": OVERALL, "name": OVERALL_NAME, **scores, **UNCORRECTED}
+        )
         table += lines
     return table
 
@@ -157,7 +178,11 @@ def pair_up(
         elif isfinite(a[key][metric]) and isfinite(b[key][metric]):
             pairs[key] = a[key][metric], b[key][metric]
         else:
-            bad = {run: rows[key]["status"] for run, rows in (("A", a), ("B", b)) if not isfinite(rows[key][metric])}
+            bad = {
+                run: rows[key]["status"]
+                for run, rows in (("A", a), ("B", b))
+                if not isfinite(rows[key][metric])
+            }
             reasons[f"{' or '.join(dict.fromkeys(bad.values()))} in {' and '.join(bad)}"] += 1
     return pairs, left_out
 
@@ -170,18 +195,25 @@ def of_cases(pairs: Mapping[Key, tuple[float, float]]) -> list[tuple[float, floa
     return [tuple(np.mean(each, axis=0).tolist()) for each in cases.values()]
 
 
-def contrast(pairs: Sequence[tuple[float, float]], left_out: Mapping[str, int], metric: str, seed: int) -> Row:
+def contrast(
+    pairs: Sequence[tuple[float, float]], left_out: Mapping[str, int], metric: str, seed: int
+) -> Row:
     """Means, difference, interval and p of pairs of one metric."""
     a, b = np.array(pairs, np.float64).reshape(-1, 2).T
     difference = np.round(b - a, DECIMALS)
     mean, low, high, n = mean_interval(difference.tolist(), seed=seed)
     gain = mean if metric in HIGHER_IS_BETTER else -mean
     return {
-        "n": n, "left_out": dict(left_out), "mean_a": spread(a.tolist())["mean"], "mean_b": spread(b.tolist())["mean"],
-        "difference": mean, "low": low, "high": high,
+        "n": n,
+        "left_out": dict(left_out),
+        "mean_a": spread(a.tolist())["mean"],
+        "mean_b": spread(b.tolist())["mean"],
+        "difference": mean,
+        "low": low,
+        "high": high,
         "better": "B" if gain > 0 else "A" if gain < 0 else "neither",
         **dict(zip(P_VALUES, p_values(difference))),
-    }  # fmt: skip
+    }
 
 
 def p_values(difference: NDArray[np.float64]) -> tuple[float, float]:
@@ -247,6 +279,8 @@ def over_folds(scores: Mapping[str, Mapping[str, float]], seed: int) -> Row:
     interval = mean_interval([spread(values)["mean"] for values in pooled.values()], seed=seed)
     return {
         "folds": {run: {"mean": fold["mean"], "n": fold["n"]} for run, fold in folds.items()},
-        "mean_of_folds": means["mean"], "std_of_folds": means["std"], "n_folds": means["n"],
+        "mean_of_folds": means["mean"],
+        "std_of_folds": means["std"],
+        "n_folds": means["n"],
         **interval._asdict(),
-    }  # fmt: skip
+    }

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dae.config import InputError
+from dae.errors import InputError
 
 LEDGER = "written.jsonl"
 
@@ -32,7 +32,11 @@ class Written:
     def is_whole(self, name: str) -> bool:
         """Whether the file is there as it was written last."""
         path = self.folder / name
-        return bool(self.last(name)) and path.is_file() and sha256_of([path]) == self.last(name)["sha256"]
+        return (
+            bool(self.last(name))
+            and path.is_file()
+            and sha256_of([path]) == self.last(name)["sha256"]
+        )
 
     def check(self, names: Iterable[str], inputs: Iterable[Path] = ()) -> None:
         """Raises InputError if these files would replace an input, or what is not this program's."""
@@ -61,7 +65,9 @@ class Written:
         self.check([name])
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{os.getpid()}.{path.name}")  # with the ending, by which nibabel chooses the format
+        aside = path.with_name(
+            f".{os.getpid()}.{path.name}"
+        )  # with the ending, by which nibabel chooses the format
         try:
             make(aside)
             now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -74,7 +80,11 @@ class Written:
     def note(self, line: dict[str, Any]) -> None:
         """Add a line at the end. Two processes may add lines to one file."""
         ledger = self.folder / LEDGER
-        torn = ledger.is_file() and not ledger.read_bytes().endswith(b"\n") and ledger.stat().st_size > 0
+        torn = (
+            ledger.is_file()
+            and not ledger.read_bytes().endswith(b"\n")
+            and ledger.stat().st_size > 0
+        )
         with ledger.open("a", encoding="utf-8") as file:
             file.write("\n" * torn + json.dumps(line) + "\n")
         self.lines.append(line)
@@ -83,7 +93,11 @@ class Written:
 def read_lines(ledger: Path) -> list[dict[str, Any]]:
     """The lines that are whole: of a run that was killed the last one may not be."""
     found = []
-    for text in ledger.read_text(encoding="utf-8", errors="replace").splitlines() if ledger.is_file() else ():
+    for text in (
+        ledger.read_text(encoding="utf-8", errors="replace").splitlines()
+        if ledger.is_file()
+        else ()
+    ):
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
@@ -97,7 +111,9 @@ def check_apart(out: Path, inputs: Sequence[Path]) -> None:
     """Raises InputError if `out` is a folder of `inputs`: what is written beside scans is soon taken for one."""
     for path in inputs:
         if out.is_dir() and path.parent.is_dir() and place_of(out) == place_of(path.parent):
-            raise InputError(f"--out {out}: is the folder of {path}, which is read; name another folder")
+            raise InputError(
+                f"--out {out}: is the folder of {path}, which is read; name another folder"
+            )
 
 
 def place_of(path: Path) -> tuple[int, int]:

@@ -29,9 +29,17 @@ from dae.model.unetr import MONAI, SwinUNETR
 from dae.model.vit import ViTUNETR
 
 __all__ = [
-    "BACKBONES", "MONAI", "Backbone", "SwinUNETR", "UNet", "ViTUNETR", "arguments_of", "backbone_named",
-    "check_backbone", "check_size",
-]  # fmt: skip
+    "BACKBONES",
+    "MONAI",
+    "Backbone",
+    "SwinUNETR",
+    "UNet",
+    "ViTUNETR",
+    "arguments_of",
+    "backbone_named",
+    "check_backbone",
+    "check_size",
+]
 
 
 @runtime_checkable
@@ -47,7 +55,11 @@ class Backbone(Protocol):
     def decode(self, states: Sequence[Tensor], image: Tensor) -> Tensor: ...
 
 
-BACKBONES: dict[str, type[nn.Module]] = {"swin_unetr": SwinUNETR, "unet": UNet, "vit_unetr": ViTUNETR}
+BACKBONES: dict[str, type[nn.Module]] = {
+    "swin_unetr": SwinUNETR,
+    "unet": UNet,
+    "vit_unetr": ViTUNETR,
+}
 
 
 def backbone_named(name: str) -> type[nn.Module]:
@@ -59,14 +71,18 @@ def backbone_named(name: str) -> type[nn.Module]:
         return BACKBONES[name]
     module, _, cls = name.partition(":")
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a script's own folder is there, the one it is called from is not
+        sys.path.append(
+            str(Path.cwd())
+        )  # a script's own folder is there, the one it is called from is not
     try:
         found = getattr(importlib.import_module(module), cls)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backbone {name}: {error}") from error
     methods = all(hasattr(found, method) for method in ("tokenize", "encode", "decode", "forward"))
     if not (methods and inspect.isclass(found) and issubclass(found, nn.Module)):
-        raise ValueError(f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward")
+        raise ValueError(
+            f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward"
+        )
     return found
 
 
@@ -74,7 +90,9 @@ def check_backbone(network: Any, name: str, crop: Sequence[int]) -> None:
     """Raises ValueError where a network that --backbone named lacks one of the five facts, or the crop does not fit."""
     facts = ("stride", "divisor", "embed_dim", "encoder", "head")
     if lacking := [fact for fact in facts if not hasattr(network, fact)]:
-        raise ValueError(f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md")
+        raise ValueError(
+            f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md"
+        )
     check_size(crop, network.divisor)
 
 

@@ -34,7 +34,16 @@ UNFOLDED = "(b nd nh nw) heads i e -> b nd nh nw heads i e"
 MERGE_ORDER: dict[MergeOrder, tuple[int, ...]] = {
     "all": (0, 1, 2, 3, 4, 5, 6, 7),
     "monai": (0, 4, 2, 1, 6, 5, 3, 7),  # MONAI >= 1.5
-    "legacy": (0, 4, 2, 1, 5, 2, 1, 7),  # the authors' code, MONAI 0.9 to 1.4: two octants twice, 3 and 6 never
+    "legacy": (
+        0,
+        4,
+        2,
+        1,
+        5,
+        2,
+        1,
+        7,
+    ),  # the authors' code, MONAI 0.9 to 1.4: two octants twice, 3 and 6 never
 }
 
 
@@ -45,7 +54,9 @@ def clip_window(grid: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]
     return cast(Size3, inside), cast(Size3, moved)
 
 
-def relative_position_index(window: Size3, table_window: Size3, device: torch.device | None = None) -> Tensor:
+def relative_position_index(
+    window: Size3, table_window: Size3, device: torch.device | None = None
+) -> Tensor:
     """Row of the bias table for every pair of tokens of a window: (i, j), int64.
 
     The table has a row for each offset between two tokens of `table_window`: prod(2 w - 1) of them.
@@ -162,7 +173,9 @@ class RecomputedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: Size3, shift: Size3) -> Tensor:
+    def forward(
+        context: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: Size3, shift: Size3
+    ) -> Tensor:
         """q, k, v (b, nd, nh, nw, heads, i, e), bias (heads, i, j) -> as q."""
         # Detached: torch chooses the kernel by what requires a gradient, also where none is computed.
         q, k, v, bias = (t.detach() for t in (q, k, v, bias))
@@ -286,7 +299,13 @@ class SwinBlock(nn.Module):
     """Window attention and an MLP, each behind a layer norm and beside a shortcut. (b, d, h, w, c) -> the same."""
 
     def __init__(
-        self, channels: int, heads: int, *, window: Size3, shift: Size3, clipped_bias: ClippedBias = "rebuilt"
+        self,
+        channels: int,
+        heads: int,
+        *,
+        window: Size3,
+        shift: Size3,
+        clipped_bias: ClippedBias = "rebuilt",
     ) -> None:
         super().__init__()
         self.window, self.shift = window, shift
@@ -337,24 +356,44 @@ class Stage(nn.Module):
     """Blocks with the window in turn at home and shifted by half, then a merging. (b, d, h, w, c) -> half, twice."""
 
     def __init__(
-        self, channels: int, depth: int, heads: int, *, window: Size3, merge_order: MergeOrder,
-        clipped_bias: ClippedBias, conv: bool, checkpointing: bool,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        depth: int,
+        heads: int,
+        *,
+        window: Size3,
+        merge_order: MergeOrder,
+        clipped_bias: ClippedBias,
+        conv: bool,
+        checkpointing: bool,
+    ) -> None:
         super().__init__()
         half: Size3 = (window[0] // 2, window[1] // 2, window[2] // 2)
         self.checkpointing = checkpointing
         self.conv = ResidualBlock(channels, channels) if conv else None
         self.blocks = nn.ModuleList(
-            SwinBlock(channels, heads, window=window, shift=half if n % 2 else (0, 0, 0), clipped_bias=clipped_bias)
+            SwinBlock(
+                channels,
+                heads,
+                window=window,
+                shift=half if n % 2 else (0, 0, 0),
+                clipped_bias=clipped_bias,
+            )
             for n in range(depth)
         )
         self.merge = PatchMerging(channels, merge_order)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.conv is not None:
-            x = rearrange(self.conv(rearrange(x, "b d h w c -> b c d h w")), "b c d h w -> b d h w c")
+            x = rearrange(
+                self.conv(rearrange(x, "b d h w c -> b c d h w")), "b c d h w -> b d h w c"
+            )
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and self.training
+                else block(x)
+            )
         return self.merge(x)
 
 
@@ -388,18 +427,36 @@ class SwinEncoder(nn.Module):
     """Stem and stages. `tokenize` makes the tokens that DAE disrupts, `forward` turns tokens into hidden states."""
 
     def __init__(
-        self, c_in: int, channels: int, *, depths: Sequence[int], heads: Sequence[int], window: Size3,
-        merge_order: MergeOrder, clipped_bias: ClippedBias, normalize_hidden: bool, stem: Stem, stage_conv: bool,
+        self,
+        c_in: int,
+        channels: int,
+        *,
+        depths: Sequence[int],
+        heads: Sequence[int],
+        window: Size3,
+        merge_order: MergeOrder,
+        clipped_bias: ClippedBias,
+        normalize_hidden: bool,
+        stem: Stem,
+        stage_conv: bool,
         checkpointing: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.normalize_hidden = normalize_hidden
         self.stem = PatchStem(c_in, channels) if stem == "patch" else ConvStem(c_in, channels)
         self.stages = nn.ModuleList(
-            Stage(channels * 2**n, depth, head_count, window=window, merge_order=merge_order,
-                  clipped_bias=clipped_bias, conv=stage_conv, checkpointing=checkpointing)
+            Stage(
+                channels * 2**n,
+                depth,
+                head_count,
+                window=window,
+                merge_order=merge_order,
+                clipped_bias=clipped_bias,
+                conv=stage_conv,
+                checkpointing=checkpointing,
+            )
             for n, (depth, head_count) in enumerate(zip(depths, heads))
-        )  # fmt: skip
+        )
 
     def tokenize(self, x: Tensor) -> Tensor:
         """(b, c_in, D, H, W) -> (b, c, D/2, H/2, W/2), channels last in memory."""

@@ -43,7 +43,11 @@ class ResidualUnit(nn.Module):
         self.norm1 = InstanceNorm(c_out, affine=True)
         self.conv2 = nn.Conv3d(c_out, c_out, 3, padding=1, bias=False)
         self.norm2 = InstanceNorm(c_out, affine=True)
-        mixed = [nn.Conv3d(c_in, c_out, 1, bias=False), InstanceNorm(c_out, affine=True)] if c_in != c_out else []
+        mixed = (
+            [nn.Conv3d(c_in, c_out, 1, bias=False), InstanceNorm(c_out, affine=True)]
+            if c_in != c_out
+            else []
+        )
         self.shortcut = nn.Sequential(*mixed)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,13 +71,17 @@ class UpUnit(nn.Module):
 class UNetEncoder(nn.Module):
     """Stem and stages; every stage but the first halves the grid in its first block."""
 
-    def __init__(self, c_in: int, widths: Sequence[int], depths: Sequence[int], *, checkpointing: bool) -> None:
+    def __init__(
+        self, c_in: int, widths: Sequence[int], depths: Sequence[int], *, checkpointing: bool
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.stem = ConvUnit(c_in, widths[0])
         before = [widths[0], *widths[:-1]]
         self.stages = nn.ModuleList(
-            nn.ModuleList(ResidualUnit(c if n else b, c, 1 if n or not stage else 2) for n in range(depth))
+            nn.ModuleList(
+                ResidualUnit(c if n else b, c, 1 if n or not stage else 2) for n in range(depth)
+            )
             for stage, (b, c, depth) in enumerate(zip(before, widths, depths))
         )
 
@@ -82,7 +90,11 @@ class UNetEncoder(nn.Module):
         states = []
         for stage in self.stages:
             for block in stage.children():
-                x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+                x = (
+                    checkpoint(block, x, use_reentrant=False)
+                    if self.checkpointing and self.training
+                    else block(x)
+                )
             states.append(x)
         return states
 
@@ -115,7 +127,9 @@ class UNet(nn.Module):
         self.embed_dim = feature_size
         self.divisor = 2 ** (len(depths) - 1)
         self.encoder = UNetEncoder(in_channels, widths, depths, checkpointing=checkpointing)
-        self.up_units = nn.ModuleList(UpUnit(widths[n + 1], widths[n]) for n in reversed(range(len(depths) - 1)))
+        self.up_units = nn.ModuleList(
+            UpUnit(widths[n + 1], widths[n]) for n in reversed(range(len(depths) - 1))
+        )
         self.head = nn.Conv3d(feature_size, out_channels, 1)
 
     def tokenize(self, x: Tensor) -> Tensor:

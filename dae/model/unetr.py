@@ -60,13 +60,23 @@ class SwinUNETR(nn.Module):
         self.embed_dim = feature_size
         self.divisor = self.stride * 2 ** len(depths)
         self.encoder = SwinEncoder(
-            in_channels, feature_size, depths=depths, heads=heads, window=window, merge_order=merge_order,
-            clipped_bias=clipped_bias, normalize_hidden=normalize_hidden, stem=stem, stage_conv=stage_conv,
+            in_channels,
+            feature_size,
+            depths=depths,
+            heads=heads,
+            window=window,
+            merge_order=merge_order,
+            clipped_bias=clipped_bias,
+            normalize_hidden=normalize_hidden,
+            stem=stem,
+            stage_conv=stage_conv,
             checkpointing=checkpointing,
-        )  # fmt: skip
+        )
         widths = [feature_size * 2**n for n in range(len(depths) + 1)]
         self.image_block = ResidualBlock(in_channels, feature_size)
-        self.skip_blocks = nn.ModuleList(ResidualBlock(c, c) for c in widths[:-2])  # the last skip goes as it is
+        self.skip_blocks = nn.ModuleList(
+            ResidualBlock(c, c) for c in widths[:-2]
+        )  # the last skip goes as it is
         self.bottleneck = ResidualBlock(widths[-1], widths[-1])
         self.up_blocks = nn.ModuleList(UpBlock(2 * c, c) for c in reversed(widths[:-1]))
         self.image_up = UpBlock(feature_size, feature_size)
@@ -98,11 +108,17 @@ class SwinUNETR(nn.Module):
         return self.decode(self.encode(self.tokenize(x)), x)
 
 
-def check_arguments(feature_size: int, depths: Sequence[int], heads: Sequence[int], window: Sequence[int]) -> None:
+def check_arguments(
+    feature_size: int, depths: Sequence[int], heads: Sequence[int], window: Sequence[int]
+) -> None:
     if not 2 <= len(depths) <= 4 or len(heads) != len(depths):
-        raise ValueError(f"depths {tuple(depths)} and heads {tuple(heads)}: give 2 to 4 stages, and heads for each")
+        raise ValueError(
+            f"depths {tuple(depths)} and heads {tuple(heads)}: give 2 to 4 stages, and heads for each"
+        )
     for n, (depth, count) in enumerate(zip(depths, heads)):
         if depth < 1 or count < 1 or feature_size * 2**n % count:
-            raise ValueError(f"stage {n + 1}: {feature_size * 2**n} channels do not split into {count} heads")
+            raise ValueError(
+                f"stage {n + 1}: {feature_size * 2**n} channels do not split into {count} heads"
+            )
     if len(window) != 3 or min(window) < 1:
         raise ValueError(f"window {tuple(window)}: give three sizes of at least 1")

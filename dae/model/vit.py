@@ -17,25 +17,36 @@ from torch.utils.checkpoint import checkpoint
 
 from dae.model.conv import ResidualBlock, UpBlock, check_size
 
-LEVELS = {8: 3, 16: 4}  # patch -> how often its side halves, and so how many states the decoder takes
+LEVELS = {
+    8: 3,
+    16: 4,
+}  # patch -> how often its side halves, and so how many states the decoder takes
 
 
-def position_embedding(grid: Sequence[int], channels: int, device: torch.device | None = None) -> Tensor:
+def position_embedding(
+    grid: Sequence[int], channels: int, device: torch.device | None = None
+) -> Tensor:
     """Where each token is: a third of the channels for each axis, sines and cosines of c / 6 frequencies.
 
     (d, h, w) -> (1, d h w, c), float32. UNETR learns a table for one grid; this serves every grid.
     """
-    waves = build_fourier_pos_embed(list(grid), num_bands=channels // 6, in_pixels=False, device=device)
+    waves = build_fourier_pos_embed(
+        list(grid), num_bands=channels // 6, in_pixels=False, device=device
+    )
     return rearrange(waves, "waves d h w axes bands -> 1 (d h w) (axes waves bands)")
 
 
 class ViTEncoder(nn.Module):
     """Patches, their positions, a transformer, and a look at its stream after each of `levels` equal parts."""
 
-    def __init__(self, c_in: int, channels: int, *, depth: int, heads: int, patch: int, checkpointing: bool) -> None:
+    def __init__(
+        self, c_in: int, channels: int, *, depth: int, heads: int, patch: int, checkpointing: bool
+    ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.taken = [depth * (n + 1) // LEVELS[patch] for n in range(LEVELS[patch])]  # 3, 6, 9, 12 of 12
+        self.taken = [
+            depth * (n + 1) // LEVELS[patch] for n in range(LEVELS[patch])
+        ]  # 3, 6, 9, 12 of 12
         self.patches = nn.Conv3d(c_in, channels, patch, stride=patch)
         self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(channels)
@@ -51,7 +62,11 @@ class ViTEncoder(nn.Module):
         x = x + position_embedding(tokens.shape[-3:], x.shape[-1], x.device)
         states = []
         for n, block in enumerate(self.blocks, start=1):
-            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.checkpointing and self.training
+                else block(x)
+            )
             if n in self.taken:
                 states.append(x)
         states[-1] = self.norm(x)
@@ -64,7 +79,10 @@ class Raise(nn.Sequential):
     def __init__(self, c_in: int, c_out: int, times: int) -> None:
         layers: list[nn.Module] = [nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False)]
         for _ in range(times - 1):
-            layers += [nn.ConvTranspose3d(c_out, c_out, 2, stride=2, bias=False), ResidualBlock(c_out, c_out)]
+            layers += [
+                nn.ConvTranspose3d(c_out, c_out, 2, stride=2, bias=False),
+                ResidualBlock(c_out, c_out),
+            ]
         super().__init__(*layers)
 
 
@@ -92,14 +110,24 @@ class ViTUNETR(nn.Module):
         check_arguments(vit_channels, vit_depth, vit_heads, vit_patch)
         self.stride = self.divisor = vit_patch
         self.embed_dim = vit_channels
-        self.encoder = ViTEncoder(in_channels, vit_channels, depth=vit_depth, heads=vit_heads, patch=vit_patch,
-                                  checkpointing=checkpointing)  # fmt: skip
+        self.encoder = ViTEncoder(
+            in_channels,
+            vit_channels,
+            depth=vit_depth,
+            heads=vit_heads,
+            patch=vit_patch,
+            checkpointing=checkpointing,
+        )
         levels = LEVELS[vit_patch]
         widths = [feature_size * 2**n for n in range(levels)]  # at full resolution, half of it, ...
         self.image_block = ResidualBlock(in_channels, feature_size)
-        self.raises = nn.ModuleList(Raise(vit_channels, c, levels - n) for n, c in enumerate(widths[1:], start=1))
+        self.raises = nn.ModuleList(
+            Raise(vit_channels, c, levels - n) for n, c in enumerate(widths[1:], start=1)
+        )
         coarser = [vit_channels, *reversed(widths[1:])]
-        self.up_blocks = nn.ModuleList(UpBlock(c, fine) for c, fine in zip(coarser, reversed(widths)))
+        self.up_blocks = nn.ModuleList(
+            UpBlock(c, fine) for c, fine in zip(coarser, reversed(widths))
+        )
         self.head = nn.Conv3d(feature_size, out_channels, 1)
 
     def tokenize(self, x: Tensor) -> Tensor:
@@ -127,6 +155,10 @@ def check_arguments(channels: int, depth: int, heads: int, patch: int) -> None:
     if patch not in LEVELS:
         raise ValueError(f"vit patch {patch}: take 8 or 16")
     if heads < 1 or channels < 1 or channels % heads or channels % 6:
-        raise ValueError(f"vit channels {channels}: take a multiple of 6 (for the positions) and of {heads} (heads)")
+        raise ValueError(
+            f"vit channels {channels}: take a multiple of 6 (for the positions) and of {heads} (heads)"
+        )
     if depth < LEVELS[patch]:
-        raise ValueError(f"vit depth {depth}: the decoder takes {LEVELS[patch]} states; give at least as many blocks")
+        raise ValueError(
+            f"vit depth {depth}: the decoder takes {LEVELS[patch]} states; give at least as many blocks"
+        )

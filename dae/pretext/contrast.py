@@ -77,4 +77,6 @@ def cmcl(z: Tensor, modality: Tensor, *, temperature: float = 0.07, form: str = 
         share = z_label / z_label.sum(1, keepdim=True)
     else:
         logits, share = z_sim, torch.unique(modality, return_inverse=True)[1]
-    return (F.cross_entropy(logits, share) + F.cross_entropy(rearrange(logits, "n m -> m n"), share)) / 2
+    return (
+        F.cross_entropy(logits, share) + F.cross_entropy(rearrange(logits, "n m -> m n"), share)
+    ) / 2

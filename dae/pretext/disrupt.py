@@ -1,6 +1,6 @@
 """The disruptions of section 2: noise (eq. 1), downsampling (eq. 2), local masking, and MAE's token masking.
 
-Chance comes first and apart: `draw_noise`, `draw_channels` and `draw_cubes` take one generator per
+Drawn comes first and apart: `draw_noise`, `draw_channels` and `draw_cubes` take one generator per
 sample, so that a sample meets the same noise and the same mask on any number of ranks and in any
 batch. The disruptions themselves are pure functions of tensors, which torch.compile takes whole.
 
@@ -56,7 +56,9 @@ def draw_channels(
     return torch.stack([masked_share(shape, dim, ratio, g) for g in draw])
 
 
-def draw_cubes(grid: Sequence[int], draw: Sequence[Generator], *, ratio: Sequence[float], block: int) -> Tensor:
+def draw_cubes(
+    grid: Sequence[int], draw: Sequence[Generator], *, ratio: Sequence[float], block: int
+) -> Tensor:
     """What masked image modelling hides: a share of the cubes of block^3 tokens. -> (b, 1, d, h, w), bool."""
     d, h, w = (-(-n // block) for n in grid)
     masked = torch.stack([masked_share((d * h * w,), 0, ratio, g) for g in draw])
@@ -72,7 +74,9 @@ def masked_share(shape: Sequence[int], dim: int, ratio: Sequence[float], g: Gene
     """
     share = torch.full((), ratio[0], dtype=torch.float64, device=g.device)
     if len(ratio) > 1:
-        share = share + torch.rand((), generator=g, device=g.device).double() * (ratio[1] - ratio[0])
+        share = share + torch.rand((), generator=g, device=g.device).double() * (
+            ratio[1] - ratio[0]
+        )
 
     # The nearest number of places; never all, for there would be nothing to reconstruct from.
     count = (share * shape[dim]).round().clamp(max=shape[dim] - 1)

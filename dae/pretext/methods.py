@@ -15,7 +15,7 @@ from einops import reduce
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import Backbone
 from dae.pretext.contrast import cmcl, embed, gather
 from dae.pretext.disrupt import (
@@ -30,14 +30,14 @@ from dae.pretext.disrupt import (
 )
 
 
-class Chance(NamedTuple):
+class Drawn(NamedTuple):
     """What is drawn for one forward pass; None where the method has no use for it."""
 
     noise: Tensor | None = None  # (b, c, d, h, w), standard normal, for eq. 1
     mask: Tensor | None = None  # bool, broadcasts to the tokens: channels zeroed, or tokens hidden
 
 
-class Step(NamedTuple):
+class Output(NamedTuple):
     """What one forward pass of a method gives."""
 
     loss: Tensor  # l1 + alpha * cmcl, eq. 5; float32
@@ -53,7 +53,9 @@ class Pretext(nn.Module):
     Raises ValueError where the options contradict each other.
     """
 
-    def __init__(self, backbone: Backbone, method: str = "dae", options: PretextConfig | None = None) -> None:
+    def __init__(
+        self, backbone: Backbone, method: str = "dae", options: PretextConfig | None = None
+    ) -> None:
         super().__init__()
         self.backbone: Any = backbone  # a Backbone and a Module
         self.method, self.options = METHODS[method], options or PretextConfig()
@@ -64,11 +66,15 @@ class Pretext(nn.Module):
         self.input_is_target = method in ("local_mask", "mae")
         if self.options.recon == "residual":
             if self.input_is_target:
-                raise ValueError(f"--recon residual: with --method {method} x_hat is the target; take plain or scaled")
-            for parameter in backbone.head.parameters():  # x_rec starts as x_hat: training starts from doing nothing
+                raise ValueError(
+                    f"--recon residual: with --method {method} x_hat is the target; take plain or scaled"
+                )
+            for parameter in (
+                backbone.head.parameters()
+            ):  # x_rec starts as x_hat: training starts from doing nothing
                 nn.init.zeros_(parameter)
 
-    def draw(self, x: Tensor, seeds: Sequence[int]) -> Chance:
+    def draw(self, x: Tensor, seeds: Sequence[int]) -> Drawn:
         """Noise and mask for crops x (b, c, d, h, w), from one seed per sample.
 
         Apart from `forward`, so that torch.compile sees tensors only and makes one graph.
@@ -80,21 +86,29 @@ class Pretext(nn.Module):
         mask = None
         if self.method in (dae, local_masking):
             mask = draw_channels(
-                self.backbone.embed_dim, grid, draw,
-                ratio=o.mask_ratio, scope=o.mask_scope, along=o.mask_along,
-            )  # fmt: skip
+                self.backbone.embed_dim,
+                grid,
+                draw,
+                ratio=o.mask_ratio,
+                scope=o.mask_scope,
+                along=o.mask_along,
+            )
         elif self.method is mae:
             block = max(1, o.mask_block // self.backbone.stride)
             mask = draw_cubes(grid, draw, ratio=o.mask_ratio, block=block)
-        return Chance(noise, mask)
+        return Drawn(noise, mask)
 
-    def forward(self, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+    def forward(self, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
         """x (b, c, d, h, w) clean crops, modality (b,) int64, what `draw` gave for them."""
-        return self.method(self, x, modality, chance)
+        return self.method(self, x, modality, drawn)
 
     def own_state(self) -> dict[str, Tensor]:
         """What the method has learned beside the backbone."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+        return {
+            name: value
+            for name, value in self.state_dict().items()
+            if not name.startswith("backbone.")
+        }
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
@@ -109,14 +123,18 @@ class Pretext(nn.Module):
         Every path through the decoder ends in an instance norm, so its output alone (`plain`) cannot carry the mean
         and the scale of a crop; the other forms take them from x_hat.
         """
-        blind = self.options.skip == "zeros" or (self.options.skip == "auto" and self.input_is_target)
+        blind = self.options.skip == "zeros" or (
+            self.options.skip == "auto" and self.input_is_target
+        )
         image = self.shown(x_hat)
         y = self.backbone.decode(states, torch.zeros_like(image) if blind else image).float()
         if self.options.recon == "plain":
             return y
         return std(x_hat) * y + (x_hat if self.options.recon == "residual" else mean(x_hat))
 
-    def losses(self, x: Tensor, x_hat: Tensor, x_rec: Tensor, states: Sequence[Tensor], modality: Tensor) -> Step:
+    def losses(
+        self, x: Tensor, x_hat: Tensor, x_rec: Tensor, states: Sequence[Tensor], modality: Tensor
+    ) -> Output:
         """L_pretrain = L_1 + alpha * CE(z_sim, z_label), eq. 4 and 5."""
         o = self.options
         l1 = l1_of(x_rec, x, unit=std(x_hat) if in_crop_units(o) else None).mean()
@@ -125,7 +143,7 @@ class Pretext(nn.Module):
         if self.training and o.cmcl != "ranks":
             z, modality = gather(z, modality)
         contrast = cmcl(z, modality, temperature=o.temperature, form=o.cmcl)
-        return Step(l1 + o.alpha * contrast, l1.detach(), contrast.detach(), x_hat, x_rec)
+        return Output(l1 + o.alpha * contrast, l1.detach(), contrast.detach(), x_hat, x_rec)
 
 
 def check_options(o: PretextConfig) -> None:
@@ -137,7 +155,9 @@ def check_options(o: PretextConfig) -> None:
     if o.cmcl == "softmax" and o.temperature <= 0:
         raise ValueError("--temperature: --cmcl softmax divides by it; take more than 0")
     if o.cmcl != "softmax" and abs(o.temperature) > 80:
-        raise ValueError(f"--temperature {o.temperature:g}: float32 has no exp(t); the paper's is 0.07")
+        raise ValueError(
+            f"--temperature {o.temperature:g}: float32 has no exp(t); the paper's is 0.07"
+        )
 
 
 def mean(x: Tensor) -> Tensor:
@@ -169,49 +189,49 @@ def disrupt(x: Tensor, noise: Tensor, o: PretextConfig) -> Tensor:
     return downsample(noisy, o.downsample_factor, o.downsample_mode)
 
 
-def dae(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+def dae(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
     """Disruptive autoencoder: reconstruct the volume from noisy, coarse, locally masked tokens (section 2, Fig. 1)."""
-    assert chance.noise is not None and chance.mask is not None
-    x_hat = disrupt(x, chance.noise, net.options)  # eq. 1, eq. 2: noise, then down and up again
+    assert drawn.noise is not None and drawn.mask is not None
+    x_hat = disrupt(x, drawn.noise, net.options)  # eq. 1, eq. 2: noise, then down and up again
     tokens = net.backbone.tokenize(net.shown(x_hat))  # (b, c, d, h, w)
-    tokens = local_mask(tokens, chance.mask)  # r c of the c embedding channels are zero
+    tokens = local_mask(tokens, drawn.mask)  # r c of the c embedding channels are zero
     states = net.backbone.encode(tokens)
     x_rec = net.decode(states, x_hat)
     return net.losses(x, x_hat, x_rec, states, modality)  # eq. 3-5
 
 
-def noise_alone(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+def noise_alone(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
     """Table 5, "Noise": eq. 1 alone."""
-    assert chance.noise is not None
-    x_hat = add_noise(x, chance.noise, std=net.options.noise_std, mean=net.options.noise_mean)
+    assert drawn.noise is not None
+    x_hat = add_noise(x, drawn.noise, std=net.options.noise_std, mean=net.options.noise_mean)
     states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
-def downsampling(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+def downsampling(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
     """Table 5, "Downsampling": eq. 2 alone."""
     x_hat = downsample(x, net.options.downsample_factor, net.options.downsample_mode)
     states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
     return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
 
 
-def local_masking(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+def local_masking(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
     """Table 5, "Local Masking" alone. x_hat is the target here, so the full-resolution skip is fed zeros."""
-    assert chance.mask is not None
-    tokens = local_mask(net.backbone.tokenize(net.shown(x)), chance.mask)
+    assert drawn.mask is not None
+    tokens = local_mask(net.backbone.tokenize(net.shown(x)), drawn.mask)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)
 
 
-def mae(net: Pretext, x: Tensor, modality: Tensor, chance: Chance) -> Step:
+def mae(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
     """Tables 4 and 5, "MAE": whole tokens give way to a learned one (section 3.3); the skip is fed zeros here too."""
-    assert chance.mask is not None and net.mask_token is not None
-    tokens = token_mask(net.backbone.tokenize(net.shown(x)), chance.mask, net.mask_token)
+    assert drawn.mask is not None and net.mask_token is not None
+    tokens = token_mask(net.backbone.tokenize(net.shown(x)), drawn.mask, net.mask_token)
     states = net.backbone.encode(tokens)
     return net.losses(x, x, net.decode(states, x), states, modality)
 
 
-METHODS: dict[str, Callable[[Pretext, Tensor, Tensor, Chance], Step]] = {
+METHODS: dict[str, Callable[[Pretext, Tensor, Tensor, Drawn], Output]] = {
     "dae": dae,
     "noise": noise_alone,
     "downsample": downsampling,

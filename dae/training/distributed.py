@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from dae.config import InputError
+from dae.errors import InputError
 
 T = TypeVar("T")
 
@@ -116,7 +116,9 @@ def check_not_repeated() -> None:
 
     Each would be a whole run of its own, and all would write one --out.
     """
-    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # of srun; a batch script has SLURM_NTASKS and is one process
+    tasks = os.environ.get(
+        "SLURM_STEP_NUM_TASKS", "1"
+    )  # of srun; a batch script has SLURM_NTASKS and is one process
     if tasks.isdecimal() and int(tasks) > 1:
         raise InputError(
             f"SLURM_STEP_NUM_TASKS {tasks}: {tasks} tasks of srun without torchrun would be {tasks} runs on one --out; "
@@ -131,7 +133,9 @@ def meet(backend: str) -> None:
         socket.getaddrinfo(address, int(port))
         store, rank, world = next(iter(rendezvous("env://", timeout=MEETING)))
         # Once together, a rank may prepare volumes for long.
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=1))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=1)
+        )
     except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(
@@ -189,7 +193,9 @@ class StopSignal:
         self.asked = False
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
+        }
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dae.config import InputError, PretrainConfig, RunConfig
+from dae.config.pretrain import PretrainConfig
+from dae.config.shared import RunConfig
+from dae.errors import InputError
 
 
 class Log:
@@ -29,7 +31,13 @@ class Log:
         if main:
             if path.exists() and (tail := path.read_bytes()[-1:]) and tail != b"\n":
                 self._append("\n")  # what a killed run left half-written stays a line of its own
-            self.bar = tqdm(total=steps, initial=start, unit="step", disable=not sys.stderr.isatty(), smoothing=0.1)
+            self.bar = tqdm(
+                total=steps,
+                initial=start,
+                unit="step",
+                disable=not sys.stderr.isatty(),
+                smoothing=0.1,
+            )
 
     def event(self, event: str, **facts: Any) -> None:
         """One line of log.jsonl. NaN and infinity, which JSON does not have, become null."""
@@ -59,7 +67,9 @@ class Log:
         """A loss or gradient that is not finite. All ranks come here together: they compare the same numbers."""
         self.event("end", step=step, reason="not finite", loss=loss, grad_norm=grad_norm)
         saved = self.path.with_name("last.pt")
-        left = f"{saved} is from before it" if saved.exists() else "no checkpoint had been saved yet"
+        left = (
+            f"{saved} is from before it" if saved.exists() else "no checkpoint had been saved yet"
+        )
         raise InputError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, {left}; "
             "try --amp off or a lower --lr"
@@ -101,11 +111,15 @@ def read(path: Path) -> list[dict[str, Any]]:
 def versions() -> dict[str, Any]:
     """What the run ran on, for the first line of the log."""
     return {
-        "torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version(),
-        "platform": platform.platform(), "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "git": commit_of(Path(__file__).resolve().parents[2]), "command": sys.argv,
-    }  # fmt: skip
+        "git": commit_of(Path(__file__).resolve().parents[2]),
+        "command": sys.argv,
+    }
 
 
 def commit_of(root: Path) -> str | None:
@@ -147,7 +161,11 @@ def in_words(validation: Mapping[str, Any]) -> str:
         share = validation["l1"] / validation["l1_input"]
         text += f", {share:.3f} of doing nothing (L1(x_hat, x) = {validation['l1_input']:.4f})"
     each = validation["l1_by_modality"], validation["l1_input_by_modality"]
-    return text + "; " + ", ".join(f"{kind} {l1:.4f}/{each[1][kind]:.4f}" for kind, l1 in each[0].items())
+    return (
+        text
+        + "; "
+        + ", ".join(f"{kind} {l1:.4f}/{each[1][kind]:.4f}" for kind, l1 in each[0].items())
+    )
 
 
 def dice_in_words(validation: Mapping[str, Any]) -> str:
@@ -206,4 +224,10 @@ def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig)
 
 def time_left(seconds: float) -> str:
     minutes, hours = seconds / 60, seconds / 3600
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if minutes < 2
+        else f"{minutes:.0f} min"
+        if hours < 2
+        else f"{hours:.1f} h"
+    )

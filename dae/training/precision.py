@@ -2,7 +2,7 @@
 
 import torch
 
-from dae.config import InputError
+from dae.errors import InputError
 
 
 def autocast_type(amp: str, device: torch.device) -> torch.dtype | None:

@@ -7,7 +7,8 @@ python -m dae.weights convert FILE --to dae|monai --out FILE
 import sys
 from dataclasses import dataclass
 
-from dae.config import InputError, from_command_line, opt, run_or_explain
+from dae.config.command_line import from_command_line, opt, run_or_explain
+from dae.errors import InputError
 
 PROG = "python -m dae.weights"
 
@@ -16,16 +17,22 @@ PROG = "python -m dae.weights"
 class InspectConfig:
     """how the file is read"""
 
-    merge_order: str = opt("", "octants that its patch merging read; none: as its layout or its weights tell",
-                           choices=("all", "monai", "legacy"))  # fmt: skip
+    merge_order: str = opt(
+        "",
+        "octants that its patch merging read; none: as its layout or its weights tell",
+        choices=("all", "monai", "legacy"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(InspectConfig):
     """what is written"""
 
-    to: str = opt("dae", "dae: for --pretrained and --init; monai: a state dict for MONAI's SwinUNETR",
-                  choices=("dae", "monai"))  # fmt: skip
+    to: str = opt(
+        "dae",
+        "dae: for --pretrained and --init; monai: a state dict for MONAI's SwinUNETR",
+        choices=("dae", "monai"),
+    )
     out: str = opt("", "the file to write")
 
 
@@ -41,7 +48,9 @@ def read_command() -> tuple[str, str, InspectConfig]:
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
     file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
-    config = from_command_line(CONFIGS[command], prog=f"{PROG} {command}", description=__doc__, arguments=rest)
+    config = from_command_line(
+        CONFIGS[command], prog=f"{PROG} {command}", description=__doc__, arguments=rest
+    )
     if not file:
         raise InputError(f"{command}: name a file, as in {PROG} {command} FILE")
     return command, file, config
@@ -54,9 +63,9 @@ if __name__ == "__main__":
 from pathlib import Path
 from typing import Any
 
-from dae.training import checkpoint
-from dae.training.transfer import PARTS, part_of
-from dae.weights.files import Weights, for_monai, read
+from dae.weights import checkpoint
+from dae.weights.foreign import Weights, for_monai, read
+from dae.weights.transfer import PARTS, part_of
 
 FED = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes")
 
@@ -65,14 +74,21 @@ def inspect(path: Path, config: InspectConfig) -> Weights:
     """Print what a file is."""
     weights = read(path, {"merge_order": config.merge_order} if config.merge_order else {})
     plan, arguments = weights.plan, weights.plan["arguments"]
-    counts = [f"{sum(part_of(name) == part for name in weights.tensors)} of the {part}" for part in PARTS]
-    left = dict.fromkeys("position indices" if name.endswith("position_index") else name for name in weights.extra)
+    counts = [
+        f"{sum(part_of(name) == part for name in weights.tensors)} of the {part}" for part in PARTS
+    ]
+    left = dict.fromkeys(
+        "position indices" if name.endswith("position_index") else name for name in weights.extra
+    )
     lines = {
-        "network": [f"{plan['backbone']}, {plan['in_channels']} -> {plan['out_channels']} channels"],
+        "network": [
+            f"{plan['backbone']}, {plan['in_channels']} -> {plan['out_channels']} channels"
+        ],
         "options": [f"{name} {in_words(value)}" for name, value in arguments.items()],
         "tensors": [f"{len(weights.tensors)} map: {counts[0]}", *counts[1:]],
         "left out": list(left) or ["none"],
-        "fed with": [f"{name} {in_words(plan[name])}" for name in FED if plan.get(name)] or ["not known"],
+        "fed with": [f"{name} {in_words(plan[name])}" for name in FED if plan.get(name)]
+        or ["not known"],
     }
     print(f"{path}: {weights.notes[0]}")
     for name, facts in lines.items():
@@ -91,7 +107,9 @@ def convert(path: Path, config: ConvertConfig) -> None:
     if not config.out or Path(config.out).absolute() == path.absolute():
         raise InputError("--out: name the file to write, another than the one that is read")
     if Path(config.out).exists():
-        raise InputError(f"--out {config.out}: is there already; name another file, or move it away")
+        raise InputError(
+            f"--out {config.out}: is there already; name another file, or move it away"
+        )
     weights, notes = inspect(path, config), list[str]()
     if config.to == "dae":
         checkpoint.save(Path(config.out), {"model": weights.tensors, "plan": weights.plan})
@@ -107,4 +125,7 @@ def convert(path: Path, config: ConvertConfig) -> None:
 COMMANDS: dict[str, Any] = {"inspect": inspect, "convert": convert}
 
 if __name__ == "__main__":
-    run_or_explain(lambda: COMMANDS[COMMAND[0][0]](Path(COMMAND[0][1]), COMMAND[0][2]), f"{PROG} {COMMAND[0][0]}")
+    run_or_explain(
+        lambda: COMMANDS[COMMAND[0][0]](Path(COMMAND[0][1]), COMMAND[0][2]),
+        f"{PROG} {COMMAND[0][0]}",
+    )

@@ -26,7 +26,9 @@ Tensors = Mapping[str, Tensor]
 
 # Where a tensor stands in the network: ours, MONAI's.
 PLACES = (
-    *((f"encoder.stem.conv{n}.", f"swinViT.patch_embed.proj.conv{n}.conv.") for n in (1, 2)),  # the authors' stem
+    *(
+        (f"encoder.stem.conv{n}.", f"swinViT.patch_embed.proj.conv{n}.conv.") for n in (1, 2)
+    ),  # the authors' stem
     *((f"encoder.stem.norm{n}.", f"swinViT.patch_embed.proj.norm{n}.") for n in (1, 2)),
     ("encoder.stem.proj.", "swinViT.patch_embed.proj."),
     *((f"encoder.stages.{n}.conv.", f"swinViT.layers{n + 1}c.0.layer.") for n in range(4)),
@@ -74,13 +76,27 @@ TWOS = (2, 2, 2, 2)
 LAYOUTS = {
     "ours": Layout("a Swin UNETR of this package, without a plan", {}),
     "monai": Layout("MONAI's SwinUNETR", SLICED),
-    "swinvit": Layout("the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, TWOS, CROP),
-    "ssl": Layout("encoder and decoder pre-trained as in DAE (ssl_pretrained_weights.pth)",
-                  {**LEGACY, "normalize_hidden": False}, TWOS, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
-    "official": Layout("the authors' DAE pre-training (ckpt_best.pth)",
-                       {**LEGACY, "normalize_hidden": False}, TWOS, {**CROP, "mr_intensity": "nonzero"}, SCRAMBLED),
-    "official-seg": Layout("the authors' DAE fine-tuning", LEGACY, TWOS, {"crop": CROP["crop"]}, SCRAMBLED),
-}  # fmt: skip
+    "swinvit": Layout(
+        "the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, TWOS, CROP
+    ),
+    "ssl": Layout(
+        "encoder and decoder pre-trained as in DAE (ssl_pretrained_weights.pth)",
+        {**LEGACY, "normalize_hidden": False},
+        TWOS,
+        {**CROP, "mr_intensity": "nonzero"},
+        SCRAMBLED,
+    ),
+    "official": Layout(
+        "the authors' DAE pre-training (ckpt_best.pth)",
+        {**LEGACY, "normalize_hidden": False},
+        TWOS,
+        {**CROP, "mr_intensity": "nonzero"},
+        SCRAMBLED,
+    ),
+    "official-seg": Layout(
+        "the authors' DAE fine-tuning", LEGACY, TWOS, {"crop": CROP["crop"]}, SCRAMBLED
+    ),
+}
 
 # What files carry along that no network here has: heads of other tasks, a norm nothing reads, and the 1x1x1
 # convolutions that MONAI 0.8 made in every block and used only where the channels change.
@@ -88,8 +104,12 @@ EXTRA = re.compile(
     r"(encoder\.|swinViT\.|swin_vit\.)?(mask_token$|norm\.)|convTrans3d\.|rotation_head\.|contrastive_head\.|conv\.\d"
     r"|encoder(2|3|4|10)\.layer\.conv3\.|.*relative_position_index$"
 )
-NETWORK = re.compile(r"(encoder|decoder)\d+\.|out\.|layers\d|patch_embed\.")  # of a Swin UNETR by any spelling
-STEM = re.compile(r"(.*?)(swinViT\.|swin_vit\.|encoder\.|)patch_embed\.proj\.(conv1\.conv\.)?weight$")
+NETWORK = re.compile(
+    r"(encoder|decoder)\d+\.|out\.|layers\d|patch_embed\."
+)  # of a Swin UNETR by any spelling
+STEM = re.compile(
+    r"(.*?)(swinViT\.|swin_vit\.|encoder\.|)patch_embed\.proj\.(conv1\.conv\.)?weight$"
+)
 OWN_STEM = re.compile(r"(.*?)encoder\.stem\.(proj|conv1)\.weight$")
 
 
@@ -100,7 +120,11 @@ def from_monai(state_dict: Tensors) -> dict[str, Tensor]:
     MONAI 1.5) loads the same tensors and computes something else. Raises ValueError on a name that MONAI has not.
     """
     places, parts = _turned(PLACES), _turned(PARTS)
-    return {_rename(key, places, parts): value for key, value in state_dict.items() if not key.endswith(INDEX)}
+    return {
+        _rename(key, places, parts): value
+        for key, value in state_dict.items()
+        if not key.endswith(INDEX)
+    }
 
 
 def to_monai(state_dict: Tensors, window: Size3 | None = None) -> dict[str, Tensor]:
@@ -126,7 +150,9 @@ def reorder(state_dict: Tensors, old: MergeOrder, new: MergeOrder) -> dict[str, 
     Ours names, both ways between `all` and `monai`. Raises ValueError for `legacy`, which reads two octants twice.
     """
     if old != new and "legacy" in (old, new):
-        raise ValueError(f"merge order {old} cannot be written as {new}: legacy reads two octants twice, two never")
+        raise ValueError(
+            f"merge order {old} cannot be written as {new}: legacy reads two octants twice, two never"
+        )
     places = [MERGE_ORDER[old].index(octant) for octant in MERGE_ORDER[new]]
 
     def moved(value: Tensor) -> Tensor:
@@ -152,7 +178,9 @@ def recognise(state_dict: Tensors) -> Recognised:
         return Recognised("ours", tensors, extra, [], window_of(tensors, None))
     stem = first_match(STEM, state_dict)
     if stem is None:
-        raise ValueError(f"no layout of a Swin UNETR has tensors of such names as {next(iter(state_dict))}")
+        raise ValueError(
+            f"no layout of a Swin UNETR has tensors of such names as {next(iter(state_dict))}"
+        )
     tensors, extra = unwrapped(state_dict, stem[1])
     layout = {"encoder.": "official" if stem[3] else "ssl", "": "swinvit"}.get(stem[2], "monai")
     layout = "official-seg" if layout == "monai" and stem[3] else layout
@@ -179,11 +207,15 @@ def unwrapped(state_dict: Tensors, wrapper: str) -> tuple[dict[str, Tensor], lis
     """
     levels = wrapper.split(".")
     if any(a == b for a, b in pairwise(levels)) or {"swinViT", "swin_vit", "encoder"} & set(levels):
-        raise ValueError(f"names begin with {wrapper!r}, a prefix that stands there twice; take one away")
+        raise ValueError(
+            f"names begin with {wrapper!r}, a prefix that stands there twice; take one away"
+        )
     outside = [name for name in state_dict if not name.startswith(wrapper)]
     if lost := [name for name in outside if NETWORK.match(name)]:
         raise ValueError(f"{lost[0]} stands outside the prefix {wrapper!r} that other names have")
-    inside = {name.removeprefix(wrapper): t for name, t in state_dict.items() if name.startswith(wrapper)}
+    inside = {
+        name.removeprefix(wrapper): t for name, t in state_dict.items() if name.startswith(wrapper)
+    }
     return inside, outside
 
 
@@ -209,7 +241,9 @@ def reads_twice(state_dict: Tensors) -> bool:
     deepest = sorted(name for name in state_dict if name.endswith("merge.reduction.weight"))[-2:]
     shown = []
     for name in deepest:
-        columns = rearrange(state_dict[name].double(), "mixed (octants c) -> octants (mixed c)", octants=8)
+        columns = rearrange(
+            state_dict[name].double(), "mixed (octants c) -> octants (mixed c)", octants=8
+        )
         alike = torch.corrcoef(columns)[first, second]
         shown.append(bool(alike[twins].min() > alike[~twins].max()))
     return bool(shown) and all(shown)
@@ -223,18 +257,31 @@ def options_of(found: Recognised) -> dict[str, Any]:
     places = {(int(match[1]), int(match[2])) for match in blocks if match}
     stages = 1 + max((stage for stage, _ in places), default=-1)
     tables = [tensors.get(f"encoder.stages.{n}.blocks.0.attn.bias_table") for n in range(stages)]
-    if stem is None or stem.ndim != 5 or not stages or any(table is None or table.ndim != 2 for table in tables):
-        raise ValueError("its stem, or the position bias of a stage's first block, is missing or has another shape")
+    if (
+        stem is None
+        or stem.ndim != 5
+        or not stages
+        or any(table is None or table.ndim != 2 for table in tables)
+    ):
+        raise ValueError(
+            "its stem, or the position bias of a stage's first block, is missing or has another shape"
+        )
     depths = tuple(sum(s == stage for s, _ in places) for stage in range(stages))
-    wanted = LAYOUTS[found.layout].depths or (depths if found.layout == "ours" or stages == 4 else TWOS)
+    wanted = LAYOUTS[found.layout].depths or (
+        depths if found.layout == "ours" or stages == 4 else TWOS
+    )
     if depths != wanted:
-        raise ValueError(f"has stages of {depths} blocks, and such files have {wanted}: a part of it is missing")
+        raise ValueError(
+            f"has stages of {depths} blocks, and such files have {wanted}: a part of it is missing"
+        )
     return {
-        "feature_size": stem.shape[0], "depths": depths, "window": found.window,
+        "feature_size": stem.shape[0],
+        "depths": depths,
+        "window": found.window,
         "heads": tuple(table.shape[1] for table in tables if table is not None),
         "stem": "patch" if "encoder.stem.proj.weight" in tensors else "conv",
         "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in tensors),
-    }  # fmt: skip
+    }
 
 
 def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
@@ -242,13 +289,22 @@ def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
 
     Several may have: the one that MONAI's position index, which says where each pair looks, is of; without one a cube.
     """
-    rows = next((len(t) for name, t in tensors.items() if name.endswith("bias_table") and t.ndim), 0)
+    rows = next(
+        (len(t) for name, t in tensors.items() if name.endswith("bias_table") and t.ndim), 0
+    )
     odd = [n for n in range(1, rows + 1, 2) if rows % n == 0]  # 2 w - 1 along an axis
     fitting = [
-        ((a + 1) // 2, (b + 1) // 2, (rows // (a * b) + 1) // 2) for a in odd for b in odd if rows % (a * b) == 0
+        ((a + 1) // 2, (b + 1) // 2, (rows // (a * b) + 1) // 2)
+        for a in odd
+        for b in odd
+        if rows % (a * b) == 0
     ]
     if index is not None:
-        fitting = [w for w in fitting if prod(w) == len(index) and torch.equal(relative_position_index(w, w), index)]
+        fitting = [
+            w
+            for w in fitting
+            if prod(w) == len(index) and torch.equal(relative_position_index(w, w), index)
+        ]
     elif rows:
         return cube(rows)
     if not fitting:
@@ -260,7 +316,9 @@ def cube(rows: int) -> Size3:
     """The cubic window whose (2 w - 1)^3 offsets have so many rows. Raises ValueError."""
     w = (round(rows ** (1 / 3)) + 1) // 2
     if (2 * w - 1) ** 3 != rows:
-        raise ValueError(f"a bias table of {rows} rows is not of a cubic window, and nothing says which it is of")
+        raise ValueError(
+            f"a bias table of {rows} rows is not of a cubic window, and nothing says which it is of"
+        )
     return w, w, w
 
 

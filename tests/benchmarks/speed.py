@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
 from dae.pretext.methods import Pretext
 from dae.training.kernels import choose_kernels, lay_out
@@ -33,18 +33,26 @@ Candidates = dict[str, Callable[[], object]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--only", nargs="+", choices=["forward", "step", "pretext"], help="rows; all if not given")
+    parser.add_argument(
+        "--only", nargs="+", choices=["forward", "step", "pretext"], help="rows; all if not given"
+    )
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"])
     parser.add_argument("--tf32", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="compiled candidates too: minutes each")
+    parser.add_argument(
+        "--compile", action="store_true", help="compiled candidates too: minutes each"
+    )
     parser.add_argument("--no-monai", action="store_true")
     parser.add_argument("--feature-size", type=int, default=48)
     parser.add_argument("--window", type=int, default=7)
     parser.add_argument("--crop", type=int, default=96)
     parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--classes", type=int, default=14, help="channels of the output of row `forward`")
+    parser.add_argument(
+        "--classes", type=int, default=14, help="channels of the output of row `forward`"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
 
@@ -53,7 +61,9 @@ def main() -> None:
     dtype = autocast_type(options.amp, device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
     print(f"torch {torch.__version__}, {name or device.type}, {torch.get_num_threads()} threads")
-    print(f"batch {options.batch_size} of {options.crop}^3, feature size {options.feature_size}, autocast {dtype}\n")
+    print(
+        f"batch {options.batch_size} of {options.crop}^3, feature size {options.feature_size}, autocast {dtype}\n"
+    )
     print("| work | candidate | ms, median | range | peak GiB | against the first |")
     print("|---|---|---|---|---|---|")
     for row in options.only or ["forward", "step", "pretext"]:
@@ -75,10 +85,14 @@ def forward(options: Any, device: torch.device, dtype: torch.dtype | None) -> Ca
 
     found: Candidates = {"ours": of(ours(options, options.classes, device, compiled=False))}
     if options.compile:
-        found["ours, compiled"] = of(torch.compile(ours(options, options.classes, device, compiled=True)))  # type: ignore[arg-type]
+        found["ours, compiled"] = of(
+            torch.compile(ours(options, options.classes, device, compiled=True))
+        )  # type: ignore[arg-type]
     if not options.no_monai:
         found["MONAI"] = of(monai(options, options.classes))
-        found["MONAI, flash attention"] = of(monai(options, options.classes, use_flash_attention=True))
+        found["MONAI, flash attention"] = of(
+            monai(options, options.classes, use_flash_attention=True)
+        )
     return found
 
 
@@ -115,14 +129,16 @@ def pretext(options: Any, device: torch.device, dtype: torch.dtype | None) -> Ca
     modality = torch.arange(options.batch_size, device=device) % 2
 
     def of(compiled: bool) -> Callable[[], object]:
-        net = Pretext(ours(options, 1, device, compiled=compiled), "dae", PretextConfig()).to(device)  # type: ignore[arg-type]
+        net = Pretext(ours(options, 1, device, compiled=compiled), "dae", PretextConfig()).to(
+            device
+        )  # type: ignore[arg-type]
         network = torch.compile(net) if compiled else net
         optimizer = torch.optim.AdamW(net.parameters(), fused=device.type == "cuda")
 
         def run() -> None:
-            chance = net.draw(x, range(options.batch_size))
+            drawn = net.draw(x, range(options.batch_size))
             with autocast(dtype, device):
-                loss = network(x, modality, chance).loss
+                loss = network(x, modality, drawn).loss
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
@@ -156,7 +172,11 @@ def monai(options: Any, channels: int, **more: Any) -> nn.Module:
     except ImportError:
         sys.exit("MONAI is not installed: --no-monai, or pip install monai in another environment")
     return Theirs(  # type: ignore[no-any-return]
-        in_channels=1, out_channels=channels, feature_size=options.feature_size, window_size=options.window, **more
+        in_channels=1,
+        out_channels=channels,
+        feature_size=options.feature_size,
+        window_size=options.window,
+        **more,
     )
 
 
@@ -182,7 +202,10 @@ def table(work: str, candidates: Candidates, rounds: int, device: torch.device) 
     for name, found in times.items():
         middle, peak = median(found), f"{peaks[name]:.2f}" if name in peaks else ""
         spread = f"{min(found):.1f} to {max(found):.1f}"
-        print(f"| {work} | {name} | {middle:.1f} | {spread} | {peak} | {middle / first:.2f} |", flush=True)
+        print(
+            f"| {work} | {name} | {middle:.1f} | {spread} | {peak} | {middle / first:.2f} |",
+            flush=True,
+        )
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:

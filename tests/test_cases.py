@@ -8,10 +8,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from dae.config import InputError
-from dae.evaluation import scoring
-from dae.evaluation.metrics import score_labels
-from dae.evaluation.scoring import (
+from dae.errors import InputError
+from dae.evaluation import cases as scoring
+from dae.evaluation.cases import (
     COLUMNS,
     Pair,
     case_name,
@@ -26,6 +25,7 @@ from dae.evaluation.scoring import (
     volumes_in,
     write_scores,
 )
+from dae.evaluation.metrics import score_labels
 
 AFFINE = np.diag([3.0, 1.0, 2.0, 1.0])
 CLASSES = {0: "background", 1: "liver", 2: "spleen"}
@@ -57,9 +57,16 @@ def refusal(call, *named):
 # Which file belongs to which
 
 
-@pytest.mark.parametrize("name, case", [
-    ("s1.nii.gz", "s1"), ("s1.nii", "s1"), ("s1.v2.nii.gz", "s1.v2"), ("S1.NII.GZ", "S1"), ("s1.mgz", "s1.mgz"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, case",
+    [
+        ("s1.nii.gz", "s1"),
+        ("s1.nii", "s1"),
+        ("s1.v2.nii.gz", "s1.v2"),
+        ("S1.NII.GZ", "S1"),
+        ("s1.mgz", "s1.mgz"),
+    ],
+)
 def test_a_case_is_the_file_name_without_its_endings(name, case):
     assert case_name(Path("somewhere") / name) == case
 
@@ -68,8 +75,10 @@ def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay():
     images = [Path("/d/s1/t1.nii.gz"), Path("/d/s2/t1.nii.gz"), Path("/d/s2/t2.nii")]
     assert case_names(images) == ["s1_t1", "s2_t1", "t2"]
     assert case_names([Path("/a/s1/t1.nii"), Path("/b/s1/t1.nii"), Path("/b/s2/t1.nii")]) == [
-        "a_s1_t1", "b_s1_t1", "s2_t1",
-    ]  # fmt: skip
+        "a_s1_t1",
+        "b_s1_t1",
+        "s2_t1",
+    ]
 
 
 def test_a_made_up_name_does_not_hide_a_true_one():
@@ -89,14 +98,17 @@ def test_two_folders_pair_by_case_whatever_the_ending(tmp_path):
     (tmp_path / "labels" / "notes.txt").write_text("not a case")
     found = pair(tmp_path / "predictions", tmp_path / "labels")
     assert [(each.case, each.prediction.name, each.label.name) for each in found] == [
-        ("a", "a.nii", "a.nii.gz"), ("b", "b.nii.gz", "b.nii.gz"),
-    ]  # fmt: skip
+        ("a", "a.nii", "a.nii.gz"),
+        ("b", "b.nii.gz", "b.nii.gz"),
+    ]
 
 
 def test_a_list_pairs_by_its_own_names(tmp_path):
     saved(tmp_path / "p" / "s1_t1.nii.gz", two_boxes())
     label = saved(tmp_path / "s1" / "truth.nii.gz", two_boxes())
-    assert pair(tmp_path / "p", [("s1_t1", label)]) == [Pair("s1_t1", tmp_path / "p" / "s1_t1.nii.gz", label)]
+    assert pair(tmp_path / "p", [("s1_t1", label)]) == [
+        Pair("s1_t1", tmp_path / "p" / "s1_t1.nii.gz", label)
+    ]
 
 
 def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path):
@@ -112,7 +124,11 @@ def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path):
         saved(labels / f"{name}.nii.gz", two_boxes())
     refusal(lambda: pair(predictions, labels), predictions, "no prediction for case d and 3 more")
     saved(predictions / "a.nii", two_boxes())
-    refusal(lambda: pair(predictions, labels), predictions, "case a is there both as .nii and as .nii.gz")
+    refusal(
+        lambda: pair(predictions, labels),
+        predictions,
+        "case a is there both as .nii and as .nii.gz",
+    )
 
 
 def test_a_list_that_does_not_fit_is_named(tmp_path):
@@ -121,7 +137,9 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     refusal(lambda: pair(tmp_path, [("a", lost)]), lost, "no such file")
     refusal(lambda: pair(tmp_path, [("a", None)]), "the list: no label for case a")
     refusal(lambda: pair(tmp_path, [("b", lost)]), "the list: no label for case a")
-    refusal(lambda: pair(tmp_path, [("a", lost), ("b", lost)]), tmp_path, "no prediction for case b")
+    refusal(
+        lambda: pair(tmp_path, [("a", lost), ("b", lost)]), tmp_path, "no prediction for case b"
+    )
     refusal(lambda: pair(tmp_path, [("a", lost), ("a", lost)]), "case a more than once")
 
 
@@ -137,10 +155,14 @@ def test_hidden_files_are_no_cases(tmp_path):
 
 def test_nothing_is_scored_against_itself(tmp_path):
     label = saved(tmp_path / "labels" / "a.nii.gz", two_boxes())
-    refusal(lambda: pair(tmp_path / "labels", tmp_path / "labels"), label, "is the prediction as well")
+    refusal(
+        lambda: pair(tmp_path / "labels", tmp_path / "labels"), label, "is the prediction as well"
+    )
     (tmp_path / "predictions").mkdir()
     (tmp_path / "predictions" / "a.nii.gz").symlink_to(label)
-    refusal(lambda: pair(tmp_path / "predictions", [("a", label)]), label, "is the prediction as well")
+    refusal(
+        lambda: pair(tmp_path / "predictions", [("a", label)]), label, "is the prediction as well"
+    )
 
 
 def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):
@@ -154,9 +176,17 @@ def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):
 
 
 def test_distances_are_in_mm_of_the_header(tmp_path):
-    files = saved(tmp_path / "s1.nii.gz", two_boxes(shift=2)), saved(tmp_path / "label.nii.gz", two_boxes())
+    files = (
+        saved(tmp_path / "s1.nii.gz", two_boxes(shift=2)),
+        saved(tmp_path / "label.nii.gz", two_boxes()),
+    )
     liver, spleen = score_case(*files, CLASSES)
-    assert (liver["case"], liver["class"], liver["name"], liver["status"]) == ("s1", 1, "liver", "ok")
+    assert (liver["case"], liver["class"], liver["name"], liver["status"]) == (
+        "s1",
+        1,
+        "liver",
+        "ok",
+    )
     assert liver["hd"] == liver["hd95"] == 6  # two voxels of 3 mm
     assert liver["dice"] == pytest.approx(2 / 3)
     assert liver["volume_truth_ml"] == pytest.approx(6**3 * 6 / 1000)
@@ -166,7 +196,9 @@ def test_distances_are_in_mm_of_the_header(tmp_path):
 def test_rows_are_those_of_score_labels_with_all_its_choices(tmp_path):
     files = saved(tmp_path / "a.nii", two_boxes(1)), saved(tmp_path / "b.nii", two_boxes())
     choices = {"tolerance": {1: 3.0, 2: 0.0}, "definition": "surface-distance"}
-    expected = score_labels(two_boxes(1), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, **choices)
+    expected = score_labels(
+        two_boxes(1), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, **choices
+    )
     assert score_case(*files, CLASSES, **choices) == [{"case": "a", **row} for row in expected]
     assert [row["name"] for row in score_case(*files, [0, 1, 2])] == ["1", "2"]
 
@@ -182,7 +214,12 @@ def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path):
     """Voxels of 3 x 1 x 2 mm: a tenth of one is another length along each axis."""
     label, path = saved(tmp_path / "label.nii", two_boxes()), tmp_path / "a.nii"
     saved(path, two_boxes()[:-1])
-    refusal(lambda: score_case(path, label, CLASSES), path, label, "15 x 12 x 10 and 16 x 12 x 10 voxels")
+    refusal(
+        lambda: score_case(path, label, CLASSES),
+        path,
+        label,
+        "15 x 12 x 10 and 16 x 12 x 10 voxels",
+    )
     for place, off, words in (
         ((0, 3), 0.29, ""),
         ((0, 3), 0.31, "up to 0.31 mm (0.103 voxels) apart"),
@@ -209,17 +246,27 @@ def rotated(degrees):
 def test_headers_that_differ_in_the_seventh_digit_are_one_grid_at_45_degrees_too(degrees, tmp_path):
     """There the axes of one are ordered apart from those of the other."""
     square = np.diag([1 / 3, 1, 1, 1])  # 1 x 1 x 2 mm, so that the order hangs on the angle
-    files = [saved(tmp_path / f"{n}.nii", two_boxes(n), rotated(degrees + (2 * n - 1) * 1e-5) @ square) for n in (0, 1)]
+    files = [
+        saved(tmp_path / f"{n}.nii", two_boxes(n), rotated(degrees + (2 * n - 1) * 1e-5) @ square)
+        for n in (0, 1)
+    ]
     for prediction, label in (files, files[::-1]):
         liver, spleen = score_case(prediction, label, CLASSES)
-        assert liver["dice"] == pytest.approx(5 / 6) and liver["hd"] == pytest.approx(1) and spleen["dice"] == 1
+        assert (
+            liver["dice"] == pytest.approx(5 / 6)
+            and liver["hd"] == pytest.approx(1)
+            and spleen["dice"] == 1
+        )
 
 
 def test_a_sheared_grid_has_no_distances_in_mm_and_is_refused(tmp_path):
     """Scores have no room for a warning, and a gantry tilt of 15 degrees costs lengths up to 16 %."""
     tilted = AFFINE.copy()
     tilted[:3, 2] = 0, 2 * np.sin(np.radians(15)), 2 * np.cos(np.radians(15))
-    files = saved(tmp_path / "a.nii", two_boxes(), tilted), saved(tmp_path / "b.nii", two_boxes(), tilted)
+    files = (
+        saved(tmp_path / "a.nii", two_boxes(), tilted),
+        saved(tmp_path / "b.nii", two_boxes(), tilted),
+    )
     refusal(lambda: score_case(*files, CLASSES), files[1], "not perpendicular", "16% wrong")
 
 
@@ -303,19 +350,29 @@ def test_all_cases_are_scored_in_order_and_each_has_a_diagonal(tmp_path):
     assert [(row["case"], row["class"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
     assert rows[2]["nsd"] == 1 and score(pairs, CLASSES).rows[2]["nsd"] < 1
     assert contents["a"] == contents["b"]  # the label maps are alike, the predictions are not
-    assert lengths == diagonals(pairs) == pytest.approx(dict.fromkeys("ab", sqrt(48**2 + 12**2 + 20**2)))
+    assert (
+        lengths
+        == diagonals(pairs)
+        == pytest.approx(dict.fromkeys("ab", sqrt(48**2 + 12**2 + 20**2)))
+    )
 
 
 def test_the_content_of_a_label_map_is_its_voxels_however_they_are_stored(tmp_path):
     labels = two_boxes()
     path = saved(tmp_path / "a.nii", labels)
     content = score([Pair("a", path, path)], CLASSES).labels["a"]
-    turned = nib.Nifti1Image(labels.astype(np.int32), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
+    turned = nib.Nifti1Image(labels.astype(np.int32), AFFINE).as_reoriented(
+        [[2, -1], [0, 1], [1, -1]]
+    )
     nib.save(turned, tmp_path / "b.nii.gz")
     saved(tmp_path / "c.nii", labels.astype(np.float32))
-    assert [score([Pair("x", path, tmp_path / name)], CLASSES).labels["x"] for name in ("b.nii.gz", "c.nii")] == [
-        content, content,
-    ]  # fmt: skip
+    assert [
+        score([Pair("x", path, tmp_path / name)], CLASSES).labels["x"]
+        for name in ("b.nii.gz", "c.nii")
+    ] == [
+        content,
+        content,
+    ]
     labels[0, 0, 0] = 1
     changed = saved(tmp_path / "d.nii", labels)
     assert score([Pair("x", path, changed)], CLASSES).labels["x"] != content
@@ -330,7 +387,9 @@ def some_rows(tmp_path):
     truth, prediction = two_boxes(), two_boxes(1)
     truth[0, 0, 0], prediction[0, 0, 0], prediction[0, 5, 0] = 3, 0, 4
     files = saved(tmp_path / "a,b.nii", prediction), saved(tmp_path / "t.nii", truth)
-    return score_case(*files, {1: "liver", 2: "spleen, left", 3: 'a "name"', 4: "vena cava", 5: "é"})
+    return score_case(
+        *files, {1: "liver", 2: "spleen, left", 3: 'a "name"', 4: "vena cava", 5: "é"}
+    )
 
 
 def test_scores_come_back_exactly(tmp_path):
@@ -355,7 +414,9 @@ def test_the_columns_are_the_promised_ones_and_infinity_is_spelled_out(tmp_path)
 
 
 def test_what_else_a_row_holds_stays_out_of_the_file(tmp_path):
-    write_scores([{**row, "diagonal_mm": 3.0} for row in some_rows(tmp_path)], tmp_path / "scores.csv")
+    write_scores(
+        [{**row, "diagonal_mm": 3.0} for row in some_rows(tmp_path)], tmp_path / "scores.csv"
+    )
     assert "diagonal" not in (tmp_path / "scores.csv").read_text()
 
 
@@ -369,15 +430,25 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     assert (tmp_path / "scores.csv").read_bytes() == before
 
 
-@pytest.mark.parametrize("content, reason", [
-    ("a,b\n1,2\n", "KeyError after 0 rows: 'dice'"),
-    (",".join(COLUMNS) + "\n", "holds no scores"),
-    ("", "holds no scores"),
-    (",".join(COLUMNS) + "\n" + ",".join(["a", "1", "n", "ok", *["0.5"] * 10]) + "\na,1,n,ok,x" + ",0" * 9 + "\n",
-     "after 1 rows: could not convert string to float: 'x'"),
-    (",".join(COLUMNS) + "\na,1,n,ok,0.5\n", "TypeError"),
-    (",".join(COLUMNS) + "\na,one,n,ok" + ",0" * 10 + "\n", "invalid literal for int"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("a,b\n1,2\n", "KeyError after 0 rows: 'dice'"),
+        (",".join(COLUMNS) + "\n", "holds no scores"),
+        ("", "holds no scores"),
+        (
+            ",".join(COLUMNS)
+            + "\n"
+            + ",".join(["a", "1", "n", "ok", *["0.5"] * 10])
+            + "\na,1,n,ok,x"
+            + ",0" * 9
+            + "\n",
+            "after 1 rows: could not convert string to float: 'x'",
+        ),
+        (",".join(COLUMNS) + "\na,1,n,ok,0.5\n", "TypeError"),
+        (",".join(COLUMNS) + "\na,one,n,ok" + ",0" * 10 + "\n", "invalid literal for int"),
+    ],
+)
 def test_what_is_not_a_scores_csv_is_refused_by_name(content, reason, tmp_path):
     path = tmp_path / "scores.csv"
     refusal(lambda: read_scores(path), path)

@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dae.config import InputError, OptimConfig, RunConfig, differences, to_json
+from dae.config.command_line import to_json
+from dae.config.shared import OptimConfig, RunConfig, differences
 from dae.data.datalist import BY_VOXELS
+from dae.errors import InputError
 
 FORMAT = 1
 MARK = b"sha256:"
@@ -44,7 +46,9 @@ def write(path: Path, content: dict[str, Any], *, sealed: bool) -> None:
         _flush_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         aside.unlink(missing_ok=True)
-        raise InputError(f"{path}: could not be written ({_line(error)}); the one before is untouched") from error
+        raise InputError(
+            f"{path}: could not be written ({_line(error)}); the one before is untouched"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -59,20 +63,31 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch has a dozen kinds of error for a damaged file
         raise InputError(f"{path}: not a checkpoint that can be read ({_line(error)})") from error
     if state is None:
-        raise InputError(f"{path}: damaged or not one of ours: its checksum does not match its bytes")
+        raise InputError(
+            f"{path}: damaged or not one of ours: its checksum does not match its bytes"
+        )
     if state.get("format") != FORMAT:
-        raise InputError(f"{path}: written in format {state.get('format')}, this version reads {FORMAT}")
+        raise InputError(
+            f"{path}: written in format {state.get('format')}, this version reads {FORMAT}"
+        )
     return dict(state)
 
 
 # What a run writes into its folder, beside step-N.pt.
 RUN_FILES = (
-    "log.jsonl", "last.pt", "best.pt", "config.json",
-    "figures/reconstruction.png", "figures/loss.png", "figures/overlay.png",
-)  # fmt: skip
+    "log.jsonl",
+    "last.pt",
+    "best.pt",
+    "config.json",
+    "figures/reconstruction.png",
+    "figures/loss.png",
+    "figures/overlay.png",
+)
 
 
-def check_out_folder(out: Path, *, resume: bool, free: bool = False, inputs: Sequence[str] = ()) -> None:
+def check_out_folder(
+    out: Path, *, resume: bool, free: bool = False, inputs: Sequence[str] = ()
+) -> None:
     """The folder can be made, and nothing in it would be replaced but what a run has left that goes on.
 
     free: an earlier run may be written over. inputs: files that are read, which no run may replace.
@@ -84,12 +99,18 @@ def check_out_folder(out: Path, *, resume: bool, free: bool = False, inputs: Seq
     there = [name for name in RUN_FILES if (out / name).exists()]
     if there and not (resume or free):
         if there[0] in ("log.jsonl", "last.pt"):
-            raise InputError(f"--out {out}: holds a run already; add --resume to go on with it, or name another folder")
-        raise InputError(f"--out {out}: holds {there[0]}, which a run would replace; name another folder")
+            raise InputError(
+                f"--out {out}: holds a run already; add --resume to go on with it, or name another folder"
+            )
+        raise InputError(
+            f"--out {out}: holds {there[0]}, which a run would replace; name another folder"
+        )
     for given in inputs:
         for name in there:
             if Path(given).is_file() and Path(given).samefile(out / name):
-                raise InputError(f"--out {out}: {given} is read and would be replaced; name another folder")
+                raise InputError(
+                    f"--out {out}: {given} is read and would be replaced; name another folder"
+                )
 
 
 def start_over(out: Path) -> None:
@@ -98,7 +119,10 @@ def start_over(out: Path) -> None:
     for path in there:
         path.unlink()
     if there:
-        print(f"{out}: the demo's earlier run is removed and started over; --resume would go on", file=sys.stderr)
+        print(
+            f"{out}: the demo's earlier run is removed and started over; --resume would go on",
+            file=sys.stderr,
+        )
 
 
 def left_in(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
@@ -116,11 +140,19 @@ def left_in(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
 def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
     """Raises InputError, naming the flag, where what was left is of another run."""
     for name in differences(config, saved["config"]):
-        flag, was, now = f"--{name.replace('_', '-')}", saved["config"].get(name), to_json(config)[name]
-        raise InputError(f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out")
+        flag, was, now = (
+            f"--{name.replace('_', '-')}",
+            saved["config"].get(name),
+            to_json(config)[name],
+        )
+        raise InputError(
+            f"{flag} {now}: the run of {path} was started with {was}; keep it, or name another --out"
+        )
 
 
-def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> None:
+def check_same_batch(
+    path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int
+) -> None:
     """Raises InputError where a step of the resumed run would see another number of samples.
 
     Its factors may change: sample j of step s is the same on any ranks and in any micro-batch.
@@ -135,7 +167,7 @@ def check_same_batch(path: Path, saved: Mapping[str, Any], config: OptimConfig, 
 
 def check_same_samples(
     path: Path, saved: Mapping[str, Any], facts: Mapping[str, Any], *, data_by_size: str = ""
-) -> None:  # fmt: skip
+) -> None:
     """Raises InputError where a resumed run would meet other volumes.
 
     `data_by_size` is the fingerprint of the data as older versions wrote it, for runs that they have left.
@@ -144,7 +176,9 @@ def check_same_samples(
     if saved["data"] == (facts["data"] if by_voxels else data_by_size):
         return
     older = "" if by_voxels else " or its split, which older versions drew otherwise,"
-    raise InputError(f"{path}: the data list{older} is not what it was ({saved['data']}); the samples would be others")
+    raise InputError(
+        f"{path}: the data list{older} is not what it was ({saved['data']}); the samples would be others"
+    )
 
 
 def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
@@ -167,7 +201,9 @@ def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) ->
     try:
         backbone.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{path}: weights of another network, made with other flags ({_line(error)})") from error
+        raise InputError(
+            f"{path}: weights of another network, made with other flags ({_line(error)})"
+        ) from error
 
 
 def rng_state() -> dict[str, Any]:

@@ -18,12 +18,13 @@ import torch
 from conftest import NETWORK, ROOT, environment
 from torch import Tensor
 
-from dae.config import InputError, run_or_explain
-from dae.config_seg import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.errors import InputError
+from dae.config.command_line import run_or_explain
+from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.evaluation.metrics import score_labels
-from dae.evaluation.scoring import COLUMNS, read_scores, write_scores
+from dae.evaluation.cases import COLUMNS, read_scores, write_scores
 from dae.model import SwinUNETR
-from dae.training import checkpoint
+from dae.weights import checkpoint
 
 evaluate = importlib.import_module("eval")
 SPACING = (3.0, 1.0, 2.0)
@@ -84,7 +85,7 @@ NAMED = {"0": "background", "1": "liver", "2": "spleen"}
 @pytest.mark.parametrize("content, given", [
     ({"labels": {"background": 0, "liver": 1, "spleen": 2, "ignore": 9}}, {}),
     ({"labels": NAMED}, {"ignore": 9}), ({"labels": {**NAMED, "9": "tumour"}}, {"ignore": 9}),
-])  # fmt: skip
+])
 def test_an_ignored_region_counts_for_nothing_whoever_names_it(
     scored: Scored, content: dict[str, Any], given: dict[str, Any]
 ) -> None:
@@ -137,7 +138,7 @@ def fold(folder: Path, dice: dict[str, float]) -> Path:
     rest = dict.fromkeys(COLUMNS[5:], 1.0)
     folder.mkdir(parents=True)
     write_scores([{"case": case, "class": 1, "name": "liver", "status": "ok", "dice": value, **rest}
-                  for case, value in dice.items()], folder / "scores.csv")  # fmt: skip
+                  for case, value in dice.items()], folder / "scores.csv")
     return folder
 
 
@@ -162,7 +163,7 @@ def test_folds_are_put_together_from_the_shell(tmp_path: Path) -> None:
 def test_folds_that_are_not_there_or_given_twice_are_one_line(tmp_path: Path) -> None:
     a = fold(tmp_path / "a", {"s0": 0.5})
     for scores, word in (((), "no scores.csv there"), ((str(tmp_path),), f"{tmp_path}: no scores.csv"),
-                         ((str(a), str(a / "scores.csv")), f"{a}: its name is there twice")):  # fmt: skip
+                         ((str(a), str(a / "scores.csv")), f"{a}: its name is there twice")):
         with pytest.raises(InputError, match=word):
             evaluate.folds(FoldsConfig(scores=scores, out=str(tmp_path / "out")))
     assert not (tmp_path / "out").exists()
@@ -229,11 +230,11 @@ def listed(folder: Path) -> Path:
     (cut, None, "different grids: "), (as_it_is, MOVED, "corners lie up to 5 mm"),
     (with_a_strange_label, None, "label 77 is not declared; declared are [0, 1, 2, 9]"),
     (halved, None, "holds 0.5, but labels are whole numbers"), (twice, None, "14 x 16 x 18 x 2; a label map has three"),
-])  # fmt: skip
+])
 def test_label_maps_that_do_not_fit_are_refused_by_file(
     answer: Callable[..., str], tmp_path: Path, folder: str, change: Callable[[np.ndarray], np.ndarray],
     affine: np.ndarray | None, word: str,
-) -> None:  # fmt: skip
+) -> None:
     data = listed(tmp_path)
     path = saved(tmp_path / folder / "s1.nii.gz", change(blobs(0)), affine)
     for command in ("score", "tune"):
@@ -265,7 +266,7 @@ def weights(path: Path, **other: Any) -> Path:
         "backbone": "swin_unetr", "arguments": NETWORK, "in_channels": 1, "out_channels": 3, "crop": [16, 16, 16],
         "classes": {"0": "background", "1": "liver", "2": "spleen"}, "spacing": [], "modalities": ["ct"],
         "intensity": {"ct": ["window"]}, "ct_window": [-100.0, 300.0], "mr_intensity": "zscore", "flip_axes": [],
-    }  # fmt: skip
+    }
     checkpoint.save(path, {"plan": {**plan, **other}, "model": SwinUNETR(1, 3, **NETWORK).state_dict()})
     return path
 
@@ -303,7 +304,7 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tmp_path: Path) ->
         (("score", "--predictions", "nowhere", "--data", data, "--out", tmp_path / "o"), "nowhere"),
         (("scoer",), "scoer: not a command"), (("score", "--predictoins", "x"), "--predictoins"),
         (("compare", "a"), "a: no scores.csv"), (("predict", "--overlap", "2"), "--overlap 2"),
-    ]:  # fmt: skip
+    ]:
         done = shell(*line)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and word in done.stderr, done.stderr
         assert done.stderr.startswith("eval.py") and not done.stdout
@@ -371,7 +372,7 @@ def test_no_scan_and_no_label_is_ever_written_over(predict: Predict, asked: list
         ({"images": (str(scans / "s0.nii.gz"),)}, tmp_path / "link", "is the folder of"),
         (data, scans, "is the folder of"), (data, labels, "is the folder of"),
         (data, tmp_path / "set/others", "others/s1.nii.gz is there already"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=word) as error:
             predict(out=str(out), **given)
         assert f"--out {out}: " in str(error.value)
@@ -411,7 +412,7 @@ def test_a_bad_file_does_not_keep_the_others_from_prediction(predict: Predict, t
     assert all(f"in/{name}.nii.gz: " in line and reason in line for name, reason in reasons.items())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "a.nii.gz", "z.nii.gz", "predicted.json", "written.jsonl",
-    }  # fmt: skip
+    }
     (tmp_path / "in/two.nii.gz").unlink()
     items = [{"image": f"in/{name}.nii.gz", "modality": "ct"} for name in ("a", "lost", "z")]
     (tmp_path / "list.json").write_text(json.dumps({"training": items, "test": items}))
@@ -453,7 +454,7 @@ def test_predictions_of_other_settings_or_images_do_not_come_into_one_folder(pre
     for given, flag in [
         ({"checkpoint": (other,)}, "checkpoint"), ({"tta": True}, "tta"), ({"overlap": 0.25}, "overlap"),
         ({"ensemble": "logits"}, "ensemble"), ({"amp": "bf16"}, "amp"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(InputError, match=f"s0.nii.gz was predicted with another --{flag} "):
             predict(image, **given)
         with pytest.raises(InputError, match=f"another --{flag} "):
@@ -489,7 +490,7 @@ def test_a_network_meets_only_what_it_was_trained_on(predict: Predict, asked: li
         (lambda: of_list(ct, t1, modality="ct"), "modality ct: the network knows t1"),
         (lambda: predict(image, checkpoint=(ct, t1)), "modality ct: the network knows t1"),
         (lambda: of_list(ct, modality="ct", intensity="percentile"), "intensity percentile, but .* on ct by window"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(InputError, match=word):
             call()
     assert not asked
@@ -545,7 +546,7 @@ def test_test_time_flips_are_those_of_the_training(
     for name, expected, words in [
         ("flipped", (0, 1, 2), "averaged over flips along axes 0 (left-right), 1 (front-back), 2 (up-down)"),
         ("still", (), "--tta takes those of the training, which had none"), ("often", (0, 1, 2), "averaged over"),
-    ]:  # fmt: skip
+    ]:
         predict(image, checkpoint=(str(tmp_path / f"{name}.pt"),), tta=True, out=str(tmp_path / name))
         assert tuple(seen[-1]["flips"]) == expected and words in capsys.readouterr().out
     with pytest.raises(InputError, match=r"still.pt: its flip_axes differs from that of .*often.pt"):
@@ -628,7 +629,7 @@ def test_no_command_replaces_a_file_that_is_not_its_own(scored: Scored, tmp_path
         ("postprocess.json", lambda out: evaluate.tune(TuneConfig(**where, out=out))),
         ("compare.csv", lambda out: evaluate.compare(CompareConfig(a=str(a), b=str(b), out=out))),
         ("folds.json", lambda out: evaluate.folds(FoldsConfig(scores=(str(a), str(b)), out=out))),
-    ]:  # fmt: skip
+    ]:
         out = tmp_path / f"{name}-out"
         (out / name).parent.mkdir(parents=True)
         (out / name).write_text("of the user")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dae.training.dice import LOSSES, cross_entropy, dice_loss, dice_per_class
+from dae.training.losses import LOSSES, cross_entropy, dice_loss, dice_per_class
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -48,7 +48,10 @@ def test_dice_ce_adds_the_mean_negative_log_probability() -> None:
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_what_was_not_annotated_counts_for_nothing_as_if_it_had_been_cut_away(loss: Loss) -> None:
     torch.manual_seed(0)
-    logits, label = torch.randn(2, 3, 4, 4, 6, requires_grad=True), torch.randint(0, 3, (2, 4, 4, 6))
+    logits, label = (
+        torch.randn(2, 3, 4, 4, 6, requires_grad=True),
+        torch.randint(0, 3, (2, 4, 4, 6)),
+    )
     label[..., 4:] = -1
     found = loss(logits, label)
     assert found.item() == pytest.approx(loss(logits[..., :4], label[..., :4]).item(), abs=1e-6)

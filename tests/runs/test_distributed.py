@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dae.config import InputError
+from dae.errors import InputError
 from dae.training import distributed
 from dae.training.distributed import LAUNCH, joined, start
 

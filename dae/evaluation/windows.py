@@ -8,28 +8,25 @@ a window, whatever the volume's length.
 Images are (c, d, h, w) in RAS order; k classes take the place of c in what is predicted; b windows go through at once.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations, pairwise, product
 from math import ceil
-from pathlib import Path
 from typing import Any, Literal
 
-import nibabel as nib
 import numpy as np
 import torch
-from nibabel.orientations import apply_orientation, axcodes2ornt, io_orientation, ornt_transform
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
-from dae.config import InputError, Size3
+from dae.config.command_line import Size3
 from dae.data.augment import crop
-from dae.data.nifti import affine_in_mm
-from dae.evaluation.metrics import Labels, refuse
+from dae.errors import InputError
+from dae.evaluation.metrics import refuse
 
 Predict = Callable[[Tensor], Tensor]  # windows (b, c, *window) -> logits (b, k, *window)
+
 Combine = Literal["softmax", "logits"]
+
 
 SLAB = 8  # planes handed over at once
 
@@ -44,7 +41,9 @@ def window_starts(size: int, window: int, overlap: float) -> list[int]:
     """
     refuse(size < window, f"an axis of {size} voxels has no room for a window of {window}")
     spare = size - window
-    longest = max(1, int(window * (1 - overlap) + 1e-6))  # .9 of ten voxels leave one, though floats say .9999999
+    longest = max(
+        1, int(window * (1 - overlap) + 1e-6)
+    )  # .9 of ten voxels leave one, though floats say .9999999
     steps = ceil(spare / longest)
     return [round(n * spare / max(steps, 1)) for n in range(steps + 1)]
 
@@ -62,9 +61,14 @@ def gaussian(window: Size3) -> Tensor:
 
 
 def ensemble(
-    predictors: Sequence[Predict], flips: Sequence[int], combine: Combine, classes: int, *,
-    swap: Sequence[tuple[int, int]] = (), swap_axes: Sequence[int] = (0,),
-) -> Predict:  # fmt: skip
+    predictors: Sequence[Predict],
+    flips: Sequence[int],
+    combine: Combine,
+    classes: int,
+    *,
+    swap: Sequence[tuple[int, int]] = (),
+    swap_axes: Sequence[int] = (0,),
+) -> Predict:
     """One predictor that averages several, each over every combination of flips along the axes `flips` of the grid.
 
     In a flipped window a right kidney is called a left one by a network that was trained so. `swap` names such pairs
@@ -87,7 +91,10 @@ def ensemble(
             # `flip` copies, along no axis as well: a predictor may write into what it gets. What it gives is only read.
             dims = [axis + 2 for axis in turn]
             logits = predict(windows.flip(dims)).float()
-            refuse(logits.shape != shape, f"predicted {tuple(logits.shape)} for windows that need {shape}")
+            refuse(
+                logits.shape != shape,
+                f"predicted {tuple(logits.shape)} for windows that need {shape}",
+            )
             answer = (logits.softmax(1) if combine == "softmax" else logits).flip(dims)
             exchanged = bool(swap) and len(set(turn) & set(swap_axes)) % 2 == 1
             total += answer[:, mirrored] if exchanged else answer
@@ -105,7 +112,9 @@ class OpenPlanes:
     def __init__(self, classes: int, grid: Size3, bell: Tensor) -> None:
         """`grid` is (planes, H, W), `bell` the weights of a window, of as many planes."""
         self.bell = bell
-        self.total = torch.zeros(classes, *grid, device=bell.device)  # float32, whatever the network computes in
+        self.total = torch.zeros(
+            classes, *grid, device=bell.device
+        )  # float32, whatever the network computes in
         self.weight = torch.zeros(grid, device=bell.device)
 
     def add(self, prediction: Tensor, h: int, w: int) -> None:
@@ -116,10 +125,15 @@ class OpenPlanes:
 
     def finish(self, planes: int) -> Iterator[Tensor]:
         """Means over the first planes, as copies (k, up to SLAB, H, W); then the others move up."""
-        for total, weight in zip(self.total[:, :planes].split(SLAB, dim=1), self.weight[:planes].split(SLAB)):
+        for total, weight in zip(
+            self.total[:, :planes].split(SLAB, dim=1), self.weight[:planes].split(SLAB)
+        ):
             assert weight.min() > 0, "a voxel that no window has covered"
             yield total / weight
-        for sums in (*self.total, self.weight):  # class by class: a copy of all at once would double what is held
+        for sums in (
+            *self.total,
+            self.weight,
+        ):  # class by class: a copy of all at once would double what is held
             sums[:-planes] = sums[planes:].clone()
             sums[-planes:] = 0
 
@@ -150,15 +164,25 @@ def sliding_window(
     pixels: NDArray[Any] = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     predictors = [predict] if callable(predict) else list(predict)
     refuse(pixels.ndim != 4, f"an image must be (c, d, h, w), got {pixels.shape}")
-    refuse(len(background) != len(pixels), f"{len(pixels)} channels need as many background values, got {background}")
+    refuse(
+        len(background) != len(pixels),
+        f"{len(pixels)} channels need as many background values, got {background}",
+    )
     refuse(not predictors or batch < 1, "there must be a predictor and a window a batch")
     refuse(not 0 <= overlap < 1, f"overlap must lie in [0, 1), got {overlap}")
-    refuse(combine not in ("softmax", "logits"), f"combine must be softmax or logits, got {combine}")
+    refuse(
+        combine not in ("softmax", "logits"), f"combine must be softmax or logits, got {combine}"
+    )
     refuse(not set(flips) <= {0, 1, 2}, f"flips must be axes 0, 1, 2, got {flips}")
     paired = [each for pair in swap for each in pair]
     refuse(len(set(paired)) < len(paired), f"swap must name each class once, got {swap}")
-    refuse(not set(paired) <= set(range(classes)), f"swap must name places among {classes} classes, got {swap}")
-    predict_all = ensemble(predictors, sorted(set(flips)), combine, classes, swap=swap, swap_axes=swap_axes)
+    refuse(
+        not set(paired) <= set(range(classes)),
+        f"swap must name places among {classes} classes, got {swap}",
+    )
+    predict_all = ensemble(
+        predictors, sorted(set(flips)), combine, classes, swap=swap, swap_axes=swap_axes
+    )
     size, around = pixels.shape[1:], [float(value) for value in background]
     margin = [max(s - n, 0) // 2 for n, s in zip(size, window)]
 
@@ -168,7 +192,9 @@ def sliding_window(
         return predict_all(torch.from_numpy(windows).to(device))
 
     grid = (max(size[0], window[0]), max(size[1], window[1]), max(size[2], window[2]))
-    slabs = blend(predict_at, grid, gaussian(window).to(device), classes=classes, overlap=overlap, batch=batch)
+    slabs = blend(
+        predict_at, grid, gaussian(window).to(device), classes=classes, overlap=overlap, batch=batch
+    )
     if combine == "logits":
         slabs = (slab.softmax(0) for slab in slabs)
     return cropped(slabs, margin, size)
@@ -198,7 +224,9 @@ def blend(
         yield from planes.finish(next_front - front)
 
 
-def cropped(slabs: Iterable[Tensor], corner: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
+def cropped(
+    slabs: Iterable[Tensor], corner: Sequence[int], size: Sequence[int]
+) -> Iterator[Tensor]:
     """What lies in the box of `size` from `corner` on. Raises InputError on what is no number."""
     (first, h, w), at = corner, 0
     for slab in slabs:
@@ -206,100 +234,8 @@ def cropped(slabs: Iterable[Tensor], corner: Sequence[int], size: Sequence[int])
         planes = slice(max(first - begin, 0), max(first + size[0] - begin, 0))
         inside = slab[:, planes, h : h + size[1], w : w + size[2]]
         if not inside.isfinite().all():
-            raise InputError("the network's output is NaN or infinite; with --amp off it may be in range")
+            raise InputError(
+                "the network's output is NaN or infinite; with --amp off it may be in range"
+            )
         if inside.shape[1]:
             yield inside
-
-
-def in_place(slabs: Iterable[Tensor], box: tuple[slice, slice, slice], grid: Sequence[int]) -> Iterator[Tensor]:
-    """Slabs of a box of `grid`, in the grid: around the box all is background, the first class, without a doubt."""
-    d, h, w = box
-    shape: tuple[int, torch.device] | None = None
-
-    def blank(planes: int, classes: int, device: torch.device) -> Tensor:
-        whole = torch.zeros(classes, planes, *grid[1:], device=device)
-        whole[0] = 1
-        return whole
-
-    for slab in slabs:
-        if shape is None and d.start:
-            yield blank(d.start, len(slab), slab.device)
-        shape = len(slab), slab.device
-        whole = blank(slab.shape[1], *shape)
-        whole[:, :, h, w] = slab
-        yield whole
-    if shape is not None and d.stop < grid[0]:
-        yield blank(grid[0] - d.stop, *shape)
-
-
-# --- back to the patient's grid --------------------------------------------------------------------------------------
-
-
-def label_map(slabs: Iterable[Tensor], source_shape: Sequence[int], target_shape: Sequence[int]) -> Labels:
-    """The likeliest class of each voxel of the target grid (d, h, w), which shares its outer faces with the source.
-
-    Probabilities are resampled, not labels: after 1.5 x 1.5 x 2.0 mm that is a Dice of .98 and not
-    .94 for a network that makes no error. It is trilinear, as `preprocess.resample`, and on equal
-    grids changes nothing. There and back, organs stay where they were: over many of them the mean
-    shift is below .02 of a voxel; a single one, whose outline is known to a voxel, may move by .2.
-    uint8 up to 256 classes, else uint16. Raises ValueError unless the slabs make up the source grid.
-    """
-    planes = planes_of(slabs, source_shape)
-    here = ahead = next(planes)
-    at, labels = 0, np.empty(target_shape, np.min_scalar_type(len(here) - 1))
-    for n, (index, share) in enumerate(neighbours(source_shape[0], target_shape[0])):
-        while at < index:
-            here, ahead, at = ahead, next(planes), at + 1
-        plane = torch.lerp(here, ahead, share)
-        plane = F.interpolate(plane[None], tuple(target_shape[1:]), mode="bilinear", align_corners=False)[0]
-        labels[n] = plane.max(0).indices.cpu().numpy()  # on a CPU three times as fast as argmax
-    for _ in planes:
-        pass  # counts the rest
-    return labels
-
-
-def planes_of(slabs: Iterable[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
-    """The planes (k, h, w) of slabs (k, planes, h, w). Raises ValueError unless together they are (k, *shape)."""
-    count = 0
-    for slab in slabs:
-        count += slab.shape[1]
-        fits = tuple(slab.shape[2:]) == tuple(shape[1:]) and count <= shape[0]
-        refuse(not fits, f"slabs of {tuple(slab.shape)}, {count} planes so far, do not make up {tuple(shape)}")
-        yield from slab.unbind(1)
-    refuse(count != shape[0], f"slabs of {count} planes do not make up {tuple(shape)}")
-
-
-def neighbours(source: int, target: int) -> Iterator[tuple[int, float]]:
-    """For each plane of the target axis the source plane behind its centre, and how near it is, from 0 to 1.
-
-    The rest is the share of the plane before that one. Centres beyond the outermost ones take those.
-    """
-    for n in range(target):
-        x = min(max((n + 0.5) * source / target - 0.5, 0.0), source - 1.0)
-        index = min(int(x) + 1, source - 1)
-        yield index, x - index + 1
-
-
-def save_like(source: Path, labels: Labels, target: Path) -> None:
-    """Write labels (d, h, w) in RAS order as a NIfTI file with the grid, axis order and header of an image file.
-
-    Both forms of the affine with their codes, voxel sizes and units are the image's, as stored. Its channels, scaling,
-    display range, intent and extensions are not: they speak of brightness. The file appears whole or not at all.
-    Raises InputError where the image has another grid.
-    """
-    image = nib.load(source)
-    to_file = ornt_transform(axcodes2ornt("RAS"), io_orientation(affine_in_mm(image)))  # as `nifti.read` has it
-    stored = apply_orientation(labels, to_file)
-    if stored.shape != image.shape[:3]:
-        raise InputError(f"{source}: stores {image.shape[:3]} voxels, its labels {stored.shape}")
-    header = image.header.copy()
-    header.set_data_dtype(labels.dtype)
-    header.set_intent("none")
-    header["cal_min"] = header["cal_max"] = 0
-    header.extensions.clear()
-    made = target.with_name(f".{os.getpid()}.{target.name}")  # nibabel chooses the format by the name's ending
-    try:
-        nib.save(type(image)(stored, image.affine, header), made)
-        made.replace(target)
-    finally:
-        made.unlink(missing_ok=True)

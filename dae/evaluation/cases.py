@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from dae.config import InputError
 from dae.data.nifti import SHEAR, difference, read_grid, read_labels
-from dae.data.phantom import put
+from dae.errors import InputError
 from dae.evaluation.metrics import METRICS, DefinitionName, Labels, Row, diagonal, score_labels
+from dae.files import write_bytes
 
 ENDINGS = (".nii.gz", ".nii")
 COLUMNS = ("case", "class", "name", "status", *METRICS, "volume_truth_ml", "volume_prediction_ml")
@@ -67,7 +67,10 @@ def case_names(images: Sequence[Path]) -> list[str]:
     while repeated := {name for name, times in Counter(names).items() if times > 1}:
         for n, name in enumerate(names):
             if name in repeated:
-                refuse(not folders[n], f"{images[n]}: its name is there twice; each is a case of its own")
+                refuse(
+                    not folders[n],
+                    f"{images[n]}: its name is there twice; each is a case of its own",
+                )
                 names[n] = f"{folders[n].pop()}_{name}"
     return names
 
@@ -82,17 +85,27 @@ def pair(predictions: Path, labels: Path | Sequence[tuple[str, Path | None]]) ->
         where, true = str(labels), dict[str, Path | None](files_in(labels))
     else:
         where, true = "the list", dict(labels)
-        repeated = [case for case, times in Counter(case for case, _ in labels).items() if times > 1]
+        repeated = [
+            case for case, times in Counter(case for case, _ in labels).items() if times > 1
+        ]
         refuse(repeated, f"the list names {several(repeated)} more than once")
     unlabelled = [case for case in predicted if true.get(case) is None]
     refuse(unlabelled, f"{where}: no label for {several(unlabelled)}, predicted in {predictions}")
     unpredicted = [case for case in true if case not in predicted]
-    refuse(unpredicted, f"{predictions}: no prediction for {several(unpredicted)}; they are named <case>.nii.gz")
-    pairs = [Pair(case, predicted[case], label) for case, label in true.items() if label is not None]
+    refuse(
+        unpredicted,
+        f"{predictions}: no prediction for {several(unpredicted)}; they are named <case>.nii.gz",
+    )
+    pairs = [
+        Pair(case, predicted[case], label) for case, label in true.items() if label is not None
+    ]
     lost = [str(each.label) for each in pairs if not each.label.is_file()]
     refuse(lost, f"{several(lost, 'label')}: no such file")
     same = [str(each.label) for each in pairs if each.prediction.samefile(each.label)]
-    refuse(same, f"{several(same, 'label')}: is the prediction as well; name the folder of the predictions")
+    refuse(
+        same,
+        f"{several(same, 'label')}: is the prediction as well; name the folder of the predictions",
+    )
     return pairs
 
 
@@ -115,13 +128,17 @@ def files_in(folder: Path) -> dict[str, Path]:
 
 def several(names: Sequence[str], kind: str = "case") -> str:
     """The first by name, the rest by number: "case s1 and 3 more"."""
-    return f"{kind} {', '.join(names[:1])}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return f"{kind} {', '.join(names[:1])}" + (
+        f" and {len(names) - 1} more" if len(names) > 1 else ""
+    )
 
 
 # --- what is in a file -----------------------------------------------------------------------------------------------
 
 
-def read_case(prediction: Path, label: Path, classes: Classes, *, ignore: int | None = None) -> Case:
+def read_case(
+    prediction: Path, label: Path, classes: Classes, *, ignore: int | None = None
+) -> Case:
     """Both files of one case. Raises InputError where they lie on different grids or hold labels beyond `classes`.
 
     `ignore` is the label, of the truth alone, of what was not annotated.
@@ -145,7 +162,9 @@ def check_values(path: Path, labels: Labels, known: Collection[int]) -> None:
     """Raises InputError on a label that no class has: a map from another task, or of shifted numbers."""
     strange = labels[~np.isin(labels, np.array(sorted(known)))]
     if len(strange):
-        raise InputError(f"{path}: label {strange.min()} is not declared; declared are {sorted(known)}")
+        raise InputError(
+            f"{path}: label {strange.min()} is not declared; declared are {sorted(known)}"
+        )
 
 
 def classes_in(paths: Iterable[Path]) -> dict[int, str]:
@@ -158,9 +177,14 @@ def classes_in(paths: Iterable[Path]) -> dict[int, str]:
 
 
 def score_case(
-    prediction: Path, label: Path, classes: Classes, *, tolerance: float | Mapping[int, float] = 1.0,
-    definition: DefinitionName = "default", ignore: int | None = None,
-) -> list[Row]:  # fmt: skip
+    prediction: Path,
+    label: Path,
+    classes: Classes,
+    *,
+    tolerance: float | Mapping[int, float] = 1.0,
+    definition: DefinitionName = "default",
+    ignore: int | None = None,
+) -> list[Row]:
     """A row of `metrics.score_labels` for each class but 0, with the `case` in front. Raises InputError.
 
     Voxels whose true label is `ignore` count for nothing, and no surface ends at them.
@@ -170,7 +194,12 @@ def score_case(
 
 
 def rows_of(
-    case: Case, label: Path, classes: Classes, *, tolerance: float | Mapping[int, float], definition: DefinitionName
+    case: Case,
+    label: Path,
+    classes: Classes,
+    *,
+    tolerance: float | Mapping[int, float],
+    definition: DefinitionName,
 ) -> list[Row]:
     """`score_case` of a case that has been read, `label` being its file."""
     names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
@@ -178,9 +207,14 @@ def rows_of(
     hidden = None if case.ignore is None else ~case.annotated
     try:
         rows = score_labels(
-            case.prediction, case.truth, case.spacing, scored,
-            tolerance=tolerance, definition=definition, ignore=hidden,
-        )  # fmt: skip
+            case.prediction,
+            case.truth,
+            case.spacing,
+            scored,
+            tolerance=tolerance,
+            definition=definition,
+            ignore=hidden,
+        )
     except ValueError as error:
         raise InputError(f"{label}: {error}") from error
     return [{"case": case.name, **row} for row in rows]
@@ -195,12 +229,18 @@ class Scores(NamedTuple):
 
 
 def score(
-    pairs: Sequence[Pair], classes: Classes, *, tolerance: float | Mapping[int, float] = 1.0,
-    definition: DefinitionName = "default", ignore: int | None = None,
-) -> Scores:  # fmt: skip
+    pairs: Sequence[Pair],
+    classes: Classes,
+    *,
+    tolerance: float | Mapping[int, float] = 1.0,
+    definition: DefinitionName = "default",
+    ignore: int | None = None,
+) -> Scores:
     """The rows of `score_case` of all cases, one in memory at a time, with what tells their label maps from others."""
     rows, labels = list[Row](), dict[str, str]()
-    for name, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):  # silent without a terminal
+    for name, prediction, label in tqdm(
+        pairs, desc="scoring", unit="case", disable=None
+    ):  # silent without a terminal
         case = read_case(prediction, label, classes, ignore=ignore)
         rows += rows_of(case, label, classes, tolerance=tolerance, definition=definition)
         labels[name] = content_of(case.truth)
@@ -229,7 +269,7 @@ def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str]) -> None:
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    put(path, text.getvalue().encode())
+    write_bytes(path, text.getvalue().encode())
 
 
 def write_scores(rows: Sequence[Row], path: Path) -> None:
@@ -244,7 +284,13 @@ def read_scores(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 numbers = {name: float(line[name]) for name in COLUMNS[4:]}
-                rows.append({**{name: line[name] for name in COLUMNS[:4]}, "class": int(line["class"]), **numbers})
+                rows.append(
+                    {
+                        **{name: line[name] for name in COLUMNS[:4]},
+                        "class": int(line["class"]),
+                        **numbers,
+                    }
+                )
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} after {len(rows)} rows: {error}"
         raise InputError(f"{path}: not a scores.csv of eval.py score ({reason})") from error

@@ -21,9 +21,10 @@ import torch
 from conftest import command, environment, events, interrupt, same_weights, train
 
 import train_pretrain
-from dae.config import InputError, PretrainConfig
+from dae.errors import InputError
+from dae.config.pretrain import PretrainConfig
 from dae.pretext.methods import METHODS
-from dae.training import checkpoint
+from dae.weights import checkpoint
 from dae.training.distributed import Ranks
 from dae.training.log import read
 from train_pretrain import main
@@ -251,7 +252,7 @@ def test_best_is_the_lowest_validation_of_a_trained_network(tiny: Config, monkey
 @pytest.mark.parametrize("given, word", [
     ({"batch_size": 1, "accumulate": 2}, "one sample in a micro-batch"), ({"modality": "t1"}, "volume is t1"),
     ({"batch_size": 1, "alpha": 0.0}, ""), ({}, ""),
-])  # fmt: skip
+])
 def test_cmcl_with_nothing_to_compare_is_said_once_at_the_start(
     tiny: Config, volumes: Path, given: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -309,7 +310,7 @@ def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, w
     """
     config = tiny(steps=100_000, workers=2, cache_dir=str(tmp_path / "cache"), save_every=100_000)
     process = subprocess.Popen(command(config, ranks=ranks), stderr=subprocess.PIPE, text=True, env=environment(),
-                               start_new_session=True)  # fmt: skip
+                               start_new_session=True)
     try:
         wait_for_step(config, 3, process)
         if what == "the cache goes":
@@ -491,8 +492,8 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_the_demo_beats_its_input_in_every_modality_and_leaves_its_pictures(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(Path(__file__).parents[1] / "train_pretrain.py"), "--preset", "demo"],
-                          cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run([sys.executable, str(Path(__file__).parents[2] / "train_pretrain.py"), "--preset", "demo"],
+                          cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     last = [e for e in read(tmp_path / "runs/demo/log.jsonl") if e["event"] == "validation"][-1]
     assert last["l1"] <= 0.8 * last["l1_input"]
@@ -507,7 +508,7 @@ def test_on_real_volumes_it_beats_its_input(tmp_path: Path) -> None:
     result = main(PretrainConfig(
         data=f"{os.environ['DAE_REALDATA']}/pretrain.json", out=str(tmp_path / "run"), crop=(64, 64, 64),
         window=(4, 4, 4), feature_size=12, recon="residual", lr=1e-3, warmup=20, steps=300,
-    ))  # fmt: skip
+    ))
     assert result["l1"] < result["l1_input"]
 
 

@@ -12,8 +12,8 @@ import torch
 from conftest import ROOT, environment, events, interrupt, same_weights, train
 from test_train_seg import Config, weights
 
-from dae.config_seg import SegConfig
-from dae.training import checkpoint
+from dae.config.segment import SegConfig
+from dae.weights import checkpoint
 from train_seg import main
 
 Interruptible = tuple[SegConfig, dict[str, Any]]

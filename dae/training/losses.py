@@ -20,7 +20,10 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
     """
     known = rearrange(label >= 0, "b d h w -> b 1 d h w")
     p = logits.float().softmax(dim=1) * known
-    t = rearrange(F.one_hot(label.clamp(min=0), logits.shape[1]), "b d h w k -> b k d h w").float() * known
+    t = (
+        rearrange(F.one_hot(label.clamp(min=0), logits.shape[1]), "b d h w k -> b k d h w").float()
+        * known
+    )
     both = reduce(p * t, "b k d h w -> b k", "sum")
     sizes = reduce(p + t, "b k d h w -> b k", "sum")
     present = (reduce(t, "b k d h w -> b k", "sum") > 0).float()
@@ -30,7 +33,11 @@ def dice_loss(logits: Tensor, label: Tensor) -> Tensor:
 
 def cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     """Mean over the annotated voxels of a sample, then over samples; 0 over none, where torch's own mean is nan."""
-    each = reduce(F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="none"), "b d h w -> b", "sum")
+    each = reduce(
+        F.cross_entropy(logits.float(), label, ignore_index=-1, reduction="none"),
+        "b d h w -> b",
+        "sum",
+    )
     return (each / reduce((label >= 0).float(), "b d h w -> b", "sum").clamp(min=1)).mean()
 
 

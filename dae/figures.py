@@ -41,9 +41,16 @@ def reconstruction_sheet(path: Path, rows: Sequence[Triple]) -> None:
             "|x - x_rec|",
         )
         limits = ((low, high),) * 3 + ((0.0, (high - low) / 4),)
-        for place, picture, name, (bottom, top) in zip(line, (x, x_hat, x_rec, error), names, limits):
+        for place, picture, name, (bottom, top) in zip(
+            line, (x, x_hat, x_rec, error), names, limits
+        ):
             place.imshow(
-                middle_slice(picture), cmap="gray", vmin=bottom, vmax=top, origin="lower", interpolation="nearest"
+                middle_slice(picture),
+                cmap="gray",
+                vmin=bottom,
+                vmax=top,
+                origin="lower",
+                interpolation="nearest",
             )
             place.set_title(name, fontsize=9)
             place.set_axis_off()
@@ -66,8 +73,14 @@ def loss_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
         ("validation", "l1", "validation"),
         ("validation", "l1_input", "validation, doing nothing: L1(x_hat, x)"),
     ):
-        points = [(e["step"], e[key]) for e in events if e["event"] == kind and e.get(key) is not None]
-        axes.plot(*zip(*points) if points else ([], []), label=label, marker="" if kind == "train" else ".")
+        points = [
+            (e["step"], e[key]) for e in events if e["event"] == kind and e.get(key) is not None
+        ]
+        axes.plot(
+            *zip(*points) if points else ([], []),
+            label=label,
+            marker="" if kind == "train" else ".",
+        )
     axes.set(xlabel="step", ylabel="L1, intensities as normalised", yscale="log")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
@@ -91,7 +104,9 @@ def overlay_sheet(path: Path, cases: Sequence[Segmented]) -> None:
     axes = np.atleast_2d(np.asarray(figure.subplots(len(cases), 6)))
     for line, case in zip(axes, cases):
         inside = np.argwhere(case.label > 0)
-        centre = inside.mean(0).round().astype(int) if len(inside) else np.array(case.label.shape) // 2
+        centre = (
+            inside.mean(0).round().astype(int) if len(inside) else np.array(case.label.shape) // 2
+        )
         top = max(int(case.label.max()), int(case.prediction.max()), 1)
         for n, place in enumerate(line):
             axis, labels = n // 2, (case.label, case.prediction)[n % 2]
@@ -99,8 +114,18 @@ def overlay_sheet(path: Path, cases: Sequence[Segmented]) -> None:
             grey, plane = (each.take(centre[axis], axis)[::-1].T for each in (case.image, labels))
             place.imshow(grey, cmap="gray", origin="lower")
             coloured = np.ma.masked_equal(plane, 0)
-            place.imshow(coloured, cmap="turbo", alpha=0.5, vmin=1, vmax=top, origin="lower", interpolation="nearest")
-            place.set_title(f"{case.title[:24] if n == 0 else ''}  {('truth', 'prediction')[n % 2]}", fontsize=8)
+            place.imshow(
+                coloured,
+                cmap="turbo",
+                alpha=0.5,
+                vmin=1,
+                vmax=top,
+                origin="lower",
+                interpolation="nearest",
+            )
+            place.set_title(
+                f"{case.title[:24] if n == 0 else ''}  {('truth', 'prediction')[n % 2]}", fontsize=8
+            )
             place.set_axis_off()
     figure.savefig(path, dpi=110)
 
@@ -112,8 +137,13 @@ def seg_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     right = axes.twinx()
-    for place, kind, key, style in ((axes, "train", "loss", "C0-"), (right, "validation", "dice", "C1.-")):
-        points = [(e["step"], e[key]) for e in events if e["event"] == kind and e.get(key) is not None]
+    for place, kind, key, style in (
+        (axes, "train", "loss", "C0-"),
+        (right, "validation", "dice", "C1.-"),
+    ):
+        points = [
+            (e["step"], e[key]) for e in events if e["event"] == kind and e.get(key) is not None
+        ]
         place.plot(*zip(*points) if points else ([], []), style)
     axes.set(xlabel="step", ylabel="training loss")
     right.set(ylabel="validation Dice", ylim=(0, 1))

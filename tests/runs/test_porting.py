@@ -6,10 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dae.data.phantom import write_phantoms
-from dae.training import checkpoint
+from dae.demo.phantom import write_phantoms
+from dae.weights import checkpoint
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/porting.md").read_text()
 TINY = "--cache-dir cache --crop 16 16 16 --steps 2 --workers 0"
 SMALL = {  # what is appended, so that a command takes seconds
@@ -41,7 +41,7 @@ def test_the_page_s_network_pretrains_fine_tunes_predicts_and_is_scored_from_an_
     assert [script for script, _ in commands()] == list(SMALL)
     for script, line in commands():
         done = subprocess.run(["sh", "-c", f"{line} {SMALL[script]}"], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True)  # fmt: skip
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     plan = checkpoint.load(tmp_path / "runs/demo_seg/best.pt")["plan"]
     assert (plan["backbone"], plan["arguments"]) == ("mynet:MyNet", {"feature_size": 16})

@@ -17,11 +17,13 @@ import torch
 from conftest import events, same_weights
 
 import train_seg
-from dae.config import InputError
-from dae.config_seg import CompareConfig, PredictConfig, ScoreConfig, SegConfig, TuneConfig
-from dae.data.phantom import CT_LABELS
+from dae.data import holdout
+from dae.errors import InputError
+from dae.config.evaluate import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config.segment import SegConfig
+from dae.demo.phantom import CT_LABELS
 from dae.model import SwinUNETR
-from dae.training import checkpoint
+from dae.weights import checkpoint
 from dae.training.distributed import Ranks
 from dae.weights.layouts import to_monai
 from train_seg import main
@@ -58,11 +60,11 @@ KIDNEYS = [[label for label, name in CT_LABELS.items() if "kidney" in name]]
     ({"rotate": 0.0}, None, [1, 2], [], "left and right are not flipped, since 'right kidney' and 'left kidney'"),
     ({"rotate": 0.0}, with_swap, [0, 1, 2], KIDNEYS, "axes 0 (left-right), 1 (front-back), 2 (up-down)"),
     ({"flip": 0.0}, with_swap, [], [], "no flips: --flip is 0"),
-])  # fmt: skip
+])
 def test_the_start_line_and_the_plan_say_which_axes_are_flipped(
     tiny_seg: Config, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], given: dict[str, Any],
     change: Any, axes: list[int], swap: list[list[int]], words: str,
-) -> None:  # fmt: skip
+) -> None:
     data = {"data": broken_list(pretrained, tmp_path, change)} if change else {}
     config = tiny_seg(steps=1, **data, **given)
     main(config)
@@ -235,7 +237,7 @@ def test_the_rates_are_those_that_are_logged_down_to_the_last(tiny_seg: Config) 
 
 def test_the_seed_is_that_of_the_weights_too(tiny_seg: Config, tmp_path: Path) -> None:
     drawn = [tiny_seg(out=str(tmp_path / str(n)), seed=seed, lr=0.0, steps=1, from_scratch=True)
-             for n, seed in enumerate((3, 3, 4))]  # fmt: skip
+             for n, seed in enumerate((3, 3, 4))]
     for config in drawn:
         main(config)
     first, again, other = map(weights, drawn)
@@ -316,9 +318,9 @@ def test_folds_partition_the_subjects_and_small_label_fractions_lie_in_larger_on
     path = pretrained / "phantoms/all.json"
     path.write_text(json.dumps({"training": everyone * 1, "labels": content["labels"]}))
     items = datalist.load(str(path))
-    held = [datalist.five_folds(items, fold=k).validation for k in range(5)]
+    held = [holdout.five_folds(items, fold=k).validation for k in range(5)]
     assert sorted(item.subject for fold in held for item in fold) == sorted(item.subject for item in items.training)
-    shares = [{i.subject for i in datalist.fraction(items, share).training} for share in (0.2, 0.6, 1.0)]
+    shares = [{i.subject for i in holdout.fraction(items, share).training} for share in (0.2, 0.6, 1.0)]
     assert [len(s) for s in shares] == [1, 3, 5] and shares[0] < shares[1] < shares[2]
 
 
@@ -328,7 +330,7 @@ def test_folds_partition_the_subjects_and_small_label_fractions_lie_in_larger_on
     ({"feature_size": 24}, "--feature-size 24"),
     ({"crop": (16, 20, 16)}, "16 20 16"),
     ({"lr_min": 1e-5}, "--lr-min"),
-])  # fmt: skip
+])
 def test_bad_input_is_one_line_and_leaves_nothing(tiny_seg: Config, given: dict[str, Any], word: str) -> None:
     with pytest.raises(InputError) as error:
         main(tiny_seg(**given))
@@ -396,7 +398,7 @@ def a_class_too_many(folder: Path, content: dict[str, Any]) -> None:
     (other_grid, "small.nii.gz: not on the grid"), (fractions, "soft.nii.gz: holds 0.5, but labels are whole numbers"),
     (four_axes, "four.nii.gz: labels of size"), (without_label, 'has no "label"'),
     (fewer_classes, "is not among the classes"),
-])  # fmt: skip
+])
 def test_labels_that_do_not_fit_are_refused_by_file(
     tiny_seg: Config, pretrained: Path, tmp_path: Path, change: Any, word: str
 ) -> None:
@@ -418,14 +420,14 @@ def test_what_was_not_annotated_is_no_class_and_changes_no_weight(
             label = nib.load(entry["label"])
             values = np.asarray(label.dataobj)
             nib.save(nib.Nifti1Image(np.where(values == 7, 200, values).astype(np.uint8), label.affine, label.header),
-                     folder / f"{n}.nii.gz")  # fmt: skip
+                     folder / f"{n}.nii.gz")
             entry["label"] = str(folder / f"{n}.nii.gz")
 
     runs = []
     for name, change in (("a", seven_is_ignored), ("b", also_as_200)):
         (tmp_path / name).mkdir()
         runs.append(tiny_seg(data=broken_list(pretrained, tmp_path / name, change), out=str(tmp_path / name / "run"),
-                         loss="dice_ce"))  # fmt: skip
+                         loss="dice_ce"))
         main(runs[-1])
     plan = checkpoint.load(Path(runs[0].out) / "last.pt")["plan"]
     assert "7" not in plan["classes"] and plan["out_channels"] == len(CT_LABELS) - 1
@@ -471,7 +473,7 @@ def test_a_real_volume_is_learned_predicted_on_its_own_grid_and_scored(tmp_path:
         ct_window=(-175.0, 250.0), feature_size=16, depths=(2, 2, 2), heads=(2, 4, 8), window=(4, 4, 4), steps=600,
         batch_size=2, lr=3e-3, warmup=20, loss="dice_ce", positive=0.9, validate_every=200, amp="off",
         allow_trained=True, **still,
-    )  # fmt: skip
+    )
     assert main(config)["dice"] > 0.6
     given: dict[str, Any] = {"data": data, "allow_trained": True}
     folder = str(tmp_path / "predictions")

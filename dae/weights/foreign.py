@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dae.config import InputError, NetworkConfig, asked_for
+from dae.config.command_line import was_set
+from dae.config.shared import NetworkConfig
+from dae.errors import InputError
 from dae.model import SwinUNETR, arguments_of
-from dae.training import checkpoint
-from dae.training.transfer import flag, part_of
+from dae.weights import checkpoint
 from dae.weights.layouts import (
     LAYOUTS,
     OWN_STEM,
@@ -31,6 +32,8 @@ from dae.weights.layouts import (
     reorder,
     to_monai,
 )
+from dae.weights.plan import flag
+from dae.weights.transfer import part_of
 
 QUIRKS: dict[str, Any] = {"merge_order": "all", "clipped_bias": "rebuilt", "normalize_hidden": True}
 
@@ -39,7 +42,9 @@ class Weights(NamedTuple):
     """A file's tensors by our names, and what a user of them needs to know."""
 
     tensors: dict[str, Tensor]
-    plan: dict[str, Any]  # as in our checkpoints: backbone, arguments, in_channels, ..., and what is known of the rest
+    plan: dict[
+        str, Any
+    ]  # as in our checkpoints: backbone, arguments, in_channels, ..., and what is known of the rest
     notes: Sequence[str]  # what the file is and how it was read, a line each
     extra: Sequence[str] = ()  # what it carries along that no network here has
 
@@ -54,12 +59,18 @@ def read(path: Path, asked: Mapping[str, Any] | None = None) -> Weights:
         return of_ours(checkpoint.load(path), asked, path)
     content = load_tensors(path)
     if "plan" in content and "format" in content:
-        raise InputError(f"{path}: a checkpoint of this package without its checksum: damaged; copy it again")
+        raise InputError(
+            f"{path}: a checkpoint of this package without its checksum: damaged; copy it again"
+        )
     key, tensors = state_dict_in(content)
     if not tensors:
-        raise InputError(f"{path}: holds no tensors ({', '.join(map(str, list(content)[:6])) or 'it is empty'})")
+        raise InputError(
+            f"{path}: holds no tensors ({', '.join(map(str, list(content)[:6])) or 'it is empty'})"
+        )
     if empty := [name for name, value in tensors.items() if value.is_meta]:
-        raise InputError(f"{path}: {empty[0]} has a shape and no values; save the network from a device that has them")
+        raise InputError(
+            f"{path}: {empty[0]} has a shape and no values; save the network from a device that has them"
+        )
     try:
         found = recognise(tensors)
         options, how = quirks_of(found, asked)
@@ -79,11 +90,15 @@ def of_ours(saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path) -> W
     plan = saved["plan"]
     for name, value in asked.items():
         if value != plan["arguments"].get(name, value):
-            raise InputError(f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; leave the flag out")
+            raise InputError(
+                f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; leave the flag out"
+            )
     layout = LAYOUTS.get(plan["method"])
     warnings = [f"warning: {layout.warning}"] if layout and layout.warning else []
     step = f", step {saved['step']} of {saved['config']['steps']}" if "step" in saved else ""
-    return Weights(saved["model"], plan, [f"a checkpoint of this package ({plan['method']}{step})", *warnings])
+    return Weights(
+        saved["model"], plan, [f"a checkpoint of this package ({plan['method']}{step})", *warnings]
+    )
 
 
 def state_dict_in(content: Mapping[Any, Any], key: str = "") -> tuple[str, dict[str, Tensor]]:
@@ -91,10 +106,16 @@ def state_dict_in(content: Mapping[Any, Any], key: str = "") -> tuple[str, dict[
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if first_match(STEM, tensors) or first_match(OWN_STEM, tensors):
         return key, tensors
-    inner = [state_dict_in(value, f"{key}.{name}".lstrip(".")) for name, value in content.items()
-             if isinstance(value, dict)]  # fmt: skip
+    inner = [
+        state_dict_in(value, f"{key}.{name}".lstrip("."))
+        for name, value in content.items()
+        if isinstance(value, dict)
+    ]
     networks = [(k, t) for k, t in inner if first_match(STEM, t) or first_match(OWN_STEM, t)]
-    return next(iter(networks), (key, tensors) if tensors else next((each for each in inner if each[1]), (key, {})))
+    return next(
+        iter(networks),
+        (key, tensors) if tensors else next((each for each in inner if each[1]), (key, {})),
+    )
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -135,7 +156,11 @@ def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, An
     if found.layout == "monai":
         shown = reads_twice(found.tensors)
         options["merge_order"] = "legacy" if shown else "monai"
-        why = "as its weights show" if shown else "as since MONAI 1.5; for files from before, --merge-order legacy"
+        why = (
+            "as its weights show"
+            if shown
+            else "as since MONAI 1.5; for files from before, --merge-order legacy"
+        )
     options |= asked
     why = "as asked" if "merge_order" in asked else why
     hidden = "layer-normed" if options["normalize_hidden"] else "as they are"
@@ -148,15 +173,21 @@ def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, An
 def plan_of(found: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of a file that has none. Raises ValueError where shapes and names do not tell the network."""
     arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(found), **options}
-    stem = found.tensors[f"encoder.stem.{'proj' if arguments['stem'] == 'patch' else 'conv1'}.weight"]
+    stem = found.tensors[
+        f"encoder.stem.{'proj' if arguments['stem'] == 'patch' else 'conv1'}.weight"
+    ]
     head = found.tensors.get("head.weight")
     if head is not None and head.ndim != 5:
         raise ValueError(f"its last layer is {tuple(head.shape)}, not a convolution's kernel")
     return {
-        "backbone": "swin_unetr", "arguments": json.loads(json.dumps(arguments)),
-        "in_channels": stem.shape[1], "out_channels": stem.shape[1] if head is None else len(head), "classes": {},
-        "method": found.layout, **LAYOUTS[found.layout].plan,
-    }  # fmt: skip
+        "backbone": "swin_unetr",
+        "arguments": json.loads(json.dumps(arguments)),
+        "in_channels": stem.shape[1],
+        "out_channels": stem.shape[1] if head is None else len(head),
+        "classes": {},
+        "method": found.layout,
+        **LAYOUTS[found.layout].plan,
+    }
 
 
 def check_complete(found: Recognised, plan: Mapping[str, Any]) -> None:
@@ -168,13 +199,18 @@ def check_complete(found: Recognised, plan: Mapping[str, Any]) -> None:
     parts = {part_of(name) for name in found.tensors}
     missing = [name for name in expected if part_of(name) in parts and name not in found.tensors]
     strange = [*found.unknown, *(name for name in found.tensors if name not in expected)]
-    told = [f"{len(names)} tensors are {word}, first {names[0]}"
-            for names, word in ((missing, "missing"), (strange, "unknown")) if names]  # fmt: skip
+    told = [
+        f"{len(names)} tensors are {word}, first {names[0]}"
+        for names, word in ((missing, "missing"), (strange, "unknown"))
+        if names
+    ]
     if told:
         raise ValueError(f"looks like {LAYOUTS[found.layout].what}, but {'; '.join(told)}")
     for name, value in found.tensors.items():
         if value.shape != expected[name].shape:
-            raise ValueError(f"{name} is {tuple(value.shape)}, its network has {tuple(expected[name].shape)}")
+            raise ValueError(
+                f"{name} is {tuple(value.shape)}, its network has {tuple(expected[name].shape)}"
+            )
 
 
 def empty_network(plan: Mapping[str, Any]) -> SwinUNETR:
@@ -187,21 +223,30 @@ def for_monai(weights: Weights) -> tuple[dict[str, Tensor], list[str]]:
     """MONAI's strict state dict of the same network, and what MONAI would compute otherwise. Raises ValueError."""
     arguments, notes = weights.plan["arguments"], list[str]()
     if weights.plan["backbone"] != "swin_unetr":
-        raise ValueError(f"is a {weights.plan['backbone']}; only swin_unetr has a counterpart in MONAI")
-    if lost := next((name for name in empty_network(weights.plan).state_dict() if name not in weights.tensors), ""):
+        raise ValueError(
+            f"is a {weights.plan['backbone']}; only swin_unetr has a counterpart in MONAI"
+        )
+    if lost := next(
+        (name for name in empty_network(weights.plan).state_dict() if name not in weights.tensors),
+        "",
+    ):
         raise ValueError(f"has no {part_of(lost)}, and MONAI's network does not load without one")
     order = arguments["merge_order"]
     tensors = weights.tensors if order == "legacy" else reorder(weights.tensors, order, "monai")
     if order == "legacy":
         notes.append("patch merging in legacy order: the same outputs only in MONAI before 1.5")
     if not arguments["normalize_hidden"]:
-        notes.append("give MONAI's network normalize=False in forward, or it norms the hidden states")
+        notes.append(
+            "give MONAI's network normalize=False in forward, or it norms the hidden states"
+        )
     if arguments["clipped_bias"] == "rebuilt":
-        notes.append("MONAI reads another bias in windows that the grid clips: the same outputs only where none is")
+        notes.append(
+            "MONAI reads another bias in windows that the grid clips: the same outputs only where none is"
+        )
     d, h, w = arguments["window"]
     return to_monai(tensors, (d, h, w)), notes
 
 
 def asked_quirks(config: Any) -> dict[str, Any]:
     """Those of QUIRKS that a run's flags were asked for."""
-    return {name: getattr(config, name) for name in QUIRKS if asked_for(config, name)}
+    return {name: getattr(config, name) for name in QUIRKS if was_set(config, name)}

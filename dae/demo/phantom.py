@@ -7,7 +7,6 @@ diagnose from them, but they have what a network must learn to restore: nested l
 
 import gzip
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from scipy.fft import idctn
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from scipy.spatial.transform import Rotation
 
-from dae.data.anatomy import (
+from dae.demo.anatomy import (
     BRAIN,
     CORTEX,
     CT_LABELS,
@@ -37,7 +36,8 @@ from dae.data.anatomy import (
     TABLE,
     TORSO,
     Shape,
-)  # fmt: skip
+)
+from dae.files import write_bytes
 
 Size = tuple[int, int, int]
 Floats = NDArray[np.float32]
@@ -69,7 +69,9 @@ def pose(rng: Generator, size: Size) -> Floats:
     turn = Rotation.from_euler("xyz", rng.uniform(-4, 4, 3), degrees=True).as_matrix()
     to_atlas = (turn / rng.uniform(0.94, 1.03, 3)).astype(np.float32)
     warp = np.stack([smooth_field(rng, size, 4) for _ in range(3)])
-    return np.asarray(np.einsum("ij,j...->i...", to_atlas, grid(size)) + 0.03 * warp, dtype=np.float32)
+    return np.asarray(
+        np.einsum("ij,j...->i...", to_atlas, grid(size)) + 0.03 * warp, dtype=np.float32
+    )
 
 
 def furrowed(rng: Generator, xyz: Floats) -> Floats:
@@ -81,8 +83,13 @@ def furrowed(rng: Generator, xyz: Floats) -> Floats:
     direction = xyz / np.linalg.norm(xyz, axis=0)
     waves = rng.standard_normal((12, 3), dtype=np.float32)
     waves *= 6.5 / np.linalg.norm(waves, axis=1, keepdims=True)
-    height = sum(np.cos(np.einsum("i,i...->...", wave, direction) + rng.uniform(0, 2 * np.pi)) for wave in waves)
-    return np.asarray(xyz / (1 - 0.22 * np.clip(1.5 - 0.75 * np.abs(height), 0, 1)), dtype=np.float32)
+    height = sum(
+        np.cos(np.einsum("i,i...->...", wave, direction) + rng.uniform(0, 2 * np.pi))
+        for wave in waves
+    )
+    return np.asarray(
+        xyz / (1 - 0.22 * np.clip(1.5 - 0.75 * np.abs(height), 0, 1)), dtype=np.float32
+    )
 
 
 def vary(rng: Generator, shapes: Iterable[Shape]) -> list[Shape]:
@@ -100,7 +107,10 @@ def bowel(rng: Generator, loops: int = 18) -> list[Shape]:
     shapes = []
     for content in rng.choice(["gas", "meal", "bowel"], loops):
         x, y, z = rng.uniform((-0.5, 0.05, -0.85), (0.5, 0.42, -0.15)).tolist()
-        shapes += [Shape("bowel", (x, y, z), (0.17, 0.17, 0.17)), Shape(str(content), (x, y, z), (0.11, 0.11, 0.11))]
+        shapes += [
+            Shape("bowel", (x, y, z), (0.17, 0.17, 0.17)),
+            Shape(str(content), (x, y, z), (0.11, 0.11, 0.11)),
+        ]
     return vary(rng, shapes)
 
 
@@ -109,7 +119,11 @@ def tumour(rng: Generator) -> list[Shape]:
     x, y, z = rng.uniform((0.22, -0.30, 0.08), (0.32, 0.30, 0.28)).tolist()
     centre = (x * float(rng.choice(SIDES)), y, z)
     swelling = Shape("oedema", centre, (0.34, 0.34, 0.34), over="white")
-    return [swelling, Shape("rim", centre, (0.21, 0.21, 0.21)), Shape("core", centre, (0.10, 0.10, 0.10))]
+    return [
+        swelling,
+        Shape("rim", centre, (0.21, 0.21, 0.21)),
+        Shape("core", centre, (0.10, 0.10, 0.10)),
+    ]
 
 
 # --- from tables to images -------------------------------------------------------------------------------------------
@@ -119,7 +133,11 @@ def inside(shape: Shape, xyz: Floats) -> NDArray[np.bool_]:
     """Whether each place of `xyz` (3, d, h, w) lies in the shape: (d, h, w)."""
     x, y, z = xyz
     axes = zip((x, y, z + shape.slope * y if shape.slope else z), shape.centre, shape.radii)
-    terms = [np.abs((along - centre) / radius) ** shape.power for along, centre, radius in axes if radius < INF]
+    terms = [
+        np.abs((along - centre) / radius) ** shape.power
+        for along, centre, radius in axes
+        if radius < INF
+    ]
     return np.asarray(sum(terms, start=np.zeros_like(x)) < 1)
 
 
@@ -136,7 +154,9 @@ def paint(canvas: Bytes, shapes: Iterable[Shape], xyz: Floats, names: Sequence[s
     return canvas
 
 
-def render(rng: Generator, canvas: Bytes, brightness: NDArray[np.float64], texture: Floats) -> Floats:
+def render(
+    rng: Generator, canvas: Bytes, brightness: NDArray[np.float64], texture: Floats
+) -> Floats:
     """The brightness of each voxel's tissue (d, h, w), up to 1.5 % off in this subject; edges are half a voxel soft."""
     own = (brightness * rng.uniform(0.985, 1.015, len(brightness))).astype(np.float32)
     return np.asarray(gaussian_filter(own[canvas] * (1 + texture), sigma=0.4, truncate=3))
@@ -157,7 +177,9 @@ def body_ct(rng: Generator, *, size: Size = (96, 96, 96)) -> tuple[NDArray[np.in
     room = paint(np.zeros(size, dtype=np.uint8), TABLE, grid(size), names)
     body = paint(room, TORSO, xyz, names)
     filled = paint(body, bowel(rng) + vary(rng, ORGANS), xyz, names)
-    canvas = np.where(body == names.index("cavity"), filled, body)  # an organ too large for the body is cut to fit
+    canvas = np.where(
+        body == names.index("cavity"), filled, body
+    )  # an organ too large for the body is cut to fit
     image = render(rng, canvas, hu + 1000, 0.01 * smooth_field(rng, size, 12)) - 1000
     image += 15 * rng.standard_normal(size, dtype=np.float32)
     return np.rint(image).clip(-1024).astype(np.int16), label.astype(np.uint8)[canvas]
@@ -173,7 +195,9 @@ def head_mr(rng: Generator, *, size: Size = (96, 96, 96)) -> tuple[dict[str, Flo
     head = paint(np.zeros(size, dtype=np.uint8), HEAD, xyz, names)
     cortex = paint(head, CORTEX, furrowed(rng, xyz), names)
     brain = paint(cortex, BRAIN + tumour(rng) + vary(rng, NUCLEI), xyz, names)
-    canvas = np.where(head == names.index("fluid"), brain, head)  # the skull's inside is all the room there is
+    canvas = np.where(
+        head == names.index("fluid"), brain, head
+    )  # the skull's inside is all the room there is
     texture, images = 0.015 * smooth_field(rng, size, 12), {}
     for (contrast, scale), share in zip(MR_SCALE.items(), shares):
         image = scan(rng, render(rng, canvas, share, texture), scale * rng.uniform(0.9, 1.1))
@@ -185,7 +209,13 @@ def head_mr(rng: Generator, *, size: Size = (96, 96, 96)) -> tuple[dict[str, Flo
 
 
 def write_phantoms(
-    folder: Path, *, subjects: int = 3, validation: int = 1, test: int = 1, size: Size = (96, 96, 96), seed: int = 0
+    folder: Path,
+    *,
+    subjects: int = 3,
+    validation: int = 1,
+    test: int = 1,
+    size: Size = (96, 96, 96),
+    seed: int = 0,
 ) -> tuple[Path, Path, Path]:
     """Writes torsos and heads as `.nii.gz`, unless this very set is there already; returns the lists that name them.
 
@@ -206,7 +236,7 @@ def write_phantoms(
     parts = slice(subjects), slice(subjects, total - test), slice(total - test, None)
     splits = dict(zip(("training", "validation", "test"), parts))
     for file, content in zip(lists, contents(torsos, heads, splits)):
-        put(file, json.dumps({"name": name} | content, indent=1).encode())
+        write_bytes(file, json.dumps({"name": name} | content, indent=1).encode())
     return lists
 
 
@@ -214,9 +244,14 @@ def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Case:
     """Writes one torso, its axes in RAS order, and returns its entry for a data list."""
     subject = f"ct_{number:03d}"
     image, label = body_ct(np.random.default_rng([seed, 0, number]), size=size)
-    case = {"image": f"{subject}.nii.gz", "label": f"{subject}_label.nii.gz", "modality": "ct", "subject": subject}
-    put(folder / case["image"], nifti(image, "RAS"))
-    put(folder / case["label"], nifti(label, "RAS"))
+    case = {
+        "image": f"{subject}.nii.gz",
+        "label": f"{subject}_label.nii.gz",
+        "modality": "ct",
+        "subject": subject,
+    }
+    write_bytes(folder / case["image"], nifti(image, "RAS"))
+    write_bytes(folder / case["label"], nifti(label, "RAS"))
     return case
 
 
@@ -226,24 +261,34 @@ def write_head(folder: Path, number: int, *, size: Size, seed: int) -> Case:
     images, label = head_mr(np.random.default_rng([seed, 1, number]), size=size)
     files = {contrast: f"{subject}_{contrast}.nii.gz" for contrast in images}
     for contrast, image in images.items():
-        put(folder / files[contrast], nifti(image, "LPS"))
-    put(folder / f"{subject}_label.nii.gz", nifti(label, "LPS"))
+        write_bytes(folder / files[contrast], nifti(image, "LPS"))
+    write_bytes(folder / f"{subject}_label.nii.gz", nifti(label, "LPS"))
     shown = {"image": list(files.values()), "modality": list(files)}
     return {**shown, "label": f"{subject}_label.nii.gz", "subject": subject}
 
 
-def contents(torsos: list[Case], heads: list[Case], splits: dict[str, slice]) -> list[dict[str, Any]]:
+def contents(
+    torsos: list[Case], heads: list[Case], splits: dict[str, slice]
+) -> list[dict[str, Any]]:
     """What the lists say: every image by itself, to pre-train on; torsos, to segment; heads, to segment."""
     ct, mr = ({split: cases[part] for split, part in splits.items()} for cases in (torsos, heads))
-    alone = {split: ct[split] + [one for head in mr[split] for one in each_image(head)] for split in splits}
-    del alone["test"]  # pre-training is not tested, and has no labels: 1 is one thing in CT and another in MR
+    alone = {
+        split: ct[split] + [one for head in mr[split] for one in each_image(head)]
+        for split in splits
+    }
+    del alone[
+        "test"
+    ]  # pre-training is not tested, and has no labels: 1 is one thing in CT and another in MR
     labels = {0: "background"}, CT_LABELS, MR_LABELS
     return [cases | {"labels": names} for cases, names in zip((alone, ct, mr), labels)]
 
 
 def each_image(case: Case) -> list[Case]:
     """The entry of a subject of several images taken apart into one entry for each."""
-    return [case | {"image": image, "modality": shown} for image, shown in zip(case["image"], case["modality"])]
+    return [
+        case | {"image": image, "modality": shown}
+        for image, shown in zip(case["image"], case["modality"])
+    ]
 
 
 def nifti(volume: NDArray[Any], axes: str) -> bytes:
@@ -252,11 +297,6 @@ def nifti(volume: NDArray[Any], axes: str) -> bytes:
     affine[:3, 3] = -SPACING * (np.array(volume.shape) - 1) / 2  # the origin is in the middle
     image = nib.Nifti1Image(volume, affine).as_reoriented(axcodes2ornt(axes))
     image.header.set_xyzt_units("mm")
-    return gzip.compress(image.to_bytes(), compresslevel=1, mtime=0)  # noise hardly shrinks, however long one tries
-
-
-def put(file: Path, content: bytes) -> None:
-    """Writes a file in one stroke: if the run is cut short it is either whole or not there."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(file)
+    return gzip.compress(
+        image.to_bytes(), compresslevel=1, mtime=0
+    )  # noise hardly shrinks, however long one tries

@@ -5,10 +5,11 @@ import math
 import pytest
 from conftest import NETWORK
 
-from dae.config import OptimConfig, PretextConfig
+from dae.config.pretrain import PretextConfig
+from dae.config.shared import OptimConfig
 from dae.model import SwinUNETR
 from dae.pretext.methods import Pretext
-from dae.training.schedule import Schedule, adamw, adamw_in_parts, fine_tuning_factors, warmup_steps
+from dae.training.optim import Schedule, adamw, adamw_in_parts, fine_tuning_factors, warmup_steps
 
 
 def test_the_rate_is_a_linear_warm_up_then_a_cosine_that_ends_at_its_minimum() -> None:
@@ -39,11 +40,17 @@ def test_norms_biases_bias_tables_and_mask_tokens_do_not_decay() -> None:
     net = Pretext(SwinUNETR(1, 1, **NETWORK, stem="conv"), "mae", PretextConfig(method="mae"))
     optimizer = adamw(net.named_parameters(), OptimConfig(weight_decay=0.1))
     names = {id(p): name for name, p in net.named_parameters()}
-    decays = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    decays = {
+        names[id(p)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
     assert decays.keys() == set(names.values())
     free = ("norm", "bias", "bias_table", "mask_token")
     for name, decay in decays.items():
-        spared = any(part in name.split(".")[-1] for part in ("bias", "mask_token")) or ".norm" in name
+        spared = (
+            any(part in name.split(".")[-1] for part in ("bias", "mask_token")) or ".norm" in name
+        )
         assert decay == (0.0 if spared else 0.1), name
     assert all(any(word in name for name in decays) for word in free)
 
@@ -78,4 +85,6 @@ def test_the_encoder_has_groups_of_its_own_with_the_same_rules_of_decay() -> Non
         assert all(name.startswith("encoder.") == (group["part"] == "encoder") for name in members)
     both = {names[id(p)]: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     alone = adamw(network.named_parameters(), OptimConfig(weight_decay=0.1))
-    assert both == {names[id(p)]: g["weight_decay"] for g in alone.param_groups for p in g["params"]}
+    assert both == {
+        names[id(p)]: g["weight_decay"] for g in alone.param_groups for p in g["params"]
+    }

@@ -48,12 +48,18 @@ TABLE = [Shape("table", (0, -0.80, 0), (0.80, 0.10, INF), power=8)]
 TORSO = [
     Shape("fat", (0, 0.08, 0), (0.92, 0.76, INF), power=2.5),
     Shape("muscle", (0, 0.08, 0), (0.80, 0.64, INF), power=2.5),
-    *[Shape("rib", (0, 0, z), (INF, INF, 0.065), slope=0.7, over="muscle") for z in np.arange(-0.15, 1.6, 0.27)],
+    *[
+        Shape("rib", (0, 0, z), (INF, INF, 0.065), slope=0.7, over="muscle")
+        for z in np.arange(-0.15, 1.6, 0.27)
+    ],
     Shape("cavity", (0, 0.08, 0), (0.68, 0.52, INF), power=2.5),
     *[Shape("bone", (0.46 * side, -0.05, -0.95), (0.12, 0.42, 0.42)) for side in SIDES],
     Shape("bone", (0, -0.46, 0), (0.14, 0.13, INF)),
     Shape("disc", (0, -0.25, 0), (0.15, 0.14, INF)),
-    *[Shape("bone", (0, -0.25, z), (0.17, 0.16, 0.10), power=4) for z in np.arange(-0.96, 1.1, 0.32)],
+    *[
+        Shape("bone", (0, -0.25, z), (0.17, 0.16, 0.10), power=4)
+        for z in np.arange(-0.96, 1.1, 0.32)
+    ],
     Shape("cord", (0, -0.44, 0), (0.06, 0.06, INF)),
 ]
 
@@ -83,7 +89,12 @@ MR_LABELS = {
     6: "lesion", 7: "oedema",
 }  # fmt: skip
 
-MR_SCALE = {"t1": 800.0, "t1ce": 1000.0, "t2": 650.0, "flair": 450.0}  # what 1 in the table below becomes
+MR_SCALE = {
+    "t1": 800.0,
+    "t1ce": 1000.0,
+    "t2": 650.0,
+    "flair": 450.0,
+}  # what 1 in the table below becomes
 
 MR_TISSUES: Tissues = {  # label, then t1, t1ce, t2, flair
     "air": (0, 0, 0, 0, 0), "fat": (0, 0.95, 0.95, 0.75, 0.75), "muscle": (0, 0.40, 0.42, 0.28, 0.35),
@@ -100,7 +111,9 @@ HEAD = [
     Shape("muscle", (0, 0.08, -0.65), (0.56, 0.66, 0.38)),
     Shape("muscle", (0, -0.25, -0.90), (0.48, 0.48, 0.58)),
     Shape("bone", (0, -0.06, 0.10), (0.76, 0.82, 0.75)),
-    Shape("bone", (0, 0.48, -0.60), (0.14, 0.30, 0.20)),  # nasal cavity and throat: air is as dark as bone
+    Shape(
+        "bone", (0, 0.48, -0.60), (0.14, 0.30, 0.20)
+    ),  # nasal cavity and throat: air is as dark as bone
     Shape("bone", (0, 0.20, -0.80), (0.09, 0.09, 0.34)),
     *[Shape("eye", (0.32 * side, 0.60, -0.30), (0.16, 0.16, 0.16)) for side in SIDES],
     Shape("fluid", (0, -0.06, 0.10), (0.65, 0.71, 0.64)),
@@ -112,7 +125,9 @@ CORTEX = [
 ]
 
 BRAIN = [
-    Shape("fluid", (0, -0.06, 0.30), (0.055, 0.80, 0.60)),  # parts the halves; the next row joins them again below
+    Shape(
+        "fluid", (0, -0.06, 0.30), (0.055, 0.80, 0.60)
+    ),  # parts the halves; the next row joins them again below
     Shape("grey", (0, -0.06, 0.04), (0.36, 0.36, 0.26)),
     Shape("white", (0, 0, 0), (INF, INF, INF), over="grey", depth=0.105),
     Shape("grey", (0, -0.38, -0.30), (0.42, 0.28, 0.22)),  # cerebellum and brain stem

@@ -16,11 +16,11 @@ from conftest import NETWORK, ROOT, command, environment, events, interrupt, sam
 from test_pretrain import Config, weights
 from torch.nn.parallel import DistributedDataParallel
 
-from dae.config import PretextConfig
+from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
 from dae.pretext.contrast import cmcl, gather
 from dae.pretext.methods import Pretext
-from dae.training import checkpoint
+from dae.weights import checkpoint
 from train_pretrain import main
 
 MODALITY, SEEDS = torch.tensor([0, 1, 0, 2]), [5, 6, 7, 8]
@@ -105,7 +105,7 @@ def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict[
 
 @pytest.mark.parametrize("amp, samples, alpha, lr, tolerance", [
     ("off", 1, 1.0, 1e-3, 1e-5), ("off", 2, 1.0, 1e-3, 1e-5), ("bf16", 2, 0.05, 4e-4, 1e-3),
-])  # fmt: skip
+])
 def test_two_ranks_train_as_one_process_with_twice_the_batch(
     tiny: Config, tmp_path: Path, amp: str, samples: int, alpha: float, lr: float, tolerance: float
 ) -> None:

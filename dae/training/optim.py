@@ -11,7 +11,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 
-from dae.config import OptimConfig
+from dae.config.shared import OptimConfig
 
 
 def warmup_steps(config: OptimConfig) -> int:
@@ -32,9 +32,14 @@ class Schedule:
         # timm's scheduler wants an optimiser; a dummy one keeps the rate a function of the step alone.
         dummy = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
         self._timm = CosineLRScheduler(
-            dummy, t_initial=max(1, config.steps - warmup), lr_min=config.lr_min, warmup_t=warmup,
-            warmup_lr_init=config.lr / (warmup + 1), warmup_prefix=True, t_in_epochs=False,
-        )  # fmt: skip
+            dummy,
+            t_initial=max(1, config.steps - warmup),
+            lr_min=config.lr_min,
+            warmup_t=warmup,
+            warmup_lr_init=config.lr / (warmup + 1),
+            warmup_prefix=True,
+            t_in_epochs=False,
+        )
 
     def lr_at(self, step: int) -> float:
         """The first step already moves: warm-up starts at lr / (warmup + 1), not at 0."""
@@ -48,7 +53,10 @@ def adamw(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> tor
     for name, parameter in named:
         keeps = parameter.ndim <= 1 or name.endswith("bias_table")
         (others if keeps else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.lr, fused=on_a_gpu(groups))
 
 
@@ -57,7 +65,9 @@ def on_a_gpu(groups: Sequence[dict[str, Any]]) -> bool:
     return all(parameter.is_cuda for group in groups for parameter in group["params"])
 
 
-def adamw_in_parts(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
+def adamw_in_parts(
+    named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig
+) -> torch.optim.AdamW:
     """As `adamw`, the encoder's groups apart from the others; each group says its `part`."""
     parts: dict[str, list[tuple[str, nn.Parameter]]] = {"encoder": [], "decoder": []}
     for name, parameter in named:

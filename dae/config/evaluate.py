@@ -1,0 +1,116 @@
+"""Command lines of eval.py."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from dae.config.command_line import opt
+
+Policy = Literal["exclude", "diagonal"]
+
+DefinitionName = Literal["default", "monai", "medpy", "surface-distance"]
+
+Ensemble = Literal["softmax", "logits"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CasesConfig:
+    """cases"""
+
+    data: str = opt("", "data list (JSON), or an nnU-Net raw folder")
+    data_root: str = opt("", "folder that the list's paths start from; else the list's own")
+    split: str = opt(
+        "validation", "which items of the list", choices=("training", "validation", "test")
+    )
+    fold: int | None = opt(
+        None,
+        "held-out fold, where the list has no validation; else the one that the checkpoint "
+        "held out, or 0 where that is not known",
+        low=0,
+    )
+    split_seed: int | None = opt(
+        None,
+        "seed of the five folds, where the list has neither folds nor validation; else "
+        "the checkpoint's, or 0",
+        low=0,
+    )
+    allow_trained: bool = opt(
+        False, "predict, score or tune on cases that the network was trained on"
+    )
+    out: str = opt("", "folder for what is made")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(CasesConfig):
+    """prediction"""
+
+    checkpoint: tuple[str, ...] = opt((), "checkpoints of train_seg.py; several are an ensemble")
+    backbone: str = opt(
+        "", "module:Class of the checkpoints' network, where it is your own (docs/porting.md)"
+    )
+    images: tuple[str, ...] = opt((), "image files or folders, in place of --data")
+    modality: str = opt("", "modality of --images, if the checkpoint knows several")
+    overlap: float = opt(0.5, "of the windows", low=0, high=0.9)
+    tta: bool = opt(False, "average over the flips that the network was trained with")
+    ensemble: Ensemble = opt(
+        "softmax", "what is averaged over checkpoints", choices=("softmax", "logits")
+    )
+    postprocess: str = opt("", "plan of `eval.py tune`")
+    batch: int = opt(4, "windows at once", low=1)
+    device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
+    amp: str = opt("auto", "autocast, as in training", choices=("auto", "bf16", "fp16", "off"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TruthsConfig(CasesConfig):
+    """predictions against labels"""
+
+    predictions: str = opt("", "folder of predicted label maps")
+    labels: str = opt("", "folder of true label maps of the same names, in place of --data")
+    ignore: int | None = opt(
+        None,
+        "label of what was not annotated and counts for nothing; else the one that the list "
+        "names 'ignore'",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig(TruthsConfig):
+    """scores"""
+
+    tolerance: float = opt(
+        1.0, "of NSD, in mm, for the classes that have none in the list's tolerance_mm", low=0
+    )
+    policy: Policy = opt(
+        "exclude",
+        "distances of a missed class: left out and counted, or the image's diagonal",
+        choices=get_args(Policy),
+    )
+    definition: DefinitionName = opt(
+        "default", "whose surfaces and percentiles", choices=get_args(DefinitionName)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuneConfig(TruthsConfig):
+    """post-processing, chosen on validation cases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """comparison"""
+
+    a: str = opt("", "scores.csv, or the folder that holds it")
+    b: str = opt("", "scores.csv, or the folder that holds it")
+    out: str = opt("", "folder for compare.csv and compare.json; none: print only")
+    seed: int = opt(0, "of the bootstrap", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldsConfig:
+    """folds or seeds"""
+
+    scores: tuple[str, ...] = opt(
+        (), "the scores.csv of each, or the folder that holds it; its name is the folder's"
+    )
+    out: str = opt("", "folder for folds.csv and folds.json; none: print only")
+    seed: int = opt(0, "of the bootstrap", low=0)

@@ -1,0 +1,158 @@
+"""Command line of train_pretrain.py."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dae.config.command_line import Presets, opt
+from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+METHOD_NAMES = ("dae", "noise", "downsample", "local_mask", "mae")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretextConfig:
+    """disruption and losses"""
+
+    method: str = opt(
+        "dae",
+        "row of Tables 4 and 5; dae: noise, downsampling, local masking",
+        choices=METHOD_NAMES,
+    )
+    noise_mean: float = opt(0.0, "mu of eq. 1")
+    noise_std: float = opt(
+        0.1, "sigma of eq. 1, a standard deviation; sec. 3.2 (App. G calls it a variance)", low=0
+    )
+    downsample_factor: float = opt(4.0, "epsilon of eq. 2; sec. 3.2", low=1)
+    downsample_mode: str = opt(
+        "trilinear",
+        "interpolation D of eq. 2, both ways; the authors' code: nearest",
+        choices=("trilinear", "nearest", "area"),
+    )
+    order: str = opt(
+        "chain",
+        "chain: noise, then down and up; sum: D(x) + noise (sec. 2, 'add the two')",
+        choices=("chain", "sum"),
+    )
+    mask_ratio: tuple[float, ...] = opt(
+        (0.6,),
+        "r, share of channels (mae: of tokens) masked; two numbers: drawn "
+        "between them; sec. 3.2 (App. G.3: 0.4 alone)",
+        low=0,
+        high=0.99,
+    )
+    mask_scope: str = opt(
+        "sample",
+        "local masking draws a set of channels per sample, per batch or per token",
+        choices=("sample", "batch", "token"),
+    )
+    mask_along: str = opt(
+        "channels",
+        "what local masking zeroes, sec. 2; planes: what the authors' layout bug zeroes",
+        choices=("channels", "planes"),
+    )
+    mask_block: int = opt(16, "side of mae's masked blocks, in voxels", low=1)
+    recon: str = opt(
+        "plain",
+        "x_rec is the output as it is (sec. 2); rescaled by x_hat's mean and std, which also "
+        "standardise the input (scaled) or do not (output); or added to x_hat (residual)",
+        choices=("plain", "scaled", "output", "residual"),
+    )
+    skip: str = opt(
+        "auto",
+        "what the skip at full resolution sees; auto: x_hat, or zeros where x_hat is the target",
+        choices=("auto", "input", "zeros"),
+    )
+    l1_units: str = opt(
+        "auto",
+        "L1 trains in raw intensities or in units of the crop's std; auto: raw for plain",
+        choices=("auto", "raw", "crop"),
+    )
+    alpha: float = opt(0.05, "weight of CMCL, eq. 4; 0 turns it off; sec. 2", low=0)
+    cmcl: str = opt(
+        "bce",
+        "binary cross-entropy on the label matrix (eq. 3-4), softmax over positives, or class ranks "
+        "as columns (the authors' code)",
+        choices=("bce", "softmax", "ranks"),
+    )
+    temperature: float = opt(
+        0.07, "t of eq. 3: similarities times exp(t); for softmax divided by t; sec. 2"
+    )
+    z: str = opt(
+        "pooled",
+        "feature of eq. 3: bottleneck, mean over space, L2-normalised; flat: the authors' code",
+        choices=("pooled", "flat"),
+    )
+
+
+PAPER: dict[str, Any] = {}  # the defaults are the text's
+
+
+OFFICIAL: dict[str, Any] = {
+    "noise_std": 0.1**0.5,
+    "mask_ratio": (28 / 48,),
+    "downsample_mode": "nearest",
+    "mask_scope": "batch",
+    "mask_along": "planes",
+    "mr_intensity": "nonzero",
+    "skip": "input",
+    "alpha": 0.03,
+    "temperature": 0.5,
+    "cmcl": "ranks",
+    "z": "flat",
+    "stem": "conv",
+    "merge_order": "legacy",
+    "clipped_bias": "sliced",
+    "normalize_hidden": False,
+    "steps": 595_000,
+    "lr": 1e-4,
+    "lr_min": 1e-5,
+    "weight_decay": 0.05,
+    "warmup": 2_380,
+    "amp": "off",
+}
+
+
+DEMO: dict[str, Any] = {
+    "out": "runs/demo",
+    "crop": (48, 48, 48),
+    "feature_size": 16,
+    "depths": (2, 2, 2),
+    "heads": (2, 4, 8),
+    "window": (4, 4, 4),
+    "recon": "residual",
+    "foreground": 0.5,
+    "ct_window": (-300.0, 500.0),
+    "steps": 250,
+    "warmup": 20,
+    "lr": 3e-3,
+    "amp": "off",
+    "validate_every": 50,
+    "workers": 1,
+    "device": "cpu",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataConfig):
+    """pre-training"""
+
+    init: str = opt(
+        "", "start from these weights (continued pre-training): any that dae.weights reads, whole"
+    )
+    foreground: float = opt(
+        0.0, "share of the crops that are centred on foreground; else anywhere", low=0, high=1
+    )
+    validate_crops: int = opt(
+        16, "fixed crops to validate on, spread over the held-out volumes", low=1
+    )
+    channels: str = opt(
+        "together",
+        "all of an image are seen at once, or each apart, as a volume of its own",
+        choices=("together", "apart"),
+    )
+
+    presets: ClassVar[Presets] = {"paper": PAPER, "official": OFFICIAL, "demo": DEMO}

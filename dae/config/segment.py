@@ -1,0 +1,154 @@
+"""Command line of train_seg.py."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from dae.config.command_line import Presets, opt
+from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferConfig:
+    """what is fine-tuned"""
+
+    pretrained: str = opt(
+        "",
+        "weights of train_pretrain.py, or any others that `python -m dae.weights inspect` reads; "
+        "network, crop, spacing and intensities come with them where no flag differs",
+    )
+    transfer: str = opt(
+        "both",
+        "what is taken of it; the head is always new; sec. 3.2",
+        choices=("encoder", "decoder", "both"),
+    )
+    from_scratch: bool = opt(
+        False, "the same run without the weights: the network of --pretrained, newly drawn"
+    )
+    schedule: str = opt(
+        "warmup",
+        "learning rates over the run: warm-up then cosine, cosine alone, the encoder never "
+        "moved, or the decoder alone for the first tenth",
+        choices=("warmup", "plain", "frozen-encoder", "decoder-first"),
+    )
+    loss: str = opt(
+        "dice",
+        "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy",
+        choices=("dice", "dice_ce"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """labelled data"""
+
+    label_fraction: float = opt(
+        1.0,
+        "share of the training subjects; smaller shares lie within larger ones; Table 3",
+        low=0,
+        high=1,
+    )
+    foreground_crop: bool = opt(
+        True, "cut volumes to what is brighter than the background, before training"
+    )
+    positive: float = opt(
+        0.5, "share of the crops that are centred on a labelled voxel", low=0, high=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """augmentation (sec. 3.2: noise, contrast, zoom, flips); each figure a chance per sample"""
+
+    flip: float = opt(
+        0.2,
+        "along each axis; left and right only where the list says which labels 'swap', or no two "
+        "classes can be a pair",
+        low=0,
+        high=1,
+    )
+    rotate: float = opt(0.2, "by 90, 180 or 270 degrees in the axial plane", low=0, high=1)
+    zoom: float = opt(0.2, "by 0.9 to 1.1", low=0, high=1)
+    brightness: float = opt(0.1, "scale by 0.9 to 1.1 and shift by up to 0.1", low=0, high=1)
+    contrast: float = opt(0.1, "gamma of 0.7 to 1.5", low=0, high=1)
+    noise: float = opt(0.1, "Gaussian, std up to 0.1", low=0, high=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegConfig(
+    RunConfig, OptimConfig, NetworkConfig, AugmentConfig, LabelConfig, TransferConfig, DataConfig
+):
+    """length and validation"""
+
+    preset: str = opt(
+        "",
+        "btcv, feta: the text; official-btcv: the authors' code; demo: phantoms on a CPU, in minutes",
+    )
+    out: str = opt("runs/seg", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
+    split_seed: int = opt(
+        0,
+        "seed of the five folds, where the list has neither folds nor validation, and of "
+        "--label-fraction",
+        low=0,
+    )
+    epochs: int = opt(600, "passes over the training volumes, where --steps is 0; sec. 3.2", low=1)
+    steps: int = opt(0, "optimiser steps; 0: as --epochs says", low=0)
+    batch_size: int = opt(4, "samples per rank and micro-batch; sec. 3.2", low=1)
+    overlap: float = opt(0.5, "of the windows of a validation", low=0, high=0.9)
+
+    presets: ClassVar[Presets] = {}
+
+
+BTCV: dict[
+    str, Any
+] = {  # sec. 3.1 and 3.2; spacing, window and crops are the authors' code's, the text has none
+    "spacing": (1.5, 1.5, 2.0),
+    "ct_window": (-175.0, 250.0),
+    "crop": (96, 96, 96),
+    "epochs": 600,
+    "lr": 4e-4,
+    "batch_size": 4,
+}
+
+FETA: dict[str, Any] = {  # sec. 3.1 and 3.2: intensities to [0, 1], flips on all axes, noise
+    "spacing": (),
+    "mr_intensity": "percentile",
+    "crop": (96, 96, 96),
+    "epochs": 600,
+    "lr": 4e-4,
+    "batch_size": 4,
+    "rotate": 0.0,
+    "zoom": 0.0,
+    "contrast": 0.0,
+}
+
+OFFICIAL_BTCV: dict[str, Any] = (
+    BTCV
+    | {  # 1000 epochs, 50 of them warm-up, each 24 volumes in 6 steps
+        "steps": 6000,
+        "lr": 8e-4,
+        "warmup": 300,
+        "loss": "dice_ce",
+        "zoom": 0.0,
+        "contrast": 0.0,
+        "noise": 0.0,
+    }
+)
+
+DEMO: dict[str, Any] = {
+    "out": "runs/demo_seg",
+    "pretrained": "runs/demo/last.pt",
+    "steps": 300,
+    "batch_size": 2,
+    "lr": 3e-3,
+    "warmup": 20,
+    "amp": "off",
+    "validate_every": 50,
+    "workers": 1,
+    "device": "cpu",
+    "loss": "dice_ce",
+    "flip": 0.2,
+    "rotate": 0.0,
+    "zoom": 0.1,
+}
+
+SegConfig.presets.update({"btcv": BTCV, "feta": FETA, "official-btcv": OFFICIAL_BTCV, "demo": DEMO})

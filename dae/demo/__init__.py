@@ -1,0 +1,1 @@
+"""Synthetic CT and MR bodies, to try everything without data."""

@@ -1,0 +1,37 @@
+"""Files that appear whole or not at all, whenever the process is killed and however full the disk is."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
+    """Call `write` with a path beside `path`, then give what it has written the name `path`.
+
+    The path beside ends as `path` does, for libraries that choose a format by the ending. `durable`
+    waits until the file is on the disk, so that it also survives a loss of power.
+    """
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(beside)
+        if durable:
+            flush(beside)
+        beside.replace(path)
+        if durable:
+            flush(path.parent)  # the new name is on the disk only once its folder is
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of these bytes, by `write_atomic`."""
+    write_atomic(path, lambda beside: beside.write_bytes(content))

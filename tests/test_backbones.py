@@ -507,9 +507,9 @@ def test_a_backbone_that_contradicts_the_checkpoint_is_refused(
     made: str, asked: str, words: str
 ) -> None:
     for config in (NetworkConfig, SegConfig, PredictConfig):
-        given = {"given": ("backbone",)} if config is SegConfig else {}
+        given = {"set_flags": ("backbone",)} if config is SegConfig else {}
         if asked == "swin_unetr" and config is NetworkConfig:
-            continue  # the default: without `given` it was not asked for
+            continue  # the default: without `set_flags` it was not asked for
         with pytest.raises(InputError) as error:
             backbone_of({"backbone": made}, config(backbone=asked, **given), Path("a.pt"))
         assert str(error.value) == words

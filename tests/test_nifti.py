@@ -20,7 +20,6 @@ from dae.data.nifti import (
     read_grid,
     read_labels,
     read_labels_of,
-    write,
 )
 from dae.errors import InputError
 
@@ -132,14 +131,6 @@ def test_spacing_of_an_oblique_volume_is_the_length_of_its_steps(tmp_path: Path)
     volume = read(saved(tmp_path / "a.nii", np.arange(120.0).reshape(SIZE), affine))
     assert volume.spacing == pytest.approx(SPACING, abs=1e-5)
     assert volume.data.shape == (1, 5, 6, 4)
-
-
-def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    x = np.arange(120, dtype=np.int16).reshape(SIZE)
-    write(tmp_path / "a.nii.gz", x, RAS)
-    assert nib.load(tmp_path / "a.nii.gz").get_data_dtype() == np.int16
-    volume = read(tmp_path / "a.nii.gz")
-    assert np.array_equal(volume.data[0], x) and np.array_equal(volume.affine, RAS)
 
 
 # --- what is refused

@@ -1,18 +1,20 @@
-"""NIfTI volumes in and out: one orientation (RAS), lengths in mm, and one line on what is wrong.
+"""NIfTI volumes: one orientation (RAS), lengths in mm, and one line on what is wrong with a file.
 
 Arrays are (c, d, h, w); d h w run to the patient's right, anterior and superior side. Spacing is in
 mm, in that order.
 
 What is taken from a header, and what is not:
 
-- Where a voxel lies: the sform where there is one, else the qform, as the NIfTI standard and
-  nibabel say.
+- The position of a voxel: by the sform where there is one, else by the qform, as the NIfTI standard
+  and nibabel say.
 - Units: metres and micrometres become mm. No unit means mm.
 - Voxels larger than 10 cm are refused: then the unit in the header is wrong.
-- No sform and no qform: left and right are a convention of the format. It is read, and said.
-- Voxel sizes (pixdim) that differ from the sform: the sform counts. It is read, and said.
-- Sheared grids (a tilted gantry): voxels are read as they are, and it is said that lengths are not
-  exact. Scores in mm are refused there (evaluation/scoring.py), since a table of distances does not
+- No sform and no qform: left and right are a convention of the format. The file is read, with a
+  warning.
+- Voxel sizes (pixdim) that differ from the sform: the sform counts. The file is read, with a
+  warning.
+- Sheared grids (a tilted gantry): voxels are read as they are, with a warning that lengths are not
+  exact. Scores in mm are refused there (evaluation/cases.py), since a table of distances does not
   carry a warning.
 """
 
@@ -35,23 +37,24 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
 from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
-from dae.errors import InputError
+from dae.errors import InputError, one_line
 
 Array = NDArray[np.float32]
 Affine = NDArray[np.float64]  # (4, 4), voxel of the RAS grid -> mm
 
 SAME_GRID = 0.1  # voxels by which corners of two grids may differ: headers lose less by rounding
 WHOLE = 1e-3  # by which a label may differ from a whole number: slopes and float32 cost less
-SHEAR = 0.01  # relative error of a length that is worth a word
+SHEAR = 0.01  # relative error of a length that is worth a warning
 LARGEST_VOXEL = 100.0  # mm
 MM = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
 DEFLATE = 1040  # bytes that one byte of a gzip stream can hold: 1032 by its format
+EXACT = 2**53  # from here on float64 does not have every whole number
 
 said: set[str] = set()  # kinds of warnings that this process has printed
 
 
 class Grid(NamedTuple):
-    """Where voxels lie."""
+    """The size of a volume and the position of its voxels."""
 
     shape: tuple[int, ...]  # (d, h, w)
     affine: Affine
@@ -64,17 +67,19 @@ class Grid(NamedTuple):
 
     @property
     def shear(self) -> float:
-        """The largest relative error of a distance that takes the axes for perpendicular: .1 is 10 %.
+        """The largest relative error of a distance that takes the axes for perpendicular.
 
-        0 where they are perpendicular, however the grid is rotated.
+        0.1 is 10 %; 0 where they are perpendicular, however the grid is rotated.
         """
         axes = self.affine[:3, :3] / voxel_sizes(self.affine)
-        true = np.linalg.svd(axes, compute_uv=False)  # lengths of what is taken for 1 mm, in order
-        return float(max(1 - 1 / true[0], 1 / true[-1] - 1))
+
+        # The true lengths of what is taken for 1 mm: from the longest to the shortest direction.
+        lengths = np.linalg.svd(axes, compute_uv=False)
+        return float(max(1 - 1 / lengths[0], 1 / lengths[-1] - 1))
 
 
 class Volume(NamedTuple):
-    """One image: values, and where they lie."""
+    """One image and its grid."""
 
     data: Array  # (c, d, h, w), scl_slope and scl_inter applied
     affine: Affine
@@ -89,7 +94,7 @@ class Volume(NamedTuple):
 
 
 class LabelMap(NamedTuple):
-    """One label file: whole numbers, and where they lie."""
+    """One label file, whole numbers, and its grid."""
 
     labels: NDArray[np.integer[Any]]  # (d, h, w), in the smallest type that holds them
     affine: Affine
@@ -103,118 +108,133 @@ class LabelMap(NamedTuple):
         return self.grid.spacing
 
 
+# --- images, labels, grids
+
+
 def read(path: Path, like: Affine | None = None) -> Volume:
     """One .nii or .nii.gz file, 3D or 4D (channels last in the file). Raises InputError on others.
 
     Its axes are put in RAS order, or in the order of the grid `like` where that is given: at 45
     degrees two headers that differ in the seventh digit have different RAS orders.
     """
-    image = _open(path)
+    image = open_image(path)
     shape = image.shape
     if len(shape) not in (3, 4) or min(shape) < 1 or min(shape[:3]) < 2:
         raise InputError(
-            f"{path}: an image of size {_by(shape)}; a volume has three axes of two voxels and more"
+            f"{path}: an image of size {by(shape)}; a volume has three axes of two voxels and more"
         )
-    affine = _place(path, image)
-    values, affine = _ordered(_values(path, image, np.float32), affine, like)
+
+    stored_affine = checked_affine(path, image)
+    values = stored_values(path, image, np.float32)
+    values, affine = reordered(values, stored_affine, like)
+
+    # The file has its channels last, or none.
     data = values[None] if values.ndim == 3 else np.moveaxis(values, -1, 0)
-    _check_values(path, data)
+    check_values(path, data)
     return Volume(data, affine)
 
 
 def read_labels(path: Path, like: Affine | None = None) -> LabelMap:
     """A file of whole numbers, stored as integers or floats, 3D or (x, y, z, 1).
 
-    Raises InputError on anything else.
-    `like`: as in `read`.
+    Raises InputError on anything else. `like`: as in `read`.
     """
-    image = _open(path)
+    image = open_image(path)
     shape = image.shape
     if len(shape) < 3 or min(shape) < 1 or prod(shape[3:]) != 1:
-        raise InputError(f"{path}: labels of size {_by(shape)}; a label map has three axes")
-    affine = _place(path, image)
-    values = _values(path, image).reshape(shape[:3])  # not through float32, which has no 16,777,217
-    values, affine = _ordered(values, affine, like)
+        raise InputError(f"{path}: labels of size {by(shape)}; a label map has three axes")
+
+    stored_affine = checked_affine(path, image)
+    values = stored_values(path, image)  # not as float32, which does not have 16,777,217
+    values, affine = reordered(values.reshape(shape[:3]), stored_affine, like)
     if values.dtype.kind == "f":
-        values = _whole(path, values)
-    low, high = int(values.min()), int(values.max())
-    smallest = np.result_type(np.min_scalar_type(low), np.min_scalar_type(high))
-    return LabelMap(values.astype(smallest), affine)
+        values = whole_numbers(path, values)
+
+    low = np.min_scalar_type(int(values.min()))
+    high = np.min_scalar_type(int(values.max()))
+    return LabelMap(values.astype(np.result_type(low, high)), affine)
 
 
 def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
     """Labels 0 to 255 (d, h, w) on the grid of `image`. Raises InputError on anything else."""
-    found = read_labels(path, like=image.affine)
-    labels = found.labels
+    label_map = read_labels(path, like=image.affine)
+    labels = label_map.labels
     if labels.dtype != np.uint8:
         raise InputError(
             f"{path}: holds labels from {labels.min()} to {labels.max()}; they must lie in 0 to 255"
         )
-    if apart := difference(found.grid, image.grid):
-        raise InputError(f"{path}: not on the grid of its image: {apart}{_unplaced(path)}")
+
+    if deviation := difference(label_map.grid, image.grid):
+        raise InputError(
+            f"{path}: not on the grid of its image: {deviation}{without_affine_in_words(path)}"
+        )
     return labels.astype(np.uint8, copy=False)
 
 
 def read_channels(paths: Sequence[Path]) -> Volume:
     """Several files of one grid as the channels of one volume. Raises InputError on other grids."""
     first = read(paths[0])
-    volumes = [first, *(read(path, like=first.affine) for path in paths[1:])]
+    volumes = [first]
+    for path in paths[1:]:
+        volumes.append(read(path, like=first.affine))
+
     for path, volume in zip(paths, volumes):
-        if apart := difference(volume.grid, first.grid):
+        if deviation := difference(volume.grid, first.grid):
             raise InputError(
-                f"{path}: not on the grid of {paths[0]}: {apart}{_unplaced(path)}; "
-                "channels must be registered and resampled first"
+                f"{path}: not on the grid of {paths[0]}: {deviation}{without_affine_in_words(path)}"
+                "; channels must be registered and resampled first"
             )
-    return Volume(np.concatenate([v.data for v in volumes]), first.affine)
+    return Volume(np.concatenate([volume.data for volume in volumes]), first.affine)
 
 
 def read_grid(path: Path) -> Grid:
-    """Where the voxels of a file lie, by its header alone. Raises InputError."""
-    image = _open(path)
-    affine = _place(path, image)
+    """The grid of a file, by its header alone. Raises InputError."""
+    image = open_image(path)
+    affine = checked_affine(path, image)
+
+    # `order` has a row for each stored axis: the RAS axis that it becomes, and its direction.
     order = io_orientation(affine)
     shape = [0, 0, 0]
-    for n, axis in zip(image.shape, order[:, 0].astype(int)):
-        shape[axis] = n
+    for size, axis in zip(image.shape, order[:, 0].astype(int)):
+        shape[axis] = size
     return Grid(tuple(shape), affine @ inv_ornt_aff(order, image.shape[:3]))
 
 
 def affine_in_mm(image: Any) -> Affine:
     """The affine of a NIfTI image of nibabel, stored voxel -> mm, whatever unit its header has."""
-    mm = MM[_unit(image)]
+    mm = MM[unit_of(image)]
     return np.diag([mm, mm, mm, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
 
 
-def write(path: Path, data: NDArray[Any], affine: Affine) -> None:
-    """A (d, h, w) array and its affine as a .nii or .nii.gz file, in the array's own type."""
-    nib.save(nib.Nifti1Image(data, affine), path)
-
-
-# --- two grids -------------------------------------------------------------------------------------------------------
+# --- two grids
 
 
 def difference(a: Grid, b: Grid) -> str:
-    """What tells two grids apart, in words; empty where they are one.
+    """How two grids differ, in words; empty where they are one.
 
     They are one where all corners lie within a tenth of a voxel of each other. Entries of affines
-    say little: a voxel size that is .009 mm off moves the far end of 500 voxels by 4 mm, and a shift
-    of .02 mm is nothing.
+    say little: a voxel size that is .009 mm off moves the far end of 500 voxels by 4 mm, and a
+    shift of .02 mm is nothing.
     """
     if a.shape != b.shape:
-        return f"{_by(a.shape)} and {_by(b.shape)} voxels"
-    ends = np.array([(-0.5, n - 0.5) for n in a.shape])  # outer faces
+        return f"{by(a.shape)} and {by(b.shape)} voxels"
+
+    # The eight corners of the volume, in voxels: the outer faces of the outer voxels.
+    ends = np.array([(-0.5, size - 0.5) for size in a.shape])
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 3)
+
     a_in_b = np.linalg.inv(b.affine) @ a.affine
     voxels = np.linalg.norm(apply_affine(a_in_b, corners) - corners, axis=1).max()
     if voxels <= SAME_GRID:
         return ""
-    mm = np.linalg.norm(
-        apply_affine(a.affine, corners) - apply_affine(b.affine, corners), axis=1
-    ).max()
+
+    corners_of_a = apply_affine(a.affine, corners)
+    corners_of_b = apply_affine(b.affine, corners)
+    mm = np.linalg.norm(corners_of_a - corners_of_b, axis=1).max()
     return f"their corners lie up to {mm:.3g} mm ({voxels:.3g} voxels) apart"
 
 
-# --- sizes that no machine holds -------------------------------------------------------------------------------------
+# --- sizes that no machine holds
 
 
 def memory() -> int:
@@ -230,8 +250,130 @@ def bytes_in_words(count: float) -> str:
     units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     power = 0
     while count >= 1024 and power < len(units) - 1:
-        count, power = count / 1024, power + 1
+        count /= 1024
+        power += 1
     return f"{count:.3g} {units[power]}"
+
+
+# --- the header of one file
+
+
+def open_image(path: Path) -> Any:
+    """The file with its header read and found sound; its voxels are not read yet."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with LoggingOutputSuppressor():  # nibabel logs odd fields; one line says enough
+            image = nib.load(path)
+    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+        raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)})") from error
+
+    if not isinstance(image, nib.Nifti1Image):
+        raise InputError(
+            f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read"
+        )
+    if image.get_data_dtype().kind not in "iuf":
+        raise InputError(
+            f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read"
+        )
+    check_size(path, image)
+    return image
+
+
+def check_size(path: Path, image: Any) -> None:
+    """A header may claim any size; no memory is asked for that the file cannot fill."""
+    claimed = prod(image.shape) * image.get_data_dtype().itemsize
+    claim = f"its header claims {by(image.shape)} voxels ({bytes_in_words(claimed)})"
+
+    # The most bytes of voxels that a file of this length can hold.
+    length = path.stat().st_size
+    suffix = path.suffix.lower()
+    most = claimed
+    if suffix == ".nii":
+        most = length - int(image.dataobj.offset)
+    if suffix == ".gz":
+        most = length * DEFLATE
+    if claimed > most:
+        raise InputError(
+            f"{path}: cut short or damaged: {claim}, the file holds {length} bytes; copy it again"
+        )
+
+    needed = 4 * prod(image.shape)  # in float32
+    if needed > memory():
+        raise InputError(
+            f"{path}: {claim}; reading it takes {bytes_in_words(needed)}, "
+            f"this machine has {bytes_in_words(memory())}"
+        )
+
+
+def checked_affine(path: Path, image: Any) -> Affine:
+    """The file's affine, stored voxel -> mm, with a warning on what its header leaves open.
+
+    Raises InputError where the header does not say the position of voxels.
+    """
+    code = int(image.header["xyzt_units"]) % 8
+    if code > 3:
+        raise InputError(
+            f"{path}: its header gives lengths in unit {code}, which does not exist; "
+            "set xyzt_units to mm"
+        )
+
+    affine = affine_in_mm(image)
+    sizes = voxel_sizes(affine)
+    if is_singular(affine):
+        raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
+
+    unit = unit_of(image)
+    if sizes.max() > LARGEST_VOXEL:
+        raise InputError(
+            f"{path}: a voxel of {mm_in_words(sizes)} (unit in the header: {unit}); "
+            "correct its sizes or its unit"
+        )
+
+    warn_of_header(path, image, affine)
+    return affine
+
+
+def is_singular(affine: Affine) -> bool:
+    """Whether an affine is not finite, or its axes span less than a thousandth of their box."""
+    if not np.isfinite(affine).all():
+        return True
+    volume = abs(np.linalg.det(affine[:3, :3]))
+    return bool(volume <= 1e-3 * voxel_sizes(affine).prod())
+
+
+def warn_of_header(path: Path, image: Any, affine: Affine) -> None:
+    """Print what the header leaves open; each kind of warning once in a process."""
+    unit = unit_of(image)
+    sizes = voxel_sizes(affine)
+    if MM[unit] != 1:
+        say_once(
+            unit,
+            f"{path}: lengths in its header are in {unit}s; read as voxels of {mm_in_words(sizes)}",
+        )
+
+    if is_without_affine(image.header):
+        say_once(
+            "codes",
+            f"{path}: its header has neither qform nor sform; "
+            "left and right are by convention only",
+        )
+
+    by_pixdim = np.array(image.header.get_zooms()[:3], dtype=np.float64) * MM[unit]
+    if np.abs(by_pixdim / sizes - 1).max() > SHEAR:
+        say_once(
+            "pixdim",
+            f"{path}: a voxel is {mm_in_words(sizes)} by its affine, which counts, "
+            f"but {mm_in_words(by_pixdim)} by its pixdim",
+        )
+
+    shear = Grid(image.shape[:3], affine).shear
+    if shear > SHEAR:
+        say_once(
+            "shear",
+            f"{path}: its axes are not perpendicular; "
+            f"lengths in mm along them are up to {shear:.0%} off",
+        )
 
 
 def say_once(kind: str, line: str) -> None:
@@ -241,163 +383,87 @@ def say_once(kind: str, line: str) -> None:
         print(f"warning: {line} (other files like it are not named)", file=sys.stderr)
 
 
-# --- one file --------------------------------------------------------------------------------------------------------
-
-
-def _open(path: Path) -> Any:
-    """The file with its header read and found sound, its voxels not."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    try:
-        with LoggingOutputSuppressor():  # nibabel logs odd fields; one line says enough
-            image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(f"{path}: not a readable NIfTI file ({_short(error)})") from error
-    if not isinstance(image, nib.Nifti1Image):
-        raise InputError(
-            f"{path}: a {type(image).__name__}; only NIfTI volumes (.nii, .nii.gz) are read"
-        )
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(
-            f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read"
-        )
-    _check_size(path, image)
-    return image
-
-
-def _check_size(path: Path, image: Any) -> None:
-    """A header may claim any size; what the file cannot hold is not asked for."""
-    stored = prod(image.shape) * image.get_data_dtype().itemsize
-    claim = f"its header claims {_by(image.shape)} voxels ({bytes_in_words(stored)})"
-    there = path.stat().st_size
-    holds = {".nii": there - int(image.dataobj.offset), ".gz": there * DEFLATE}.get(
-        path.suffix.lower(), stored
-    )
-    if stored > holds:
-        raise InputError(
-            f"{path}: cut short or damaged: {claim}, the file holds {there} bytes; copy it again"
-        )
-    if (needed := 4 * prod(image.shape)) > memory():
-        raise InputError(
-            f"{path}: {claim}; reading it takes {bytes_in_words(needed)}, this machine has {bytes_in_words(memory())}"
-        )
-
-
-def _place(path: Path, image: Any) -> Affine:
-    """The file's affine, stored voxel -> mm. What its header leaves open is said.
-
-    Raises InputError where the header does not say where voxels lie.
-    """
-    code = int(image.header["xyzt_units"]) % 8
-    if code > 3:
-        raise InputError(
-            f"{path}: its header gives lengths in unit {code}, which does not exist; set xyzt_units to mm"
-        )
-    unit, affine = _unit(image), affine_in_mm(image)
-    sizes, steps = voxel_sizes(affine), affine[:3, :3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(steps)) <= 1e-3 * sizes.prod():
-        raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
-    if sizes.max() > LARGEST_VOXEL:
-        raise InputError(
-            f"{path}: a voxel of {_mm(sizes)} (unit in the header: {unit}); correct its sizes or its unit"
-        )
-
-    if MM[unit] != 1:
-        say_once(
-            unit, f"{path}: lengths in its header are in {unit}s; read as voxels of {_mm(sizes)}"
-        )
-    if _is_unplaced(image.header):
-        say_once(
-            "codes",
-            f"{path}: its header has neither qform nor sform; left and right are by convention only",
-        )
-    by_pixdim = np.array(image.header.get_zooms()[:3], dtype=np.float64) * MM[unit]
-    if np.abs(by_pixdim / sizes - 1).max() > SHEAR:
-        say_once(
-            "pixdim",
-            f"{path}: a voxel is {_mm(sizes)} by its affine, which counts, but {_mm(by_pixdim)} by its pixdim",
-        )
-    shear = Grid(image.shape[:3], affine).shear
-    if shear > SHEAR:
-        say_once(
-            "shear",
-            f"{path}: its axes are not perpendicular; lengths in mm along them are up to {shear:.0%} off",
-        )
-    return affine
-
-
-def _unit(image: Any) -> str:
+def unit_of(image: Any) -> str:
     return str(image.header.get_xyzt_units()[0])
 
 
-def _is_unplaced(header: Any) -> bool:
+def is_without_affine(header: Any) -> bool:
     return int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0
 
 
-def _unplaced(path: Path) -> str:
-    unplaced = _is_unplaced(nib.load(path).header)
-    return (
-        " (its header has neither qform nor sform: was it saved without an affine?)"
-        if unplaced
-        else ""
-    )
+def without_affine_in_words(path: Path) -> str:
+    """The likely reason for a wrong grid, where the header has no affine; else empty."""
+    if not is_without_affine(nib.load(path).header):
+        return ""
+    return " (its header has neither qform nor sform: was it saved without an affine?)"
 
 
-def _values(path: Path, image: Any, kind: Any = None) -> NDArray[Any]:
-    """The voxels in stored order, scaled.
+# --- the voxels of one file
 
-    A compressed file is read to its end, where its checksum is.
-    """
-    with _readable(path):
+
+def stored_values(path: Path, image: Any, dtype: Any = None) -> NDArray[Any]:
+    """The voxels in stored order, scl_slope and scl_inter applied. Raises InputError."""
+    with damage_as_input_error(path):
         if path.suffix.lower() == ".nii":
-            return np.asanyarray(image.dataobj, dtype=kind)
+            return np.asanyarray(image.dataobj, dtype=dtype)
+
         with ImageOpener(path) as stream:
-            values = np.asanyarray(type(image).from_stream(stream.fobj).dataobj, dtype=kind)
+            values = np.asanyarray(type(image).from_stream(stream.fobj).dataobj, dtype=dtype)
+            # A gzip stream has its checksum after the last voxel: it is read to its end.
             while stream.read(1 << 20):
                 pass
         return values
 
 
-def _ordered(
-    values: NDArray[Any], affine: Affine, like: Affine | None
-) -> tuple[NDArray[Any], Affine]:
-    """Values (x, y, z, ...) and their affine, axes in RAS order or along those of `like`."""
-    order = io_orientation(affine if like is None else np.linalg.inv(like) @ affine)
-    return apply_orientation(values, order), affine @ inv_ornt_aff(order, values.shape[:3])
-
-
-def _whole(path: Path, values: NDArray[Any]) -> NDArray[Any]:
-    """Floats as the whole numbers they stand for. Raises InputError on others, nan and infinity."""
-    near = np.rint(values)
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        uneven = values[~(np.abs(values) < 2**53) | ~(np.abs(values - near) <= WHOLE)]
-    if len(uneven):
-        raise InputError(
-            f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?"
-        )
-    return near
-
-
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def damage_as_input_error(path: Path) -> Iterator[None]:
+    """What nibabel, zlib and the system raise on a damaged file, as one InputError."""
     try:
         yield
     except MemoryError as error:
         raise InputError(
-            f"{path}: too large for this machine's memory ({_short(error)})"
+            f"{path}: too large for this machine's memory ({one_line(error)})"
         ) from error
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise InputError(
-            f"{path}: cut short or damaged ({_short(error)}); copy it again"
+            f"{path}: cut short or damaged ({one_line(error)}); copy it again"
         ) from error
 
 
-def _check_values(path: Path, data: Array) -> None:
+def reordered(
+    values: NDArray[Any], affine: Affine, like: Affine | None
+) -> tuple[NDArray[Any], Affine]:
+    """Values (x, y, z, ...) and their affine, axes in RAS order or along those of `like`."""
+    towards = affine if like is None else np.linalg.inv(like) @ affine
+    order = io_orientation(towards)
+    return apply_orientation(values, order), affine @ inv_ornt_aff(order, values.shape[:3])
+
+
+def whole_numbers(path: Path, values: NDArray[Any]) -> NDArray[Any]:
+    """Floats rounded to the whole numbers that they mean. Raises InputError on others, nan, inf."""
+    rounded = np.rint(values)
+
+    # `not <=` is true of nan as well. Infinity minus infinity is nan, and no cause for a warning.
+    with np.errstate(invalid="ignore"):
+        is_large = ~(np.abs(values) < EXACT)
+        is_uneven = ~(np.abs(values - rounded) <= WHOLE)
+
+    uneven = values[is_large | is_uneven]
+    if len(uneven):
+        raise InputError(
+            f"{path}: holds {uneven[0]:g}, but labels are whole numbers; is it an image?"
+        )
+    return rounded
+
+
+def check_values(path: Path, data: Array) -> None:
     """NaN and infinity would spread through every crop; a constant has no scale to normalise by."""
-    if bad := int(data.size - np.isfinite(data).sum()):
+    bad = int(data.size - np.isfinite(data).sum())
+    if bad:
         raise InputError(
             f"{path}: {bad} voxels are NaN or infinite; replace them by the background's value"
         )
+
     for channel in data:
         if channel.min() == channel.max():
             raise InputError(
@@ -405,13 +471,14 @@ def _check_values(path: Path, data: Array) -> None:
             )
 
 
-def _mm(sizes: Sequence[float] | NDArray[np.float64]) -> str:
-    return f"{_by([f'{size:.4g}' for size in sizes])} mm"
+# --- numbers in words
 
 
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
+def by(sizes: Sequence[object]) -> str:
+    """(4, 5, 6) -> "4 x 5 x 6"."""
+    return " x ".join(map(str, sizes))
 
 
-def _by(shape: Sequence[object]) -> str:
-    return " x ".join(map(str, shape))
+def mm_in_words(sizes: Sequence[float] | NDArray[np.float64]) -> str:
+    """(1.5, 1.5, 3.0) -> "1.5 x 1.5 x 3 mm"."""
+    return f"{by([f'{size:.4g}' for size in sizes])} mm"

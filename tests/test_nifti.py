@@ -259,6 +259,12 @@ def test_a_singular_affine_is_refused(row: tuple[float, ...], tmp_path: Path) ->
     refusals(patched(saved(tmp_path / "a.nii", LABELS), 296, "<4f", *row))  # srow_y
 
 
+def test_a_flat_image_has_no_grid(tmp_path: Path) -> None:
+    """The cache asks for the grid first, and takes this error for one that reading explains."""
+    path = saved(tmp_path / "a.nii", np.ones((20, 22), dtype=np.float32))
+    assert "an image of size 20 x 22" in refusal(lambda: read_grid(path), path)
+
+
 # --- lengths, and what a header leaves open
 
 

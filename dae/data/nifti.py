@@ -121,7 +121,8 @@ def read(path: Path, like: Affine | None = None) -> Volume:
     shape = image.shape
     if len(shape) not in (3, 4) or min(shape) < 1 or min(shape[:3]) < 2:
         raise InputError(
-            f"{path}: an image of size {by(shape)}; a volume has three axes of two voxels and more"
+            f"{path}: an image of size {size_in_words(shape)}; "
+            "a volume has three axes of two voxels and more"
         )
 
     stored_affine = checked_affine(path, image)
@@ -142,7 +143,9 @@ def read_labels(path: Path, like: Affine | None = None) -> LabelMap:
     image = open_image(path)
     shape = image.shape
     if len(shape) < 3 or min(shape) < 1 or prod(shape[3:]) != 1:
-        raise InputError(f"{path}: labels of size {by(shape)}; a label map has three axes")
+        raise InputError(
+            f"{path}: labels of size {size_in_words(shape)}; a label map has three axes"
+        )
 
     stored_affine = checked_affine(path, image)
     values = stored_values(path, image)  # not as float32, which does not have 16,777,217
@@ -190,6 +193,11 @@ def read_channels(paths: Sequence[Path]) -> Volume:
 def read_grid(path: Path) -> Grid:
     """The grid of a file, by its header alone. Raises InputError."""
     image = open_image(path)
+    if len(image.shape) < 3:
+        raise InputError(
+            f"{path}: an image of size {size_in_words(image.shape)}; "
+            "a volume has three axes of two voxels and more"
+        )
     affine = checked_affine(path, image)
 
     # `order` has a row for each stored axis: the RAS axis that it becomes, and its direction.
@@ -217,7 +225,7 @@ def difference(a: Grid, b: Grid) -> str:
     shift of .02 mm is nothing.
     """
     if a.shape != b.shape:
-        return f"{by(a.shape)} and {by(b.shape)} voxels"
+        return f"{size_in_words(a.shape)} and {size_in_words(b.shape)} voxels"
 
     # The eight corners of the volume, in voxels: the outer faces of the outer voxels.
     ends = np.array([(-0.5, size - 0.5) for size in a.shape])
@@ -283,7 +291,7 @@ def open_image(path: Path) -> Any:
 def check_size(path: Path, image: Any) -> None:
     """A header may claim any size; no memory is asked for that the file cannot fill."""
     claimed = prod(image.shape) * image.get_data_dtype().itemsize
-    claim = f"its header claims {by(image.shape)} voxels ({bytes_in_words(claimed)})"
+    claim = f"its header claims {size_in_words(image.shape)} voxels ({bytes_in_words(claimed)})"
 
     # The most bytes of voxels that a file of this length can hold.
     length = path.stat().st_size
@@ -474,11 +482,11 @@ def check_values(path: Path, data: Array) -> None:
 # --- numbers in words
 
 
-def by(sizes: Sequence[object]) -> str:
+def size_in_words(sizes: Sequence[object]) -> str:
     """(4, 5, 6) -> "4 x 5 x 6"."""
     return " x ".join(map(str, sizes))
 
 
 def mm_in_words(sizes: Sequence[float] | NDArray[np.float64]) -> str:
     """(1.5, 1.5, 3.0) -> "1.5 x 1.5 x 3 mm"."""
-    return f"{by([f'{size:.4g}' for size in sizes])} mm"
+    return f"{size_in_words([f'{size:.4g}' for size in sizes])} mm"

@@ -51,7 +51,7 @@ def brats(folder: Path, n: int = 3) -> Path:
 
 def test_channels_apart_are_items_of_their_own_subject_and_modality(tmp_path: Path) -> None:
     together = datalist.load(str(brats(tmp_path)))
-    apart = holdout.channels_apart(together)
+    apart = datalist.split_channels(together)
     assert [item.modality_name for item in apart.training] == KINDS * 2
     assert [(item.subject, item.channel) for item in apart.training[:5]] == [
         *(("s0", (n, 4)) for n in range(4)),
@@ -67,7 +67,7 @@ def test_files_of_one_channel_each_come_apart_by_file(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(
         json.dumps({"training": [entry, {"image": "c.nii", "modality": "ct"}]})
     )
-    apart = holdout.channels_apart(datalist.load(str(tmp_path / "list.json"))).training
+    apart = datalist.split_channels(datalist.load(str(tmp_path / "list.json"))).training
     assert [(item.image[0].name, item.modality_name, item.channel) for item in apart] == [
         ("a.nii", "t1", (0, 1)),
         ("b.nii", "t2", (0, 1)),
@@ -84,7 +84,7 @@ def test_a_file_of_more_or_fewer_channels_than_modalities_does_not_come_apart(
     with pytest.raises(
         InputError, match=rf"s0\.nii: 4 channels, {len(kinds)} modalities; the list must name each"
     ):
-        prepare(holdout.channels_apart(datalist.load(str(path))).training[0], Recipe())
+        prepare(datalist.split_channels(datalist.load(str(path))).training[0], Recipe())
 
 
 def test_single_channels_are_pretrained_and_four_fine_tuned_and_predicted(

@@ -2,16 +2,19 @@
 
 A list is a JSON file, Decathlon style, with paths relative to its own folder:
 
-    {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz", "fold": 0}, ...],
-     "validation": [...], "test": [...], "labels": {"0": "background", "1": "spleen"}, "modalities": {"pet": "zscore"}}
+    {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz",
+                   "fold": 0}, ...],
+     "validation": [...], "test": [...],
+     "labels": {"0": "background", "1": "spleen"},
+     "modalities": {"pet": "zscore"}}
 
-An image may be a list of files, its channels. `modality` is required: nothing is guessed from a path. A label by the
-name "ignore" is no class: it marks what was not annotated. `tolerance_mm` gives classes, by number or by name, their
-own tolerance of NSD: {"1": 2.0, "liver": 3.0}. Instead of a list an nnU-Net raw folder (nnunet.py) may be given.
+An image may be a list of files, its channels. `modality` is required: nothing is guessed from a
+path. A label by the name "ignore" is no class: it marks what was not annotated. `tolerance_mm`
+gives classes, by number or by name, their own tolerance of NSD: {"1": 2.0, "liver": 3.0}. An
+nnU-Net raw folder (nnunet.py) may be given instead of a list.
 
-Keys that are about something else are left alone; one that is almost ours is refused (listfile.py). Who is held out is
-drawn by a hash of the subject's name, so that neither the order of the list nor a subject that joins it turns the
-folds over.
+Keys that are about something else are left alone; one that is almost a known one is refused
+(listfile.py).
 """
 
 import hashlib
@@ -20,7 +23,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,17 +35,18 @@ from dae.data.listfile import (
     LIST_KEYS,
     MISPLACED_IN_ITEM,
     MISPLACED_IN_LIST,
+    channel_names,
     check_keys,
-    in_order,
     plain,
     read_json,
-    several,
+    strings,
 )
 from dae.data.nnunet import Split
 from dae.errors import InputError
 
-# Each modality and the way its intensities are normalised (preprocess.py); a list may declare others.
-# The first five stand in the order of the authors' class labels, which --cmcl ranks depends on.
+# Each modality and the way its intensities are normalised (preprocess.py); a list may declare
+# others. The first five are in the order of the authors' class labels, on which --cmcl ranks
+# depends.
 MODALITIES = {
     "ct": "window",
     "t1": "mr",
@@ -65,9 +70,11 @@ ALIASES = {
 
 INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile", "zscore_all", "minmax", "none")
 
-BY_VOXELS = (
-    "voxels "  # begins a fingerprint of contents; those of older versions were of names and sizes
-)
+# How people write the name of the label that is no class.
+IGNORE = ("ignore", "ignored", "ignorelabel", "ignoreindex")
+
+# A fingerprint of contents begins so; those of older versions were of names and sizes of files.
+BY_VOXELS = "voxels "
 
 
 class Content(NamedTuple):
@@ -88,10 +95,12 @@ class Item:
     subject: str
     fold: int | None = None
     label: Path | None = None
-    channel: tuple[int, int] | None = (
-        None  # which of how many of the file's, where the item is one alone
-    )
-    subject_named: bool = True  # by the list; else the image is taken for a subject of its own
+
+    # Where the item is a single channel: which of how many channels of the file.
+    channel: tuple[int, int] | None = None
+
+    # Whether the list names the subject; else the image is taken for a subject of its own.
+    subject_named: bool = True
 
     @property
     def modality_name(self) -> str:
@@ -101,24 +110,30 @@ class Item:
 
 @dataclass(frozen=True)
 class DataList:
+    """The items of a list, and what it says of labels."""
+
     training: tuple[Item, ...]
     validation: tuple[Item, ...]
     test: tuple[Item, ...]
     labels: dict[int, str]
-    swap: tuple[tuple[int, int], ...] | None = (
-        None  # labels that change places in a left-right flip; None: not said
-    )
-    tolerance: dict[int, float] = field(
-        default_factory=dict
-    )  # of NSD in mm, of classes with their own
-    ignore: int | None = None  # the label of what was not annotated, which is not among `labels`
-    regions: tuple[
-        str, ...
-    ] = ()  # names of several labels at once, which pre-training need not know
-    splits: tuple[Split, ...] = ()  # of nnU-Net's splits_final.json: subjects of each fold
-    notes: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # what was decided about the list, for the user
+
+    # Labels that change places in a left-right flip; None where the list does not say.
+    swap: tuple[tuple[int, int], ...] | None = None
+
+    # Tolerance of NSD in mm, of classes that have their own.
+    tolerance: dict[int, float] = field(default_factory=dict)
+
+    # The label of what was not annotated, which is not among `labels`.
+    ignore: int | None = None
+
+    # Names of several labels at once, which pre-training need not know.
+    regions: tuple[str, ...] = ()
+
+    # Of nnU-Net's splits_final.json: the subjects of each fold.
+    splits: tuple[Split, ...] = ()
+
+    # What was decided about the list, for the user.
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def fingerprint(
         self,
@@ -127,93 +142,160 @@ class DataList:
         *,
         labels: bool = False,
     ) -> str:
-        """Of what is trained and validated on and in which order, wherever the files lie and whatever their names.
+        """Of what is trained and validated on, in order, whatever the files' folders and names.
 
-        `training` and `validation` are what was found in the files, in the order in which it is used.
+        `training` and `validation` are what the files hold, in the order in which they are used.
         """
-        how = [
-            [(item.modality, item.intensity) for item in split]
-            for split in (self.training, self.validation)
-        ]
-        content: list[Any] = [how, training, validation]
+        kinds = [kinds_of(self.training), kinds_of(self.validation)]
+        content: list[Any] = [kinds, training, validation]
         if labels:
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
-        return BY_VOXELS + hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+        return BY_VOXELS + short_hash(content)
 
     def fingerprint_by_size(self, *, labels: bool = False) -> str:
-        """As older versions wrote it, by names and sizes of files: to go on with a run of theirs."""
-
-        def facts(paths: Sequence[Path]) -> list[Any]:
-            return [[path.name, path.stat().st_size if path.is_file() else 0] for path in paths]
-
-        used = (*self.training, *self.validation)
-        content: list[Any] = [[facts(item.image), item.modality, item.intensity] for item in used]
+        """As older versions wrote it, by names and sizes of files: to resume a run of theirs."""
+        items = (*self.training, *self.validation)
+        content: list[Any] = []
+        for item in items:
+            content.append([names_and_sizes(item.image), item.modality, item.intensity])
         if labels:
-            content += [facts([item.label]) for item in used if item.label]
+            content += [names_and_sizes([item.label]) for item in items if item.label]
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+        return short_hash(content)
 
     def modalities(self) -> list[str]:
         """Every modality of the list: the known ones in their fixed order, then others by name."""
-        known = {name: n for n, name in enumerate(MODALITIES)}
-        found = {item.modality_name for item in (*self.training, *self.validation)}
-        return sorted(found, key=lambda kind: (known.get(kind, len(known)), kind))
+        names = {item.modality_name for item in (*self.training, *self.validation)}
+        known = [name for name in MODALITIES if name in names]
+        return known + sorted(names.difference(MODALITIES))
+
+
+def kinds_of(items: Sequence[Item]) -> list[Any]:
+    return [(item.modality, item.intensity) for item in items]
+
+
+def names_and_sizes(paths: Sequence[Path]) -> list[Any]:
+    """The name and the size in bytes of each file; 0 where there is none."""
+    described = []
+    for path in paths:
+        size = path.stat().st_size if path.is_file() else 0
+        described.append([path.name, size])
+    return described
+
+
+def short_hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
+
+
+# --- channels as items
+
+
+def split_channels(items: DataList) -> DataList:
+    """Each channel of every image as an item of its own.
+
+    It is for pre-training on single channels of what is fine-tuned on all of them. A file of
+    several channels is split where the list names a modality for each of them.
+    """
+    return replace(
+        items,
+        training=channels_of(items.training),
+        validation=channels_of(items.validation),
+        test=channels_of(items.test),
+    )
+
+
+def channels_of(items: Sequence[Item]) -> tuple[Item, ...]:
+    channels: list[Item] = []
+    for item in items:
+        channels += channels_of_item(item)
+    return tuple(channels)
+
+
+def channels_of_item(item: Item) -> list[Item]:
+    """One item for each file of the image, or for each channel of its only file."""
+    in_one_file = len(item.image) == 1
+    count = max(len(item.image), len(item.modality))
+    files = item.image * count if in_one_file else item.image
+
+    channels = []
+    for n, file in enumerate(files):
+        single = replace(
+            item,
+            image=(file,),
+            # One modality, or intensity, may be that of all channels.
+            modality=(item.modality[n % len(item.modality)],),
+            intensity=(item.intensity[n % len(item.intensity)],),
+            channel=(n, count) if in_one_file else (0, 1),
+        )
+        channels.append(single)
+    return channels
+
+
+# --- a list is read
+
+
+class Head(NamedTuple):
+    """What a list says for all of its items."""
+
+    folder: Path  # that their paths start from
+    modality: list[str]  # of items that do not name their own
+    intensities: dict[str, str]  # of every modality that may be named
 
 
 def load(data: str, *, root: str = "", modality: str = "") -> DataList:
-    """Read a list or an nnU-Net raw folder. `modality` is for items that do not name one. Raises InputError."""
+    """Read a list or an nnU-Net raw folder. Raises InputError.
+
+    `root` is the folder that paths start from, if not the list's own. `modality` is for items that
+    do not name one.
+    """
     path = Path(data).expanduser()
     if not data or not path.exists():
         raise InputError(
-            f"--data {data or '(none)'}: no such file; give a data list (JSON) or an nnU-Net raw folder"
+            f"--data {data or '(none)'}: no such file; "
+            "give a data list (JSON) or an nnU-Net raw folder"
         )
-    content = nnunet.content_of(path) if path.is_dir() else _json(path)
-    folder = Path(root).expanduser() if root else (path if path.is_dir() else path.parent)
-    declared = {
-        **MODALITIES,
-        **{str(k).lower(): str(v) for k, v in _object(content, "modalities", path).items()},
-    }
-    usual = [modality] if modality else in_order(content.get("modality"))
-    if wrong := sorted(set(declared.values()) - set(INTENSITIES)):
-        raise InputError(f"{path}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
+    is_nnunet = path.is_dir()
+    content = nnunet.content_of(path) if is_nnunet else content_of_list(path)
 
-    def items_of(name: str) -> tuple[Item, ...]:
-        entries = _entries(content, name, path)
-        items = [
-            _item(entry, f"{path}: {name}[{n}]", folder, usual, declared)
-            for n, entry in enumerate(entries)
-        ]
-        _check_files_once(items, f"{path}: {name}")
-        return tuple(items)
+    folder = path if is_nnunet else path.parent
+    if root:
+        folder = Path(root).expanduser()
+    head = head_of(content, path, folder=folder, modality=modality)
 
-    training, validation, test = items_of("training"), items_of("validation"), items_of("test")
+    training = items_of(content, "training", path, head)
+    validation = items_of(content, "validation", path, head)
+    test = items_of(content, "test", path, head)
     if not training:
         raise InputError(f"{path}: no training items")
-    _check_one_fold(training, path)
+    check_one_fold(training, path)
 
-    labels, regions = _labels(_object(content, "labels", path), path)
-    ignore = next((label for label, name in labels.items() if name == "ignore"), None)
-    labels = {label: name for label, name in labels.items() if label != ignore}
-    items = DataList(
+    names, regions = labels_of(object_in(content, "labels", path), path)
+    labels = {label: name for label, name in names.items() if name != "ignore"}
+    ignored = [label for label, name in names.items() if name == "ignore"]
+    swap = pairs_of(content["swap"], labels, path) if "swap" in content else None
+    tolerance = tolerance_of(object_in(content, "tolerance_mm", path), labels, path)
+
+    splits = nnunet.splits_of(path) if is_nnunet else ()
+    check_splits(splits, training, path)
+    return DataList(
         training,
         validation,
         test,
         labels=labels,
-        swap=_pairs(content["swap"], labels, path) if "swap" in content else None,
-        tolerance=_tolerance(_object(content, "tolerance_mm", path), labels, path),
-        ignore=ignore,
+        swap=swap,
+        tolerance=tolerance,
+        ignore=ignored[0] if ignored else None,
         regions=regions,
-        splits=nnunet.splits_of(path) if path.is_dir() else (),
+        splits=splits,
     )
-    _check_splits(items, path)
-    return items
 
 
 def check_labels(items: DataList, data: str) -> None:
-    """Raises InputError unless there are classes, and a label for everything that is trained or validated on."""
+    """Raises InputError unless there are classes, and a label for every item but those to test."""
     for item in (*items.training, *items.validation):
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {data}')
+
     if items.regions:
         raise InputError(
             f'{data}: "labels" gives {items.regions[0]!r} no number of its own; name single labels'
@@ -224,7 +306,7 @@ def check_labels(items: DataList, data: str) -> None:
         )
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def content_of_list(path: Path) -> dict[str, Any]:
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f'{path}: a data list is an object with a "training" list in it')
@@ -232,133 +314,212 @@ def _json(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _entries(content: Mapping[str, Any], name: str, path: Path) -> Sequence[Any]:
-    entries = content.get(name, [])
-    if not isinstance(entries, list):
-        raise InputError(f'{path}: "{name}" must be a list')
-    return entries
+def head_of(content: Mapping[str, Any], path: Path, *, folder: Path, modality: str) -> Head:
+    intensities = dict(MODALITIES)
+    for name, intensity in object_in(content, "modalities", path).items():
+        intensities[str(name).lower()] = str(intensity)
+
+    unknown = sorted(set(intensities.values()) - set(INTENSITIES))
+    if unknown:
+        raise InputError(f"{path}: {unknown_intensity(unknown[0])}")
+
+    usual = [modality] if modality else channel_names(content.get("modality"))
+    return Head(folder, usual, intensities)
 
 
-def _object(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+def object_in(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
     value = content.get(name, {})
     if not isinstance(value, dict):
         raise InputError(f'{path}: "{name}" must be an object')
     return value
 
 
-def _item(
-    entry: Any, where: str, folder: Path, usual: list[str], declared: Mapping[str, str]
-) -> Item:
+def unknown_intensity(name: str) -> str:
+    return f"intensity {name!r} is not one of {', '.join(INTENSITIES)}"
+
+
+# --- items
+
+
+def items_of(content: Mapping[str, Any], name: str, path: Path, head: Head) -> tuple[Item, ...]:
+    """The items of "training", "validation" or "test"."""
+    entries = content.get(name, [])
+    if not isinstance(entries, list):
+        raise InputError(f'{path}: "{name}" must be a list')
+
+    items = [item_of(entry, f"{path}: {name}[{n}]", head) for n, entry in enumerate(entries)]
+    check_files_once(items, f"{path}: {name}")
+    return tuple(items)
+
+
+def item_of(entry: Any, where: str, head: Head) -> Item:
     if isinstance(entry, str):
-        entry = {"image": entry}
+        entry = {"image": entry}  # a bare name of a file
     if isinstance(entry, dict):
         check_keys(entry, ITEM_KEYS, where, MISPLACED_IN_ITEM)
     if not isinstance(entry, dict) or not entry.get("image"):
         raise InputError(f'{where}: has no "image"')
-    files = several(entry["image"])
-    image = tuple(folder / Path(file).expanduser() for file in files)
-    named = several(entry.get("modality")) or usual
+
+    files = strings(entry["image"])
+    image = tuple(head.folder / Path(file).expanduser() for file in files)
+    named = strings(entry.get("modality")) or head.modality
     if not named:
         raise InputError(
-            f'{where} ({image[0].name}): no "modality"; name it in the list, or all at once by --modality'
+            f'{where} ({image[0].name}): no "modality"; '
+            "name it in the list, or all at once by --modality"
         )
-    names = [name.lower() for name in named]
-    kinds = tuple(name if name in declared else ALIASES.get(name, name) for name in names)
-    if unknown := [kind for kind in kinds if kind not in declared]:
-        raise InputError(
-            f"{where}: unknown modality {unknown[0]!r}; known: {', '.join(declared)}; the list may declare others: "
-            f'"modalities": {{"{unknown[0]}": "zscore"}}'
-        )
-    intensity = tuple(several(entry.get("intensity") or [declared[kind] for kind in kinds]))
-    if wrong := [name for name in intensity if name not in INTENSITIES]:
-        raise InputError(f"{where}: intensity {wrong[0]!r} is not one of {', '.join(INTENSITIES)}")
-    label, fold = entry.get("label"), entry.get("fold")
+    modality = modality_of(named, where, head)
+    intensity = intensity_of(entry.get("intensity"), modality, where, head)
+
+    fold = entry.get("fold")
     if not (fold is None or type(fold) is int):
         raise InputError(f"{where}: fold {fold!r} is not a whole number")
+    label = entry.get("label")
     if not (label is None or isinstance(label, str)):
         raise InputError(f"{where}: label {label!r} is not the name of a file")
-    named_subject = entry.get("subject")
-    subject = str(files[0] if named_subject is None else named_subject)
+    label_file = head.folder / label if label else None
+
+    # Without a name each image is taken for a subject of its own.
+    subject = entry.get("subject")
+    is_named = subject is not None
     return Item(
         image,
-        kinds,
+        modality,
         intensity,
-        subject,
-        fold,
-        folder / label if label else None,
-        subject_named=named_subject is not None,
+        subject=str(subject) if is_named else files[0],
+        fold=fold,
+        label=label_file,
+        subject_named=is_named,
     )
 
 
-def _check_files_once(items: Sequence[Item], where: str) -> None:
-    """Raises InputError where a file is the image, or a channel, of two items of one split, or twice of one."""
-    seen: dict[str, int] = {}
+def modality_of(named: Sequence[str], where: str, head: Head) -> tuple[str, ...]:
+    """The modalities in our names, T1w as t1. Raises InputError for an unknown one."""
+    names = []
+    for name in map(str.lower, named):
+        names.append(name if name in head.intensities else ALIASES.get(name, name))
+
+    for name in names:
+        if name not in head.intensities:
+            raise InputError(
+                f"{where}: unknown modality {name!r}; known: {', '.join(head.intensities)}; "
+                f'the list may declare others: "modalities": {{"{name}": "zscore"}}'
+            )
+    return tuple(names)
+
+
+def intensity_of(named: Any, modality: Sequence[str], where: str, head: Head) -> tuple[str, ...]:
+    """The intensities that the item names, else those of its modalities."""
+    if not named:
+        return tuple(head.intensities[name] for name in modality)
+
+    intensity = strings(named)
+    for name in intensity:
+        if name not in INTENSITIES:
+            raise InputError(f"{where}: {unknown_intensity(name)}")
+    return tuple(intensity)
+
+
+def check_files_once(items: Sequence[Item], where: str) -> None:
+    """Raises InputError where a file is there twice in one split, as an image or as a channel."""
+    first_with: dict[str, int] = {}
     for n, item in enumerate(items):
         for file in item.image:
-            first = seen.setdefault(os.path.normpath(file), n)
+            first = first_with.setdefault(os.path.normpath(file), n)
             if first != n or item.image.count(file) > 1:
                 raise InputError(
                     f"{where}[{first}] and [{n}] are the same file {file}; remove one of them"
                 )
 
 
-def _check_one_fold(items: Sequence[Item], path: Path) -> None:
+def check_one_fold(items: Sequence[Item], path: Path) -> None:
     """Raises InputError where items of one subject have different folds."""
-    first: dict[str, Item] = {}
+    first_of: dict[str, Item] = {}
     for item in items:
-        other = first.setdefault(item.subject, item)
-        if other.fold != item.fold:
+        first = first_of.setdefault(item.subject, item)
+        if first.fold != item.fold:
             raise InputError(
-                f"{path}: subject {item.subject} is in two folds: {other.image[0].name} in {_fold_in_words(other)}, "
-                f"{item.image[0].name} in {_fold_in_words(item)}; give all its items one fold"
+                f"{path}: subject {item.subject} is in two folds: "
+                f"{first.image[0].name} in {fold_in_words(first)}, "
+                f"{item.image[0].name} in {fold_in_words(item)}; give all its items one fold"
             )
 
 
-def _fold_in_words(item: Item) -> str:
+def fold_in_words(item: Item) -> str:
     return "none" if item.fold is None else f"fold {item.fold}"
 
 
-def _check_splits(items: DataList, path: Path) -> None:
+def check_splits(splits: Sequence[Split], training: Sequence[Item], path: Path) -> None:
     """Raises InputError where splits_final.json names a case that the folder does not have."""
-    subjects = {item.subject for item in items.training}
-    for n, sides in enumerate(items.splits):
-        if unknown := sorted(frozenset().union(*sides) - subjects):
+    subjects = {item.subject for item in training}
+    for n, (train, val) in enumerate(splits):
+        unknown = sorted((train | val) - subjects)
+        if unknown:
             raise InputError(
                 f"{path}: splits_final.json, fold {n}: case {unknown[0]} is not in imagesTr"
             )
 
 
-def _labels(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
-    """{"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's; and names that have no one number."""
-    pairs = [(k, v) if _is_whole(k) else (v, k) for k, v in labels.items()]
-    regions = tuple(str(name) for number, name in pairs if not _is_whole(number))
-    named = [(int(number), str(name)) for number, name in pairs if _is_whole(number)]
+# --- labels
+
+
+def labels_of(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
+    """The name of each label, and the names of regions, which have no one number.
+
+    {"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's.
+    """
+    named: list[tuple[int, str]] = []
+    regions: list[str] = []
+    for key, value in labels.items():
+        number, name = (key, value) if is_whole(key) else (value, key)
+        if is_whole(number):
+            named.append((int(number), str(name)))
+        else:
+            regions.append(str(name))
+
     for label, name in named:
-        if plain(name) in ("ignore", "ignored", "ignorelabel", "ignoreindex") and name != "ignore":
-            raise InputError(
-                f'{path}: "labels" calls {label} "{name}", which would be a class; "ignore" was probably meant: write '
-                "it so, or rename the class"
-            )
-        if twice := [other for number, other in named if number == label and other != name]:
-            raise InputError(
-                f'{path}: "labels" has two names for {label}: "{name}" and "{twice[0]}"; keep one'
-            )
-    repeated = [name for name, times in Counter(name for _, name in named).items() if times > 1]
-    if repeated:
-        numbers = [label for label, name in named if name == repeated[0]]
+        check_name(label, name, named, path)
+    check_names_once(named, path)
+    return dict(named), tuple(regions)
+
+
+def check_name(label: int, name: str, named: Sequence[tuple[int, str]], path: Path) -> None:
+    """Raises InputError for a name that was meant to be "ignore", and two names of one label."""
+    if plain(name) in IGNORE and name != "ignore":
         raise InputError(
-            f'{path}: "labels" gives the name "{repeated[0]}" to {numbers[0]} and {numbers[1]}; scores are told apart '
-            "by name: give each its own"
+            f'{path}: "labels" calls {label} "{name}", which would be a class; '
+            '"ignore" was probably meant: write it so, or rename the class'
         )
-    return dict(named), regions
+    for number, other in named:
+        if number == label and other != name:
+            raise InputError(
+                f'{path}: "labels" has two names for {label}: "{name}" and "{other}"; keep one'
+            )
 
 
-def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) -> dict[int, float]:
-    numbers = {name: label for label, name in labels.items()} | {
-        str(label): label for label in labels
-    }
-    for key, mm in given.items():
-        if not numbers.get(key):
+def check_names_once(named: Sequence[tuple[int, str]], path: Path) -> None:
+    """Raises InputError where two labels have one name."""
+    times = Counter(name for _, name in named)
+    for repeated in times:
+        if times[repeated] > 1:
+            numbers = [label for label, name in named if name == repeated]
+            raise InputError(
+                f'{path}: "labels" gives the name "{repeated}" to {numbers[0]} and {numbers[1]}; '
+                "scores are told apart by name: give each its own"
+            )
+
+
+def tolerance_of(
+    written: Mapping[str, Any], labels: Mapping[int, str], path: Path
+) -> dict[int, float]:
+    """Tolerances in mm by label, of an object that names classes by number or by name."""
+    by_name = {name: label for label, name in labels.items()}
+    by_number = {str(label): label for label in labels}
+    numbers = by_name | by_number
+
+    tolerance = {}
+    for key, mm in written.items():
+        if not numbers.get(key):  # unknown, or 0, the background
             raise InputError(
                 f'{path}: "tolerance_mm" names {key!r}, which is no class of its "labels"'
             )
@@ -366,17 +527,20 @@ def _tolerance(given: Mapping[str, Any], labels: Mapping[int, str], path: Path) 
             raise InputError(
                 f'{path}: "tolerance_mm" of {key!r} is {mm!r}; it must be 0 mm or more'
             )
-    return {numbers[key]: float(mm) for key, mm in given.items()}
+        tolerance[numbers[key]] = float(mm)
+    return tolerance
 
 
-def _pairs(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[int, int], ...]:
+def pairs_of(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[int, int], ...]:
+    """The pairs of labels that change places. Raises InputError where they are no such pairs."""
     try:
         pairs = tuple((int(a), int(b)) for a, b in swap)
     except (TypeError, ValueError) as error:
         raise InputError(
             f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]'
         ) from error
-    for label, times in Counter(label for pair in pairs for label in pair).items():
+
+    for label, times in Counter(chain.from_iterable(pairs)).items():
         if labels and (label not in labels or label == 0):
             raise InputError(f'{path}: "swap" names {label}, which is no class of its "labels"')
         if times > 1:
@@ -386,5 +550,5 @@ def _pairs(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[int,
     return pairs
 
 
-def _is_whole(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
     return re.fullmatch(r"-?\d+", str(value)) is not None

@@ -32,8 +32,8 @@ AROUND IT: what a run needs
     data/listfile.py             a JSON file that a person wrote
     data/nnunet.py               an nnU-Net raw folder as the content of a list
     data/datalist.py             the list: which volumes there are, and what each is
-    data/holdout.py              which of them train, and which are held out
     data/leaks.py                nobody is on both sides of a split
+    data/holdout.py              which of them train, and which are held out
     data/sides.py                left and right in the names of classes, and the flips that are safe
     data/preprocess.py           spacing, intensity, foreground
     data/cache.py                each volume prepared once, shared by all ranks

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dae.data.datalist import Content, DataList, Item, check_labels, load
-from dae.data.holdout import five_folds, fraction, hold_out, split
+from dae.data.holdout import five_folds, fraction, hold_out_fold, hold_out_share
 from dae.errors import InputError
 
 Load = Callable[..., DataList]
@@ -95,7 +95,7 @@ def test_a_label_by_the_name_ignore_is_no_class(loaded: Load) -> None:
     ):
         items = loaded({"training": entries(5), "labels": labels})
         assert items.labels == {0: "background", 1: "liver"} and items.ignore == ignored
-        assert hold_out(items).ignore == five_folds(items, fold=0).ignore == ignored
+        assert hold_out_share(items).ignore == five_folds(items, fold=0).ignore == ignored
 
 
 def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load) -> None:
@@ -285,28 +285,28 @@ def test_a_validation_split_of_the_list_wins_and_a_flag_that_cannot_act_is_refus
     loaded: Load,
 ) -> None:
     items = loaded({"training": entries(4, fold=0), "validation": entries(1, first=4)})
-    for choose in (hold_out, split):
+    for choose in (hold_out_share, hold_out_fold):
         assert choose(items) == items
         assert '--fold 0: cannot choose what is held out: the list has a "validation"' in refusal(
             lambda choose=choose: choose(items, fold=0)
         )
         assert "--split-seed 3" in refusal(lambda choose=choose: choose(items, split_seed=3))
     folded = loaded({"training": [*entries(2, fold=0), *entries(2, first=2, fold=1)]})
-    assert "--split-seed 3" in refusal(lambda: split(folded, split_seed=3))
-    assert "--fold 1" in refusal(lambda: hold_out(loaded({"training": entries(40)}), fold=1))
+    assert "--split-seed 3" in refusal(lambda: hold_out_fold(folded, split_seed=3))
+    assert "--fold 1" in refusal(lambda: hold_out_share(loaded({"training": entries(40)}), fold=1))
 
 
 def test_the_items_of_the_fold_are_held_out(loaded: Load) -> None:
     folds = [*entries(2, fold=0), *entries(3, first=2, fold=1), *entries(1, first=5)]
     items = loaded({"training": folds, "test": entries(1, first=6)})
-    for choose in (hold_out, split):
+    for choose in (hold_out_share, hold_out_fold):
         chosen = choose(items, fold=1)
         assert chosen.validation == items.training[2:5]
         assert chosen.training == items.training[:2] + items.training[5:]
         assert (chosen.test, chosen.labels) == (items.test, items.labels)
         assert choose(items) == choose(items, fold=0)
     assert "s5_0.nii.gz" in chosen.notes[0]  # without a fold it is always trained on, which is said
-    assert "--fold 2: the list has the folds 0, 1" in refusal(lambda: hold_out(items, fold=2))
+    assert "--fold 2: the list has the folds 0, 1" in refusal(lambda: hold_out_share(items, fold=2))
 
 
 @pytest.mark.parametrize("count, held", [(2, 1), (20, 1), (40, 2), (100, 5)])
@@ -315,7 +315,7 @@ def test_else_five_percent_of_the_subjects_with_all_their_images(
 ) -> None:
     """Table 1: a 95-5 split."""
     items = loaded({"training": entries(count, images=3)})
-    chosen = hold_out(items)
+    chosen = hold_out_share(items)
     kept, away = subjects(chosen.training), subjects(chosen.validation)
     assert len(away) == held and not kept & away
     assert set(chosen.training) | set(chosen.validation) == set(items.training)
@@ -331,9 +331,9 @@ def folds_of(items: DataList, split_seed: int = 0) -> dict[str, int]:
 
 def test_a_split_repeats_follows_its_seed_and_not_the_order_of_the_list(loaded: Load) -> None:
     items, turned = loaded({"training": entries(100)}), loaded({"training": entries(100)[::-1]})
-    assert hold_out(items) == hold_out(items, split_seed=0)
-    assert subjects(hold_out(items).validation) == subjects(hold_out(turned).validation)
-    assert len({hold_out(items, split_seed=seed).validation for seed in range(5)}) == 5
+    assert hold_out_share(items) == hold_out_share(items, split_seed=0)
+    assert subjects(hold_out_share(items).validation) == subjects(hold_out_share(turned).validation)
+    assert len({hold_out_share(items, split_seed=seed).validation for seed in range(5)}) == 5
     assert folds_of(items) == folds_of(turned) != folds_of(items, split_seed=1)
     assert subjects(fraction(items, 0.2).training) == subjects(fraction(turned, 0.2).training)
 
@@ -367,7 +367,7 @@ def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_border
 def test_a_subject_that_joins_puts_at_most_one_other_out_of_a_share(loaded: Load) -> None:
     for count in range(20, 60):
         before, after = (loaded({"training": entries(n)}) for n in (count, count + 1))
-        held = [subjects(hold_out(items).validation) for items in (before, after)]
+        held = [subjects(hold_out_share(items).validation) for items in (before, after)]
         assert len(held[0] - held[1]) <= 1 and len(held[1] - held[0]) <= 1
         shares = [
             [subjects(fraction(items, share).training) for share in (0.1, 0.2, 0.6, 1.0)]
@@ -380,21 +380,23 @@ def test_a_subject_that_joins_puts_at_most_one_other_out_of_a_share(loaded: Load
 def test_a_fold_that_too_few_subjects_leave_empty_is_refused(loaded: Load) -> None:
     items = loaded({"training": entries(3)})
     assert [len(subjects(five_folds(items, fold=k).validation)) for k in range(3)] == [1, 1, 1]
-    assert "--fold 3: 3 subjects make 3 folds" in refusal(lambda: split(items, fold=3))
+    assert "--fold 3: 3 subjects make 3 folds" in refusal(lambda: hold_out_fold(items, fold=3))
     assert "--fold 5: 9 subjects make 5 folds" in refusal(
-        lambda: split(loaded({"training": entries(9)}), fold=5)
+        lambda: hold_out_fold(loaded({"training": entries(9)}), fold=5)
     )
 
 
 def test_a_single_subject_leaves_nothing_to_validate_on(loaded: Load) -> None:
-    assert "validation" in refusal(lambda: hold_out(loaded({"training": entries(1, images=3)})))
+    assert "validation" in refusal(
+        lambda: hold_out_share(loaded({"training": entries(1, images=3)}))
+    )
 
 
 def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: Load) -> None:
     items = loaded(
         {"training": [{"image": f"s{n}/t1.nii.gz", "modality": "t1"} for n in range(10)]}
     )
-    assert len(hold_out(items).validation) == 1
+    assert len(hold_out_share(items).validation) == 1
 
 
 # --- which data it is

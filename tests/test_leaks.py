@@ -165,7 +165,7 @@ def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     data = listed(change)
     config = tiny_seg(data=data, fold=1, steps=1)
     main(config)
-    held = {item.subject for item in holdout.split(datalist.load(data), fold=1).validation}
+    held = {item.subject for item in holdout.hold_out_fold(datalist.load(data), fold=1).validation}
     assert len(held) == 1
     out = tmp_path / "p"
     assert set(predicted(config, out, data=data)) == held
@@ -436,7 +436,7 @@ def test_a_run_is_not_resumed_with_a_label_corrected_at_equal_size_and_time(
         entries[0]["label"] = str(tmp_path / "label.nii")
 
     data = listed(plain)
-    held = {item.subject for item in holdout.split(datalist.load(data)).validation}
+    held = {item.subject for item in holdout.hold_out_fold(datalist.load(data)).validation}
     config = tiny_seg(
         data=data, stop_after=1, fold=1 if "ct_000" in held else 0
     )  # one that trains on the subject

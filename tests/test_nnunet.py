@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dae.data.datalist import DataList, load
-from dae.data.holdout import hold_out, split
+from dae.data.holdout import hold_out_fold, hold_out_share
 from dae.data.preprocess import Recipe, prepare
 from dae.errors import InputError
 
@@ -98,15 +98,15 @@ def test_the_folds_are_those_of_splits_final(raw: Folder, tmp_path: Path, place:
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "splits_final.json").write_text(json.dumps(folds))
     items = load(str(folder))
-    for choose in (hold_out, split):
+    for choose in (hold_out_share, hold_out_fold):
         first, second = choose(items), choose(items, fold=1)
         assert (subjects(first.training), subjects(first.validation)) == (["a", "b"], ["c"])
         assert (subjects(second.training), subjects(second.validation)) == (["c", "d"], ["a", "b"])
         assert "1 case in neither train nor val of it left out, as d" in first.notes[0]
     assert "--fold 2: splits_final.json has the folds 0 to 1" in refusal(
-        lambda: split(items, fold=2)
+        lambda: hold_out_fold(items, fold=2)
     )
-    assert "--split-seed 1" in refusal(lambda: split(items, split_seed=1))
+    assert "--split-seed 1" in refusal(lambda: hold_out_fold(items, split_seed=1))
 
 
 @pytest.mark.parametrize(

@@ -419,13 +419,15 @@ def cases_of(
     """
     items = datalist.load(config.data, root=config.data_root, modality=modality)
     if config.split == "validation":
-        drawn = not items.validation and not holdout.has_folds(items)
-        if drawn and unknown and config.fold is None and not config.allow_trained:
-            raise InputError(
-                f"--checkpoint {unknown[0]}: an older version wrote it, and drew the folds of {config.data} otherwise; "
-                'write "fold" into the list, or name another --split'
-            )
-        items = leaks.held_out(items, seen, fold=config.fold, split_seed=config.split_seed)
+        items = holdout.for_evaluation(
+            items,
+            config.data,
+            seen,
+            fold=config.fold,
+            split_seed=config.split_seed,
+            older=unknown,
+            allow_trained=config.allow_trained,
+        )
         if items.notes:
             print("; ".join(items.notes))
     chosen: Sequence[Item] = getattr(items, config.split)

@@ -225,14 +225,13 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     )  # a rehearsal without values
     config = with_phantoms(config, ranks) if demo else config
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    items = holdout.channels_apart(items) if config.channels == "apart" else items
-    drawn = not items.validation and not holdout.has_folds(items)
-    items = holdout.hold_out(
-        items, fold=value_if_set(config, "fold"), split_seed=value_if_set(config, "split_seed")
+    items = datalist.split_channels(items) if config.channels == "apart" else items
+    items = holdout.for_pretraining(
+        items,
+        fold=value_if_set(config, "fold"),
+        split_seed=value_if_set(config, "split_seed"),
+        allow_trained=config.allow_trained,
     )
-    if not config.allow_trained:
-        leaks.check_sides(items)
-    items = leaks.with_doubts(items, drawn=drawn)
     crops, fixed = crops_of(config, recipe, items, ranks)
 
     torch.manual_seed(config.seed)

@@ -294,14 +294,14 @@ def with_phantoms(config: SegConfig, ranks: Ranks) -> SegConfig:
 def split(config: SegConfig) -> DataList:
     """Training and validation items with labels: the list's own split, its folds, or one of five seeded ones."""
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    drawn = not items.validation and not holdout.has_folds(items)
-    seed = value_if_set(config, "split_seed") if config.label_fraction == 1 or drawn else None
-    items = holdout.split(items, fold=value_if_set(config, "fold"), split_seed=seed)
-    if not config.allow_trained:
-        leaks.check_sides(items, test=True)
-    datalist.check_labels(items, config.data)
-    items = leaks.with_doubts(items, drawn=drawn)
-    return holdout.fraction(items, config.label_fraction, split_seed=config.split_seed)
+    return holdout.for_segmentation(
+        items,
+        config.data,
+        fold=value_if_set(config, "fold"),
+        split_seed=value_if_set(config, "split_seed"),
+        label_fraction=config.label_fraction,
+        allow_trained=config.allow_trained,
+    )
 
 
 def flips_for(

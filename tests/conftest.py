@@ -20,6 +20,7 @@ from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import RunConfig
 from dae.demo.phantom import write_phantoms
+from dae.errors import InputError
 from dae.training.log import read
 
 ROOT = Path(__file__).parents[1]
@@ -143,6 +144,14 @@ def tiny_seg(pretrained: Path, tmp_path: Path) -> Callable[..., SegConfig]:
 
 def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:
     return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
+
+
+def refusal(call: Callable[..., object], *arguments: Any, **keys: Any) -> str:
+    """The one line of the InputError that a call raises."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **keys)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def flags(config: RunConfig) -> list[str]:

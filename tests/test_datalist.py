@@ -1,4 +1,4 @@
-"""dae/data/datalist.py: the lists people have load as they are, and who is held out is a matter of subjects."""
+"""dae/data/datalist.py and holdout.py: people's lists load, and subjects are held out."""
 
 import hashlib
 import json
@@ -8,10 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 
 from dae.data.datalist import Content, DataList, Item, check_labels, load
-from dae.data.holdout import five_folds, fraction, hold_out_fold, hold_out_share
-from dae.errors import InputError
+from dae.data.holdout import (
+    five_folds,
+    for_evaluation,
+    for_pretraining,
+    for_segmentation,
+    fraction,
+    hold_out_fold,
+    hold_out_share,
+)
+from dae.data.leaks import name_of
 
 Load = Callable[..., DataList]
 
@@ -29,20 +38,14 @@ def loaded(tmp_path: Path) -> Load:
     return write_and_load
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 def entries(count: int, *, images: int = 1, first: int = 0, **keys: Any) -> list[dict[str, Any]]:
     """Some subjects with one or several images each, numbered from `first`."""
-    return [
-        {"image": f"s{n}_{k}.nii.gz", "modality": "ct", "subject": f"s{n}", **keys}
-        for n in range(first, first + count)
-        for k in range(images)
-    ]
+    written = []
+    for n in range(first, first + count):
+        for k in range(images):
+            entry = {"image": f"s{n}_{k}.nii.gz", "modality": "ct", "subject": f"s{n}"}
+            written.append({**entry, **keys})
+    return written
 
 
 def subjects(items: Iterable[Item]) -> set[str]:
@@ -72,16 +75,16 @@ def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(
             "test": [{"image": "c.nii.gz", "modality": "t2"}],
         }
     )
-    (a,), (b,), (c,) = items.training, items.validation, items.test
-    assert (a.image, a.label) == ((tmp_path / "imagesTr/a.nii.gz",), tmp_path / "labelsTr/a.nii.gz")
-    assert (a.modality, a.intensity, a.modality_name, a.subject, a.fold) == (
-        ("ct",),
-        ("window",),
-        "ct",
-        "7",
-        None,
-    )
+    (a,) = items.training
+    assert a.image == (tmp_path / "imagesTr/a.nii.gz",)
+    assert a.label == tmp_path / "labelsTr/a.nii.gz"
+    assert (a.modality, a.intensity, a.modality_name) == (("ct",), ("window",), "ct")
+    assert (a.subject, a.fold) == ("7", None)
+
+    (b,) = items.validation
     assert (b.image, b.fold, b.label) == ((Path("/elsewhere/b.nii.gz"),), 1, None)
+
+    (c,) = items.test
     assert (c.modality_name, c.intensity) == ("t2", ("mr",))
     assert items.labels == {0: "background", 1: "spleen"}
 
@@ -108,7 +111,7 @@ def test_a_tolerance_of_no_class_or_that_is_none_is_refused(loaded: Load) -> Non
         ([1.0], "must be an object"),
     ):
         content = {"training": entries(1), "labels": labels, "tolerance_mm": tolerance}
-        line = refusal(lambda content=content: loaded(content))
+        line = refusal(loaded, content)
         assert word in line and "tolerance_mm" in line and "list.json" in line
 
 
@@ -216,25 +219,24 @@ def test_modalities_stand_in_the_authors_order_then_by_name(loaded: Load) -> Non
 def test_a_list_that_cannot_be_used_is_refused_in_one_line(
     content: object, said: list[str], loaded: Load, tmp_path: Path
 ) -> None:
-    line = refusal(lambda: loaded(content))
+    line = refusal(loaded, content)
     assert line.startswith(str(tmp_path / "list.json"))
     assert all(words in line for words in said)
 
 
 def test_regions_of_several_labels_are_refused_and_not_dropped(loaded: Load) -> None:
     labels = {"background": 0, "whole tumor": [1, 2, 3]}
-    items = loaded(
-        {"training": entries(2, label="l.nii.gz"), "labels": labels}
-    )  # pre-training has no use for them
-    assert "'whole tumor'" in refusal(lambda: check_labels(items, "list.json"))
+    items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})
+    assert items.regions == ("whole tumor",)  # pre-training has no use for labels
+    assert "'whole tumor'" in refusal(check_labels, items, "list.json")
 
 
 def test_a_path_that_leads_to_no_list_is_refused_in_one_line(tmp_path: Path) -> None:
-    assert "--data" in refusal(lambda: load(""))
-    assert "nowhere.json" in refusal(lambda: load(str(tmp_path / "nowhere.json")))
-    assert "dataset.json" in refusal(lambda: load(str(tmp_path)))
+    assert "--data" in refusal(load, "")
+    assert "nowhere.json" in refusal(load, str(tmp_path / "nowhere.json"))
+    assert "dataset.json" in refusal(load, str(tmp_path))
     (tmp_path / "a.nii.gz").write_bytes(b"\x1f\x8b\x08\x00")
-    assert "not a JSON" in refusal(lambda: load(str(tmp_path / "a.nii.gz")))
+    assert "not a JSON" in refusal(load, str(tmp_path / "a.nii.gz"))
 
 
 def test_labels_that_say_two_things_are_refused(loaded: Load) -> None:
@@ -243,7 +245,7 @@ def test_labels_that_say_two_things_are_refused(loaded: Load) -> None:
         ({"1": "kidney", "2": "kidney"}, ['the name "kidney" to 1 and 2']),
         ({"0": "background", "9": "Ignore"}, ['9 "Ignore"', '"ignore" was probably meant']),
     ):
-        line = refusal(lambda labels=labels: loaded({"training": entries(1), "labels": labels}))
+        line = refusal(loaded, {"training": entries(1), "labels": labels})
         assert all(word in line for word in words)
 
 
@@ -257,24 +259,24 @@ def test_a_swap_of_no_two_classes_is_refused(loaded: Load) -> None:
         ([1, 2], "list of pairs"),
     ):
         content = {"training": entries(1), "labels": labels, "swap": swap}
-        assert words in refusal(lambda content=content: loaded(content))
+        assert words in refusal(loaded, content)
 
 
 def test_a_file_that_is_there_twice_is_refused_by_name(loaded: Load) -> None:
     once = entries(2)
     for other in ("s0_0.nii.gz", "./x/../s0_0.nii.gz", ["t2.nii.gz", "s0_0.nii.gz"]):
         again = {"image": other, "modality": "ct", "subject": "s9"}
-        line = refusal(lambda again=again: loaded({"training": [*once, again]}))
+        line = refusal(loaded, {"training": [*once, again]})
         assert "training[0] and [2] are the same file" in line and "s0_0.nii.gz" in line
     twice = {"image": ["t1.nii.gz", "t1.nii.gz"], "modality": ["t1", "t2"]}
-    assert "t1.nii.gz" in refusal(lambda: loaded({"training": [twice]}))
+    assert "t1.nii.gz" in refusal(loaded, {"training": [twice]})
 
 
 def test_a_subject_in_two_folds_is_refused_by_name(loaded: Load) -> None:
     for other, words in ((1, "s0_1.nii.gz in fold 1"), (None, "s0_1.nii.gz in none")):
         items = entries(1, images=2, fold=0)
         items[1]["fold"] = other
-        line = refusal(lambda items=items: loaded({"training": items}))
+        line = refusal(loaded, {"training": items})
         assert "subject s0 is in two folds: s0_0.nii.gz in fold 0" in line and words in line
 
 
@@ -287,13 +289,13 @@ def test_a_validation_split_of_the_list_wins_and_a_flag_that_cannot_act_is_refus
     items = loaded({"training": entries(4, fold=0), "validation": entries(1, first=4)})
     for choose in (hold_out_share, hold_out_fold):
         assert choose(items) == items
-        assert '--fold 0: cannot choose what is held out: the list has a "validation"' in refusal(
-            lambda choose=choose: choose(items, fold=0)
-        )
-        assert "--split-seed 3" in refusal(lambda choose=choose: choose(items, split_seed=3))
+        line = refusal(choose, items, fold=0)
+        assert '--fold 0: cannot choose what is held out: the list has a "validation"' in line
+        assert "--split-seed 3" in refusal(choose, items, split_seed=3)
+
     folded = loaded({"training": [*entries(2, fold=0), *entries(2, first=2, fold=1)]})
-    assert "--split-seed 3" in refusal(lambda: hold_out_fold(folded, split_seed=3))
-    assert "--fold 1" in refusal(lambda: hold_out_share(loaded({"training": entries(40)}), fold=1))
+    assert "--split-seed 3" in refusal(hold_out_fold, folded, split_seed=3)
+    assert "--fold 1" in refusal(hold_out_share, loaded({"training": entries(40)}), fold=1)
 
 
 def test_the_items_of_the_fold_are_held_out(loaded: Load) -> None:
@@ -305,8 +307,8 @@ def test_the_items_of_the_fold_are_held_out(loaded: Load) -> None:
         assert chosen.training == items.training[:2] + items.training[5:]
         assert (chosen.test, chosen.labels) == (items.test, items.labels)
         assert choose(items) == choose(items, fold=0)
-    assert "s5_0.nii.gz" in chosen.notes[0]  # without a fold it is always trained on, which is said
-    assert "--fold 2: the list has the folds 0, 1" in refusal(lambda: hold_out_share(items, fold=2))
+        assert "s5_0.nii.gz" in chosen.notes[0]  # without a fold: always trained on, with a note
+        assert "--fold 2: the list has the folds 0, 1" in refusal(choose, items, fold=2)
 
 
 @pytest.mark.parametrize("count, held", [(2, 1), (20, 1), (40, 2), (100, 5)])
@@ -316,21 +318,26 @@ def test_else_five_percent_of_the_subjects_with_all_their_images(
     """Table 1: a 95-5 split."""
     items = loaded({"training": entries(count, images=3)})
     chosen = hold_out_share(items)
-    kept, away = subjects(chosen.training), subjects(chosen.validation)
-    assert len(away) == held and not kept & away
+    trained = subjects(chosen.training)
+    validated = subjects(chosen.validation)
+    assert len(validated) == held and not trained & validated
     assert set(chosen.training) | set(chosen.validation) == set(items.training)
     assert len(chosen.validation) == 3 * held
 
 
 def folds_of(items: DataList, split_seed: int = 0) -> dict[str, int]:
     """The fold that each subject validates in, which must be one."""
-    held = [subjects(five_folds(items, fold=k, split_seed=split_seed).validation) for k in range(5)]
-    assert sum(map(len, held)) == len(set.union(*held))
-    return {subject: k for k, fold in enumerate(held) for subject in fold}
+    fold_of: dict[str, int] = {}
+    for k in range(5):
+        for subject in subjects(five_folds(items, fold=k, split_seed=split_seed).validation):
+            assert subject not in fold_of
+            fold_of[subject] = k
+    return fold_of
 
 
 def test_a_split_repeats_follows_its_seed_and_not_the_order_of_the_list(loaded: Load) -> None:
-    items, turned = loaded({"training": entries(100)}), loaded({"training": entries(100)[::-1]})
+    items = loaded({"training": entries(100)})
+    turned = loaded({"training": entries(100)[::-1]})
     assert hold_out_share(items) == hold_out_share(items, split_seed=0)
     assert subjects(hold_out_share(items).validation) == subjects(hold_out_share(turned).validation)
     assert len({hold_out_share(items, split_seed=seed).validation for seed in range(5)}) == 5
@@ -342,21 +349,20 @@ def test_folds_stay_what_they_are_from_version_to_version(loaded: Load) -> None:
     """The SHA-256 of "folds 0 s7" and so on, in order, cut into five: worked out by itself."""
     names = [f"s{n}" for n in range(12)]
     order = sorted(names, key=lambda name: hashlib.sha256(f"folds 0 {name}".encode()).digest())
-    sizes = [sum(place * 5 // 12 == k for place in range(12)) for k in range(5)]
-    assert sizes == [3, 2, 3, 2, 2]
-    parts = [order[:3], order[3:5], order[5:8], order[8:10], order[10:]]
-    assert folds_of(loaded({"training": entries(12)})) == {
-        s: k for k, part in enumerate(parts) for s in part
-    }
+    expected: dict[str, int] = {}
+    for k, part in enumerate((order[:3], order[3:5], order[5:8], order[8:10], order[10:])):
+        expected |= dict.fromkeys(part, k)
+    assert folds_of(loaded({"training": entries(12)})) == expected
 
 
 def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_borders(
     loaded: Load,
 ) -> None:
-    """Sizes differ by one at most, so that a border may move by one; no other subject changes its fold."""
+    """Sizes differ by one at most, so that a border may move by one; others keep their fold."""
     moved = []
     for count in range(5, 60):
-        before, after = (folds_of(loaded({"training": entries(n)})) for n in (count, count + 1))
+        before = folds_of(loaded({"training": entries(count)}))
+        after = folds_of(loaded({"training": entries(count + 1)}))
         sizes = Counter(before.values())
         assert len(sizes) == 5 and max(sizes.values()) - min(sizes.values()) <= 1
         moved.append(sum(before[subject] != after[subject] for subject in before))
@@ -366,30 +372,32 @@ def test_a_subject_that_joins_leaves_the_others_where_they_are_but_at_the_border
 
 def test_a_subject_that_joins_puts_at_most_one_other_out_of_a_share(loaded: Load) -> None:
     for count in range(20, 60):
-        before, after = (loaded({"training": entries(n)}) for n in (count, count + 1))
-        held = [subjects(hold_out_share(items).validation) for items in (before, after)]
-        assert len(held[0] - held[1]) <= 1 and len(held[1] - held[0]) <= 1
-        shares = [
-            [subjects(fraction(items, share).training) for share in (0.1, 0.2, 0.6, 1.0)]
-            for items in (before, after)
-        ]
-        assert shares[0][0] < shares[0][1] < shares[0][2] < shares[0][3]
-        assert all(len(a - b) <= 1 for a, b in zip(*shares))
+        before = loaded({"training": entries(count)})
+        after = loaded({"training": entries(count + 1)})
+
+        held_before = subjects(hold_out_share(before).validation)
+        held_after = subjects(hold_out_share(after).validation)
+        assert len(held_before - held_after) <= 1 and len(held_after - held_before) <= 1
+
+        smaller: set[str] = set()
+        for share in (0.1, 0.2, 0.6, 1.0):
+            kept = subjects(fraction(before, share).training)
+            assert smaller < kept
+            assert len(kept - subjects(fraction(after, share).training)) <= 1
+            smaller = kept
 
 
 def test_a_fold_that_too_few_subjects_leave_empty_is_refused(loaded: Load) -> None:
     items = loaded({"training": entries(3)})
     assert [len(subjects(five_folds(items, fold=k).validation)) for k in range(3)] == [1, 1, 1]
-    assert "--fold 3: 3 subjects make 3 folds" in refusal(lambda: hold_out_fold(items, fold=3))
-    assert "--fold 5: 9 subjects make 5 folds" in refusal(
-        lambda: hold_out_fold(loaded({"training": entries(9)}), fold=5)
-    )
+    assert "--fold 3: 3 subjects make 3 folds" in refusal(hold_out_fold, items, fold=3)
+    nine = loaded({"training": entries(9)})
+    assert "--fold 5: 9 subjects make 5 folds" in refusal(hold_out_fold, nine, fold=5)
 
 
 def test_a_single_subject_leaves_nothing_to_validate_on(loaded: Load) -> None:
-    assert "validation" in refusal(
-        lambda: hold_out_share(loaded({"training": entries(1, images=3)}))
-    )
+    items = loaded({"training": entries(1, images=3)})
+    assert "validation" in refusal(hold_out_share, items)
 
 
 def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: Load) -> None:
@@ -397,6 +405,72 @@ def test_files_of_one_name_in_different_folders_are_different_subjects(loaded: L
         {"training": [{"image": f"s{n}/t1.nii.gz", "modality": "t1"} for n in range(10)]}
     )
     assert len(hold_out_share(items).validation) == 1
+
+
+# --- one function for each script
+
+
+def seen(*, held_out: Iterable[str] = (), fold: int = 0) -> dict[str, Any]:
+    """What a checkpoint knows, as `leaks.seen_of` gives it."""
+    return {"fold": fold, "split_seed": 0, "held_out": [name_of(name) for name in held_out]}
+
+
+def test_nobody_is_on_both_sides_unless_that_is_meant(loaded: Load) -> None:
+    flags: dict[str, Any] = {"fold": None, "split_seed": None}
+    other_image = entries(1, images=2)[1:]
+    both = loaded({"training": entries(3), "validation": other_image})
+    line = refusal(for_pretraining, both, allow_trained=False, **flags)
+    assert "subject s0 is on both sides" in line and "validated on" in line
+    assert for_pretraining(both, allow_trained=True, **flags).validation == both.validation
+
+    tested = loaded(
+        {"training": entries(2), "validation": entries(1, first=2), "test": other_image}
+    )
+    for_pretraining(tested, allow_trained=False, **flags)  # it tests nothing
+    flags["label_fraction"] = 1.0
+    line = refusal(for_segmentation, tested, "list.json", allow_trained=False, **flags)
+    assert "subject s0 is on both sides" in line and "tested on" in line
+    line = refusal(for_segmentation, tested, "list.json", allow_trained=True, **flags)
+    assert 'has no "label" in list.json' in line
+
+
+def test_a_seed_is_refused_only_where_it_draws_neither_folds_nor_a_fraction(loaded: Load) -> None:
+    labels = {"0": "background", "1": "liver"}
+    written = [{**entry, "label": f"l{n}.nii.gz"} for n, entry in enumerate(entries(20))]
+    drawn = loaded({"training": written, "labels": labels})
+    for n, entry in enumerate(written):
+        entry["fold"] = n % 5
+    folded = loaded({"training": written, "labels": labels})
+
+    flags: dict[str, Any] = {"fold": 1, "allow_trained": False}
+    half = for_segmentation(folded, "l", split_seed=3, label_fraction=0.5, **flags)
+    assert len(half.training) == 8 and len(half.validation) == 4
+    other = for_segmentation(folded, "l", split_seed=4, label_fraction=0.5, **flags)
+    assert other.validation == half.validation and other.training != half.training
+
+    line = refusal(for_segmentation, folded, "l", split_seed=3, label_fraction=1.0, **flags)
+    assert "--split-seed 3: cannot choose" in line
+    whole = for_segmentation(drawn, "l", split_seed=3, label_fraction=1.0, **flags)
+    assert whole == five_folds(drawn, fold=1, split_seed=3)
+
+
+def test_evaluation_follows_flags_then_whom_the_checkpoint_held_out_then_its_fold(
+    loaded: Load,
+) -> None:
+    items = loaded({"training": entries(20)})
+    flags: dict[str, Any] = {"split_seed": None, "older": (), "allow_trained": False}
+    held = for_evaluation(items, "l", seen(held_out=["s3", "s9", "gone"]), fold=None, **flags)
+    assert subjects(held.validation) == {"s3", "s9"} and len(held.training) == 18
+
+    by_flag = for_evaluation(items, "l", seen(held_out=["s3"]), fold=2, **flags)
+    assert by_flag == five_folds(items, fold=2)
+    by_fold = for_evaluation(items, "l", seen(held_out=["gone"], fold=1), fold=None, **flags)
+    assert by_fold == five_folds(items, fold=1)
+
+    flags["older"] = ("old.pt",)
+    line = refusal(for_evaluation, items, "list.json", seen(), fold=None, **flags)
+    assert "--checkpoint old.pt: an older version wrote it" in line and "list.json" in line
+    assert for_evaluation(items, "l", seen(), fold=1, **flags) == by_fold
 
 
 # --- which data it is
@@ -407,22 +481,24 @@ def test_the_fingerprint_is_that_of_the_contents_in_their_order(loaded: Load) ->
     images = [f"s{n}/t1.nii" for n in range(3)]
     content = [{"image": image, "modality": "t1"} for image in images]
     a, b, c = (Content((voxels,), label, (1.0, 1.0, 1.0)) for voxels, label in ("ax", "by", "cz"))
-    here, there = loaded({"training": content}), loaded({"training": content}, root="/elsewhere")
+    items = loaded({"training": content})
+    first = items.fingerprint([a, b, c])
+
+    moved = loaded({"training": content}, root="/elsewhere")
     renamed = loaded(
         {"training": [{**entry, "image": f"new{n}.nii"} for n, entry in enumerate(content)]}
     )
-    first = here.fingerprint([a, b, c])
-    assert first == there.fingerprint([a, b, c]) == renamed.fingerprint([a, b, c])
+    assert first == moved.fingerprint([a, b, c]) == renamed.fingerprint([a, b, c])
+
+    other_modality = loaded({"training": [*content[:2], {**content[2], "modality": "t2"}]})
     other = [
-        here.fingerprint([c, b, a]),
-        here.fingerprint([a, b]),
-        here.fingerprint([a, b], [c]),
-        here.fingerprint([a, b, c._replace(label="corrected")]),
-        here.fingerprint([a, b, c._replace(image=("d",))]),
-        here.fingerprint([a, b, c._replace(spacing=(1.0, 1.0, 2.0))]),
-        here.fingerprint([a, b, c], labels=True),
-        loaded({"training": [*content[:2], {**content[2], "modality": "t2"}]}).fingerprint(
-            [a, b, c]
-        ),
+        items.fingerprint([c, b, a]),
+        items.fingerprint([a, b]),
+        items.fingerprint([a, b], [c]),
+        items.fingerprint([a, b, c._replace(label="corrected")]),
+        items.fingerprint([a, b, c._replace(image=("d",))]),
+        items.fingerprint([a, b, c._replace(spacing=(1.0, 1.0, 2.0))]),
+        items.fingerprint([a, b, c], labels=True),
+        other_modality.fingerprint([a, b, c]),
     ]
     assert len({first, *other}) == 1 + len(other)

@@ -1,4 +1,4 @@
-"""dae/data/leaks.py: nobody is on both sides of a split, and a checkpoint knows whom it was trained on."""
+"""dae/data/leaks.py: nobody is on both sides of a split, and checkpoints know whom they saw."""
 
 import importlib
 import json
@@ -12,14 +12,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import events
+from conftest import events, refusal
 
 from dae.config.evaluate import PredictConfig, ScoreConfig, TuneConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data import datalist, holdout, leaks
 from dae.data.datalist import Content, DataList, Item
-from dae.errors import InputError
 from dae.weights import checkpoint
 from dae.weights.foreign import read as read_weights
 from train_pretrain import main as pretrain
@@ -27,13 +26,7 @@ from train_seg import main
 
 evaluate = importlib.import_module("eval")
 Config = Callable[..., SegConfig]
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+Entries = list[dict[str, Any]]
 
 
 def item(image: str, subject: str | None = None, label: str | None = None) -> Item:
@@ -53,6 +46,20 @@ def sides(training: list[Item], validation: list[Item], test: list[Item] | None 
     return DataList(tuple(training), tuple(validation), tuple(test or []), {})
 
 
+def in_folds(entries: Entries) -> None:
+    for n, entry in enumerate(entries):
+        entry["fold"] = n
+
+
+def without_subjects(entries: Entries) -> None:
+    for entry in entries:
+        del entry["subject"]
+
+
+def unchanged(entries: Entries) -> None:
+    pass
+
+
 # --- both sides of a split
 
 
@@ -67,25 +74,27 @@ def sides(training: list[Item], validation: list[Item], test: list[Item] | None 
 def test_an_image_a_subject_or_a_label_on_both_sides_is_refused_by_name(
     other: Item, words: str
 ) -> None:
-    training, elsewhere = [item("a.nii", "s1", "l.nii")], item("c.nii", "s2")
-    line = refusal(lambda: leaks.check_sides(sides(training, [elsewhere, other])))
+    training = [item("a.nii", "s1", "l.nii")]
+    validation = [item("c.nii", "s2")]
+    line = refusal(leaks.check_sides, sides(training, [*validation, other]))
     assert words in line and "validated on" in line and "--allow-trained" in line
-    tested = sides(training, [elsewhere], [other])
+
+    tested = sides(training, validation, [other])
     leaks.check_sides(tested)  # pre-training tests nothing
-    assert "tested on" in refusal(lambda: leaks.check_sides(tested, test=True))
-    leaks.check_sides(sides(training, [elsewhere], [item("d.nii", "s3")]), test=True)
+    assert "tested on" in refusal(leaks.check_sides, tested, test=True)
+    leaks.check_sides(sides(training, validation, [item("d.nii", "s3")]), test=True)
 
 
 def test_a_copy_under_another_name_is_refused_by_both_names() -> None:
     items = [item("a.nii", "s1"), item("b.nii", "s2"), item("c.nii", "s3"), item("copy.nii", "s4")]
     contents = [Content((voxels,), "", (1.0,)) for voxels in "abcb"]
-    line = refusal(lambda: leaks.check_voxels(items, contents, trained=2))
+    line = refusal(leaks.check_voxels, items, contents, trained=2)
     assert "b.nii, trained on, and copy.nii, validated on, hold the same image" in line
     leaks.check_voxels(items[:3], contents[:3], trained=2)
 
 
 @pytest.mark.parametrize(
-    "here, there, alike",
+    "trained, validated, alike",
     [
         ("BraTS/b1/BraTS_001_t1.nii.gz", "BraTS/b1/BraTS_001_flair.nii.gz", True),
         ("BraTS_001_t1ce.nii.gz", "BraTS_002_t1ce.nii.gz", False),
@@ -99,15 +108,16 @@ def test_a_copy_under_another_name_is_refused_by_both_names() -> None:
     ],
 )
 def test_names_that_look_like_one_patient_on_both_sides_are_said(
-    here: str, there: str, alike: bool
+    trained: str, validated: str, alike: bool
 ) -> None:
-    found = leaks.doubts(sides([item("other.nii"), item(here)], [item(there)]), drawn=False)
-    assert bool(found) == alike and "\n" not in found
+    line = leaks.doubts(sides([item("other.nii"), item(trained)], [item(validated)]), drawn=False)
+    assert bool(line) == alike and "\n" not in line
     if alike:
-        assert f"{Path(here).name} is trained on and {Path(there).name} validated on" in found
-    assert not leaks.doubts(
-        sides([item("other.nii", "o"), item(here, "a")], [item(there, "b")]), drawn=True
-    )
+        expected = f"{Path(trained).name} is trained on and {Path(validated).name} validated on"
+        assert expected in line
+
+    named = sides([item("other.nii", "o"), item(trained, "a")], [item(validated, "b")])
+    assert not leaks.doubts(named, drawn=True)
 
 
 def test_where_no_subject_is_known_a_drawn_split_says_so_once() -> None:
@@ -122,10 +132,10 @@ def test_where_no_subject_is_known_a_drawn_split_says_so_once() -> None:
 
 @pytest.fixture
 def listed(pretrained: Path, tmp_path: Path) -> Callable[..., str]:
-    """A list of five labelled torsos without a split of its own; `change` is applied to its entries."""
+    """A list of five labelled torsos without a split of its own; `change` alters its entries."""
 
     def write(
-        change: Callable[[list[dict[str, Any]]], object] = lambda entries: None,
+        change: Callable[[Entries], object] = unchanged,
         name: str = "all.json",
     ) -> str:
         content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
@@ -139,11 +149,6 @@ def listed(pretrained: Path, tmp_path: Path) -> Callable[..., str]:
     return write
 
 
-def in_folds(entries: list[dict[str, Any]]) -> None:
-    for n, entry in enumerate(entries):
-        entry["fold"] = n
-
-
 def predicted(config: SegConfig, out: Path, **given: Any) -> list[str]:
     given = {
         "checkpoint": (f"{config.out}/last.pt",),
@@ -155,9 +160,7 @@ def predicted(config: SegConfig, out: Path, **given: Any) -> list[str]:
     return sorted(path.name.split(".")[0] for path in evaluate.predict(PredictConfig(**given)))
 
 
-@pytest.mark.parametrize(
-    "change", [in_folds, lambda entries: None], ids=["folds of the list", "drawn folds"]
-)
+@pytest.mark.parametrize("change", [in_folds, unchanged], ids=["folds of the list", "drawn folds"])
 def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path, change: Any
 ) -> None:
@@ -173,9 +176,8 @@ def test_predictions_and_scores_are_of_the_fold_that_the_checkpoint_held_out(
     rows = evaluate.score(ScoreConfig(**where, out=str(tmp_path / "s")))
     assert rows["mean_of_cases"]["dice"]["n"] == 1
     evaluate.tune(TuneConfig(**where, out=str(tmp_path / "plan")))
-    assert "no label for case" in refusal(
-        lambda: evaluate.score(ScoreConfig(**where, fold=0, out=str(out / "s")))
-    )
+    other_fold = ScoreConfig(**where, fold=0, out=str(out / "s"))
+    assert "no label for case" in refusal(evaluate.score, other_fold)
 
 
 def test_the_held_out_stay_held_out_when_the_list_grows_and_is_turned_around(
@@ -185,7 +187,7 @@ def test_the_held_out_stay_held_out_when_the_list_grows_and_is_turned_around(
     main(config)
     held = predicted(config, tmp_path / "before", data=listed())
 
-    def grow(entries: list[dict[str, Any]]) -> None:
+    def grow(entries: Entries) -> None:
         entries.reverse()
         for n in range(6):  # images of bodies that nobody has seen
             image = nib.load(entries[0]["image"])
@@ -212,16 +214,15 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
     data = listed(in_folds)
     config = tiny_seg(data=data, fold=1, steps=1)
     main(config)
-    out, given = tmp_path / "p", {"data": data, "fold": 0}
-    line = refusal(lambda: predicted(config, out, **given))
+    out = tmp_path / "p"
+    line = refusal(predicted, config, out, data=data, fold=0)
     assert "was trained on case ct_000;" in line and "--allow-trained" in line and not out.exists()
-    assert "case ct_000 and 3 more" in refusal(
-        lambda: predicted(config, out, data=data, split="training")
-    )
-    assert predicted(config, out, **given, allow_trained=True) == ["ct_000"]
+    line = refusal(predicted, config, out, data=data, split="training")
+    assert "case ct_000 and 3 more" in line
+    assert predicted(config, out, data=data, fold=0, allow_trained=True) == ["ct_000"]
 
-    # What was allowed once is still known when it is scored, against the list or a folder of labels,
-    # after other cases were predicted into the folder as well.
+    # What was allowed once is still known when it is scored, against the list or a folder of
+    # labels, after other cases were predicted into the folder as well.
     assert predicted(config, out, data=data) == ["ct_001"]
     assert json.loads((out / leaks.RECORD).read_text())["trained"] == ["ct_000"]
     (out / "ct_001.nii.gz").unlink()
@@ -231,14 +232,10 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
         json.loads(Path(data).read_text())["training"][0]["label"], labels / "ct_000.nii.gz"
     )
     for where in ({"data": data, "fold": 0}, {"labels": str(labels)}):
-        how: dict[str, Any] = {**where, "predictions": str(out), "out": str(tmp_path / "s")}
-        assert "was trained on case ct_000" in refusal(
-            lambda how=how: evaluate.score(ScoreConfig(**how))
-        )
-        assert "was trained on case ct_000" in refusal(
-            lambda how=how: evaluate.tune(TuneConfig(**how))
-        )
-        evaluate.score(ScoreConfig(**how, allow_trained=True))
+        flags: dict[str, Any] = {**where, "predictions": str(out), "out": str(tmp_path / "s")}
+        assert "was trained on case ct_000" in refusal(evaluate.score, ScoreConfig(**flags))
+        assert "was trained on case ct_000" in refusal(evaluate.tune, TuneConfig(**flags))
+        evaluate.score(ScoreConfig(**flags, allow_trained=True))
 
 
 def test_a_trained_image_is_known_by_its_voxels_whatever_its_name(
@@ -256,11 +253,10 @@ def test_a_trained_image_is_known_by_its_voxels_whatever_its_name(
     other.write_text(
         json.dumps({"training": [renamed], "test": [renamed], "labels": {"0": "background"}})
     )
-    given: dict[str, Any] = {"data": str(other), "split": "test"}
-    assert "was trained on case anonymous" in refusal(
-        lambda: predicted(config, tmp_path / "p", **given)
-    )
-    assert predicted(config, tmp_path / "p", **given, allow_trained=True) == ["anonymous"]
+    flags: dict[str, Any] = {"data": str(other), "split": "test"}
+    line = refusal(predicted, config, tmp_path / "p", **flags)
+    assert "was trained on case anonymous" in line
+    assert predicted(config, tmp_path / "p", **flags, allow_trained=True) == ["anonymous"]
 
     # Single images are no split: they are predicted, and known as trained on when they are scored.
     assert predicted(config, tmp_path / "q", images=(str(tmp_path / "anonymous.nii"),)) == [
@@ -285,7 +281,8 @@ def test_a_trained_image_stays_known_when_prediction_stops_after_it(
         "amp": "off",
         "out": str(tmp_path / "p"),
     }
-    predicted, calls = evaluate.predicted, []
+    predicted = evaluate.predicted
+    calls: list[Any] = []
 
     def stop_at_the_second(*given: Any) -> Any:
         calls.append(given)
@@ -312,9 +309,8 @@ def test_checkpoints_of_several_folds_hold_out_what_none_of_them_has_seen(
     for config in runs:
         main(config)
     both = tuple(f"{config.out}/last.pt" for config in runs)
-    assert "was trained on case" in refusal(
-        lambda: predicted(runs[0], tmp_path / "p", data=data, checkpoint=both)
-    )
+    line = refusal(predicted, runs[0], tmp_path / "p", data=data, checkpoint=both)
+    assert "was trained on case" in line
 
 
 def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
@@ -333,10 +329,10 @@ def test_weights_that_were_fine_tuned_before_still_know_whom_they_saw(
         if "the weights were trained on" in note
     ]
     assert len(told) == 1 and "ct_002" in told[0]
-    line = refusal(lambda: predicted(second, tmp_path / "p", data=data))
-    assert (
-        line.startswith("--data") and "was trained on case ct_002" in line
-    )  # by its subject, before anything is read
+    line = refusal(predicted, second, tmp_path / "p", data=data)
+    assert "was trained on case ct_002" in line
+    assert line.startswith("--data")  # known by its subject, before anything is read
+
     scratch = replace(second, from_scratch=True, out=str(tmp_path / "scratch"))
     main(scratch)
     assert predicted(scratch, tmp_path / "q", data=data) == ["ct_002"]
@@ -352,13 +348,14 @@ def test_converted_weights_still_know_whom_they_saw(
     checkpoint.save(tmp_path / "run" / "converted.pt", {"model": whole.tensors, "plan": whole.plan})
     given = {"checkpoint": (str(tmp_path / "run" / "converted.pt"),), "data": data}
     assert predicted(config, tmp_path / "p", **given) == ["ct_001"]
-    assert "was trained on" in refusal(lambda: predicted(config, tmp_path / "q", **given, fold=0))
+    line = refusal(predicted, config, tmp_path / "q", **given, fold=0)
+    assert "was trained on" in line
 
 
 def test_an_older_checkpoint_is_predicted_with_a_warning(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It says its fold, and not whom it has seen. The folds of a list without any were others then."""
+    """It says its fold, and not whom it saw. The folds of a list without any were others then."""
     data = listed(in_folds)
     config = tiny_seg(data=data, fold=1, steps=1)
     main(config)
@@ -370,7 +367,7 @@ def test_an_older_checkpoint_is_predicted_with_a_warning(
     assert predicted(config, tmp_path / "p", data=data) == ["ct_001"]
     told = capsys.readouterr()
     assert (told.out + told.err).count("an older version wrote it") == 1
-    line = refusal(lambda: predicted(config, tmp_path / "q", data=listed(name="drawn.json")))
+    line = refusal(predicted, config, tmp_path / "q", data=listed(name="drawn.json"))
     assert "drew the folds" in line and '"fold"' in line
 
 
@@ -396,8 +393,8 @@ def test_a_run_refuses_who_is_on_both_sides_and_goes_on_where_that_is_meant(
         content["training"] = content["training"][:1]
         path = tmp_path / "both.json"
         path.write_text(json.dumps(content | {"labels": {str(k): f"c{k}" for k in range(8)}}))
-        assert word in refusal(lambda path=path: main(tiny_seg(data=str(path), steps=1)))
-        assert word in refusal(lambda path=path: pretrain(tiny(data=str(path), steps=1)))
+        assert word in refusal(main, tiny_seg(data=str(path), steps=1))
+        assert word in refusal(pretrain, tiny(data=str(path), steps=1))
         assert not (tmp_path / "run").exists()
         content = json.loads(Path(listed()).read_text())
     main(tiny_seg(data=str(path), steps=1, allow_trained=True))
@@ -407,20 +404,15 @@ def test_a_fold_that_cannot_act_is_refused_by_both_scripts(
     tiny_seg: Config, tiny: Callable[..., PretrainConfig]
 ) -> None:
     """Both lists have a `validation`: five folds would be five copies of one run."""
-    for run in (lambda: main(tiny_seg(fold=3)), lambda: pretrain(tiny(fold=3))):
-        assert '--fold 3: cannot choose what is held out: the list has a "validation"' in refusal(
-            run
-        )
+    words = '--fold 3: cannot choose what is held out: the list has a "validation"'
+    assert words in refusal(main, tiny_seg(fold=3))
+    assert words in refusal(pretrain, tiny(fold=3))
 
 
 def test_a_run_says_how_its_split_was_drawn_and_whom_it_may_have_on_both_sides(
     tiny_seg: Config, listed: Callable[..., str]
 ) -> None:
-    def forget(entries: list[dict[str, Any]]) -> None:
-        for entry in entries:
-            del entry["subject"]
-
-    config = tiny_seg(data=listed(forget), steps=1)
+    config = tiny_seg(data=listed(without_subjects), steps=1)
     main(config)
     notes = events(config, "start")[0]["notes"]
     assert "fold 0 of 5 validates, drawn by --split-seed 0: 1 subject" in notes
@@ -430,7 +422,7 @@ def test_a_run_says_how_its_split_was_drawn_and_whom_it_may_have_on_both_sides(
 def test_a_run_is_not_resumed_with_a_label_corrected_at_equal_size_and_time(
     tiny_seg: Config, listed: Callable[..., str], tmp_path: Path
 ) -> None:
-    def plain(entries: list[dict[str, Any]]) -> None:
+    def plain(entries: Entries) -> None:
         image = nib.load(entries[0]["label"])
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), tmp_path / "label.nii")
         entries[0]["label"] = str(tmp_path / "label.nii")
@@ -442,12 +434,13 @@ def test_a_run_is_not_resumed_with_a_label_corrected_at_equal_size_and_time(
     )  # one that trains on the subject
     main(config)
     path = tmp_path / "label.nii"
-    whole, stat = path.read_bytes(), path.stat()
+    whole = path.read_bytes()
+    stat = path.stat()
     path.write_bytes(whole[:400] + whole[400:].replace(b"\4", b"\5"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size and path.read_bytes() != whole
     resumed = replace(config, resume=True, stop_after=0)
-    assert "the data list is not what it was" in refusal(lambda: main(resumed))
+    assert "the data list is not what it was" in refusal(main, resumed)
     path.write_bytes(whole)
     main(resumed)
 
@@ -457,7 +450,7 @@ def test_a_run_is_not_resumed_with_a_list_in_another_order(
 ) -> None:
     """Not even where names and sizes of the files are the same in both orders."""
 
-    def alike(entries: list[dict[str, Any]]) -> None:
+    def alike(entries: Entries) -> None:
         for n, entry in enumerate(entries):
             folder = tmp_path / f"s{n}"
             folder.mkdir(exist_ok=True)
@@ -472,14 +465,13 @@ def test_a_run_is_not_resumed_with_a_list_in_another_order(
     config = tiny_seg(data=listed(alike), stop_after=1)
     main(config)
 
-    def turned(entries: list[dict[str, Any]]) -> None:
+    def turned(entries: Entries) -> None:
         alike(entries)
         entries.reverse()
 
     resumed = replace(config, resume=True, stop_after=0)
-    assert "the data list is not what it was" in refusal(
-        lambda: main(replace(resumed, data=listed(turned)))
-    )
+    other_order = replace(resumed, data=listed(turned))
+    assert "the data list is not what it was" in refusal(main, other_order)
     main(replace(resumed, data=listed(alike)))
 
 
@@ -505,6 +497,6 @@ def test_a_run_of_an_older_version_goes_on_with_the_data_that_it_had(
         checkpoint.save(path, old)
         resumed = replace(config, resume=True, stop_after=2)
         if data == "0" * 20:
-            assert "older versions drew otherwise" in refusal(lambda resumed=resumed: main(resumed))
+            assert "older versions drew otherwise" in refusal(main, resumed)
         else:
             main(resumed)

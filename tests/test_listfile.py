@@ -1,13 +1,13 @@
-"""dae/data/listfile.py: what a person wrote is read as it is, and nothing of it is passed over in silence."""
+"""dae/data/listfile.py: what a person wrote is read as it is, and no part is silently ignored."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import refusal
 
 from dae.data.datalist import load
-from dae.errors import InputError
 
 ITEM: dict[str, Any] = {"image": "a.nii.gz", "modality": "ct", "subject": "s1"}
 
@@ -17,11 +17,10 @@ def listed(folder: Path, content: object) -> str:
     return str(folder / "list.json")
 
 
-def refusal(folder: Path, content: object) -> str:
-    with pytest.raises(InputError) as caught:
-        load(listed(folder, content))
-    assert "\n" not in str(caught.value) and "list.json" in str(caught.value)
-    return str(caught.value)
+def refusal_of(folder: Path, content: object) -> str:
+    line = refusal(load, listed(folder, content))
+    assert "list.json" in line
+    return line
 
 
 OF_THE_LIST = {
@@ -50,7 +49,7 @@ def test_a_key_of_the_list_that_is_almost_ours_is_refused_with_what_was_meant(
     """A list whose `val` is passed over trains on another split than it says."""
     for written in OF_THE_LIST[meant]:
         content = {written: [ITEM]} if meant == "training" else {"training": [ITEM], written: []}
-        assert f'"{written}" is not read; "{meant}" was probably meant' in refusal(
+        assert f'"{written}" is not read; "{meant}" was probably meant' in refusal_of(
             tmp_path, content
         )
 
@@ -61,18 +60,20 @@ def test_a_key_of_an_item_that_is_almost_ours_is_refused_with_what_was_meant(
 ) -> None:
     for written in OF_AN_ITEM[meant]:
         item = {key: value for key, value in ITEM.items() if key != meant} | {written: "x"}
-        line = refusal(tmp_path, {"training": [{"image": "b", "modality": "ct"}, item]})
+        line = refusal_of(tmp_path, {"training": [{"image": "b", "modality": "ct"}, item]})
         assert f'training[1]: "{written}" is not read; "{meant}" was probably meant' in line
 
 
 def test_a_key_in_the_wrong_place_is_refused_with_the_right_one(tmp_path: Path) -> None:
-    assert '"labels", as {"255": "ignore"}' in refusal(
+    assert '"labels", as {"255": "ignore"}' in refusal_of(
         tmp_path, {"training": [ITEM], "ignore_index": 255}
     )
-    assert '"folds" is not read here; it belongs into the items' in refusal(
+    assert '"folds" is not read here; it belongs into the items' in refusal_of(
         tmp_path, {"training": [ITEM], "folds": 5}
     )
-    assert '"split" is not read here' in refusal(tmp_path, {"training": [{**ITEM, "split": "val"}]})
+    assert '"split" is not read here' in refusal_of(
+        tmp_path, {"training": [{**ITEM, "split": "val"}]}
+    )
 
 
 def test_keys_about_something_else_stay_silent(tmp_path: Path) -> None:
@@ -99,11 +100,11 @@ def test_keys_about_something_else_stay_silent(tmp_path: Path) -> None:
 def test_a_key_that_is_there_twice_is_refused_by_name(tmp_path: Path) -> None:
     """json.loads keeps the last one and says nothing."""
     item = json.dumps(ITEM)
-    assert 'the key "training" is there twice' in refusal(
+    assert 'the key "training" is there twice' in refusal_of(
         tmp_path, f'{{"training": [{item}], "training": [{item}]}}'
     )
     labels = '{"1": "liver", "1": "spleen"}'
-    assert 'the key "1" is there twice' in refusal(
+    assert 'the key "1" is there twice' in refusal_of(
         tmp_path, f'{{"training": [{item}], "labels": {labels}}}'
     )
 
@@ -113,5 +114,4 @@ def test_a_byte_order_mark_and_any_language_are_read(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_bytes(b"\xef\xbb\xbf" + content.encode())
     assert load(str(tmp_path / "list.json")).training[0].image == (tmp_path / "Schädel 头.nii.gz",)
     (tmp_path / "list.json").write_bytes(content.encode("utf-16"))
-    with pytest.raises(InputError, match=r"list\.json: not a JSON data list"):
-        load(str(tmp_path / "list.json"))
+    assert "list.json: not a JSON data list" in refusal(load, str(tmp_path / "list.json"))

@@ -9,11 +9,11 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import refusal
 
 from dae.data.datalist import DataList, load
 from dae.data.holdout import hold_out_fold, hold_out_share
 from dae.data.preprocess import Recipe, prepare
-from dae.errors import InputError
 
 LABELS = {"background": 0, "liver": 2, "spleen": 1}
 Folder = Callable[..., Path]
@@ -21,7 +21,7 @@ Folder = Callable[..., Path]
 
 @pytest.fixture
 def raw(tmp_path: Path) -> Folder:
-    """A raw folder of empty files: cases to train on with their labels, and what dataset.json is given."""
+    """A raw folder of empty files: cases to train on, with labels, and more of dataset.json."""
 
     def make(
         *cases: str,
@@ -30,24 +30,21 @@ def raw(tmp_path: Path) -> Folder:
         **content: Any,
     ) -> Path:
         folder = tmp_path / "nnUNet_raw" / "Dataset007_Body"
-        images = [f"imagesTr/{case}_{k:04d}.nii.gz" for case in cases for k in range(len(channels))]
-        for file in (*images, *(f"labelsTr/{case}.nii.gz" for case in cases), *files):
+        names = {str(k): name for k, name in enumerate(channels)}
+        written = list(files)
+        for case in cases:
+            written.append(f"labelsTr/{case}.nii.gz")
+            written += [f"imagesTr/{case}_{k:04d}.nii.gz" for k in range(len(channels))]
+
+        for file in written:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).touch()
-        names = {str(k): name for k, name in enumerate(channels)}
         (folder / "dataset.json").write_text(
             json.dumps({"channel_names": names, "labels": LABELS, **content})
         )
         return folder
 
     return make
-
-
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(InputError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def subjects(items: Any) -> list[str]:
@@ -92,21 +89,25 @@ def test_images_to_test_are_the_test_split(raw: Folder) -> None:
     "place", ["nnUNet_raw/Dataset007_Body", "nnUNet_raw", "nnUNet_preprocessed/Dataset007_Body"]
 )
 def test_the_folds_are_those_of_splits_final(raw: Folder, tmp_path: Path, place: str) -> None:
-    """In the folder, beside it, or where nnU-Net itself keeps it; also where they are no partition."""
+    """In the folder, beside it, or where nnU-Net keeps it; also where they are no partition."""
     folder = raw("a", "b", "c", "d")
     folds = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c", "d"], "val": ["b", "a"]}]
     (tmp_path / place).mkdir(parents=True, exist_ok=True)
     (tmp_path / place / "splits_final.json").write_text(json.dumps(folds))
     items = load(str(folder))
     for choose in (hold_out_share, hold_out_fold):
-        first, second = choose(items), choose(items, fold=1)
-        assert (subjects(first.training), subjects(first.validation)) == (["a", "b"], ["c"])
-        assert (subjects(second.training), subjects(second.validation)) == (["c", "d"], ["a", "b"])
+        first = choose(items)
+        assert subjects(first.training) == ["a", "b"]
+        assert subjects(first.validation) == ["c"]
         assert "1 case in neither train nor val of it left out, as d" in first.notes[0]
-    assert "--fold 2: splits_final.json has the folds 0 to 1" in refusal(
-        lambda: hold_out_fold(items, fold=2)
-    )
-    assert "--split-seed 1" in refusal(lambda: hold_out_fold(items, split_seed=1))
+
+        second = choose(items, fold=1)
+        assert subjects(second.training) == ["c", "d"]
+        assert subjects(second.validation) == ["a", "b"]
+
+        line = refusal(choose, items, fold=2)
+        assert "--fold 2: splits_final.json has the folds 0 to 1" in line
+        assert "--split-seed 1" in refusal(choose, items, split_seed=1)
 
 
 @pytest.mark.parametrize(
@@ -121,27 +122,27 @@ def test_the_folds_are_those_of_splits_final(raw: Folder, tmp_path: Path, place:
 def test_splits_that_do_not_fit_are_refused_by_name(raw: Folder, folds: Any, words: str) -> None:
     folder = raw("a", "b")
     (folder / "splits_final.json").write_text(json.dumps(folds))
-    line = refusal(lambda: load(str(folder)))
+    line = refusal(load, str(folder))
     assert words in line and "splits_final.json" in line
 
 
 def test_files_that_do_not_count_their_channels_are_refused(raw: Folder) -> None:
     """Without _0000 the number that tells the cases apart would be taken for a channel's."""
     folder = raw(files=tuple(f"imagesTr/spleen_{n}.nii.gz" for n in range(12)))
-    assert "_0000" in refusal(lambda: load(str(folder)))
+    assert "_0000" in refusal(load, str(folder))
 
 
 def test_a_channel_that_is_not_there_is_named(raw: Folder) -> None:
     """Else the third channel would be taken for the second."""
     folder = raw("a", files=("imagesTr/b_0000.nii.gz", "imagesTr/b_0002.nii.gz"))
-    assert "case b has no channel _0001.nii.gz" in refusal(lambda: load(str(folder)))
+    assert "case b has no channel _0001.nii.gz" in refusal(load, str(folder))
 
 
 def test_a_folder_that_is_none_and_keys_that_are_almost_ours_are_refused(
     raw: Folder, tmp_path: Path
 ) -> None:
-    assert "dataset.json" in refusal(lambda: load(str(tmp_path)))
-    line = refusal(lambda: load(str(raw("a", tolerance={"liver": 2}))))
+    assert "dataset.json" in refusal(load, str(tmp_path))
+    line = refusal(load, str(raw("a", tolerance={"liver": 2})))
     assert '"tolerance" is not read; "tolerance_mm" was probably meant' in line
     old = {
         "name": "Spleen",

@@ -257,6 +257,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     is_nnunet = path.is_dir()
     content = nnunet.content_of(path) if is_nnunet else content_of_list(path)
 
+    # Relative paths start from the list's own folder, unless another one is asked for.
     folder = path if is_nnunet else path.parent
     if root:
         folder = Path(root).expanduser()
@@ -269,12 +270,15 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
         raise InputError(f"{path}: no training items")
     check_one_fold(training, path)
 
+    # A label by the name "ignore" marks what was not annotated, and is no class.
     names, regions = labels_of(object_in(content, "labels", path), path)
     labels = {label: name for label, name in names.items() if name != "ignore"}
     ignored = [label for label, name in names.items() if name == "ignore"]
+
     swap = pairs_of(content["swap"], labels, path) if "swap" in content else None
     tolerance = tolerance_of(object_in(content, "tolerance_mm", path), labels, path)
 
+    # nnU-Net has the folds in a file of their own, and not at the items.
     splits = nnunet.splits_of(path) if is_nnunet else ()
     check_splits(splits, training, path)
     return DataList(
@@ -315,6 +319,7 @@ def content_of_list(path: Path) -> dict[str, Any]:
 
 
 def head_of(content: Mapping[str, Any], path: Path, *, folder: Path, modality: str) -> Head:
+    # Declared modalities come after the known ones, and may normalise a known one differently.
     intensities = dict(MODALITIES)
     for name, intensity in object_in(content, "modalities", path).items():
         intensities[str(name).lower()] = str(intensity)
@@ -360,6 +365,7 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
     if not isinstance(entry, dict) or not entry.get("image"):
         raise InputError(f'{where}: has no "image"')
 
+    # One file, or a list of them: the channels.
     files = strings(entry["image"])
     image = tuple(head.folder / Path(file).expanduser() for file in files)
     named = strings(entry.get("modality")) or head.modality
@@ -368,6 +374,7 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
             f'{where} ({image[0].name}): no "modality"; '
             "name it in the list, or all at once by --modality"
         )
+
     modality = modality_of(named, where, head)
     intensity = intensity_of(entry.get("intensity"), modality, where, head)
 
@@ -395,6 +402,7 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
 
 def modality_of(named: Sequence[str], where: str, head: Head) -> tuple[str, ...]:
     """The modalities in our names, T1w as t1. Raises InputError for an unknown one."""
+    # A name that the list declares is never an alias.
     names = []
     for name in map(str.lower, named):
         names.append(name if name in head.intensities else ALIASES.get(name, name))
@@ -426,6 +434,7 @@ def check_files_once(items: Sequence[Item], where: str) -> None:
     for n, item in enumerate(items):
         for file in item.image:
             first = first_with.setdefault(os.path.normpath(file), n)
+            # With another item, or as two channels of this one.
             if first != n or item.image.count(file) > 1:
                 raise InputError(
                     f"{where}[{first}] and [{n}] are the same file {file}; remove one of them"
@@ -471,6 +480,7 @@ def labels_of(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tu
     named: list[tuple[int, str]] = []
     regions: list[str] = []
     for key, value in labels.items():
+        # Whichever of the two is the number: the key in Decathlon lists, the value in nnU-Net's.
         number, name = (key, value) if is_whole(key) else (value, key)
         if is_whole(number):
             named.append((int(number), str(name)))
@@ -513,6 +523,7 @@ def tolerance_of(
     written: Mapping[str, Any], labels: Mapping[int, str], path: Path
 ) -> dict[int, float]:
     """Tolerances in mm by label, of an object that names classes by number or by name."""
+    # A class may be named as it is, or by its number as JSON has it, in quotes.
     by_name = {name: label for label, name in labels.items()}
     by_number = {str(label): label for label in labels}
     numbers = by_name | by_number
@@ -540,6 +551,7 @@ def pairs_of(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[in
             f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]'
         ) from error
 
+    # A list without labels may still be pre-trained on: then any label may be named.
     for label, times in Counter(chain.from_iterable(pairs)).items():
         if labels and (label not in labels or label == 0):
             raise InputError(f'{path}: "swap" names {label}, which is no class of its "labels"')

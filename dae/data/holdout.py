@@ -138,12 +138,14 @@ def hold_out_as_seen(
     if fold is not None or split_seed is not None or items.validation:
         return hold_out_fold(items, fold=fold, split_seed=split_seed)
 
+    # A checkpoint has hashes in place of names.
     names = set(seen.get("held_out", ()))
     subjects = {item.subject for item in items.training}
     held = {subject for subject in subjects if leaks.name_of(subject) in names}
     if held:
         return divided(items, held, "the cases that the checkpoint held out")
 
+    # A list that has folds has no use for the seed, and would refuse it.
     seed = seen.get("split_seed", 0) if is_drawn(items) else None
     return hold_out_fold(items, fold=seen.get("fold", 0), split_seed=seed)
 
@@ -213,6 +215,7 @@ def five_folds(items: DataList, *, fold: int, split_seed: int = 0) -> DataList:
             f"--fold {fold}: {len(subjects)} subjects make {parts} folds, 0 to {parts - 1}"
         )
 
+    # Position p of n subjects is in part floor(p * parts / n).
     held = []
     for position, subject in enumerate(subjects):
         if position * parts // len(subjects) == fold:

@@ -134,6 +134,7 @@ def doubts(items: DataList, *, drawn: bool) -> str:
     trained = [item for item in items.training if not item.subject_named]
     validated = [item for item in items.validation if not item.subject_named]
 
+    # Names of files that look like one patient's.
     trained_patients = {patient_of(item): item for item in trained}
     alike = [item for item in validated if patient_of(item) in trained_patients]
     if alike:
@@ -145,6 +146,7 @@ def doubts(items: DataList, *, drawn: bool) -> str:
             'Without "subject" in the list each image is taken for a patient of its own'
         )
 
+    # Whoever wrote a split knows the patients; a split that we draw may divide one.
     unnamed = [*trained, *validated]
     if drawn and unnamed:
         names = " and ".join(item.image[0].name for item in unnamed[:2])

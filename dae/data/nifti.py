@@ -150,9 +150,12 @@ def read_labels(path: Path, like: Affine | None = None) -> LabelMap:
     stored_affine = checked_affine(path, image)
     values = stored_values(path, image)  # not as float32, which does not have 16,777,217
     values, affine = reordered(values.reshape(shape[:3]), stored_affine, like)
+
+    # Slopes of the header, and many tools, leave floats.
     if values.dtype.kind == "f":
         values = whole_numbers(path, values)
 
+    # The smallest type that holds both ends: uint8 for the labels of nearly all data sets.
     low = np.min_scalar_type(int(values.min()))
     high = np.min_scalar_type(int(values.max()))
     return LabelMap(values.astype(np.result_type(low, high)), affine)
@@ -176,6 +179,7 @@ def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
 
 def read_channels(paths: Sequence[Path]) -> Volume:
     """Several files of one grid as the channels of one volume. Raises InputError on other grids."""
+    # All take the order of axes of the first, which is RAS.
     first = read(paths[0])
     volumes = [first]
     for path in paths[1:]:
@@ -231,6 +235,7 @@ def difference(a: Grid, b: Grid) -> str:
     ends = np.array([(-0.5, size - 0.5) for size in a.shape])
     corners = np.stack(np.meshgrid(*ends, indexing="ij"), axis=-1).reshape(-1, 3)
 
+    # Where a corner of `a` is among the voxels of `b`.
     a_in_b = np.linalg.inv(b.affine) @ a.affine
     voxels = np.linalg.norm(apply_affine(a_in_b, corners) - corners, axis=1).max()
     if voxels <= SAME_GRID:
@@ -319,6 +324,7 @@ def checked_affine(path: Path, image: Any) -> Affine:
 
     Raises InputError where the header does not say the position of voxels.
     """
+    # The lowest three bits are the unit of length: 0 none, 1 m, 2 mm, 3 micrometres.
     code = int(image.header["xyzt_units"]) % 8
     if code > 3:
         raise InputError(
@@ -327,14 +333,13 @@ def checked_affine(path: Path, image: Any) -> Affine:
         )
 
     affine = affine_in_mm(image)
-    sizes = voxel_sizes(affine)
     if is_singular(affine):
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
 
-    unit = unit_of(image)
+    sizes = voxel_sizes(affine)
     if sizes.max() > LARGEST_VOXEL:
         raise InputError(
-            f"{path}: a voxel of {mm_in_words(sizes)} (unit in the header: {unit}); "
+            f"{path}: a voxel of {mm_in_words(sizes)} (unit in the header: {unit_of(image)}); "
             "correct its sizes or its unit"
         )
 
@@ -443,6 +448,8 @@ def reordered(
 ) -> tuple[NDArray[Any], Affine]:
     """Values (x, y, z, ...) and their affine, axes in RAS order or along those of `like`."""
     towards = affine if like is None else np.linalg.inv(like) @ affine
+
+    # nibabel gives the nearest order of axes and their directions, without interpolation.
     order = io_orientation(towards)
     return apply_orientation(values, order), affine @ inv_ornt_aff(order, values.shape[:3])
 

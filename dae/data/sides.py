@@ -84,14 +84,17 @@ def choose_flips(
     sideways = (0, 1) if turned else (0,)
     pairs = likely_pairs(organs)
 
+    # The list says which labels change places.
     if swap:
         pairs_to_swap = tuple((a, b) for a, b in swap)
         return Flips(ALL_AXES, pairs_to_swap, sideways, reason_of_swap(swap, pairs, organs))
 
+    # The list says that sides do not matter.
     if swap is not None:
         reason = 'the list says "swap": [], so left and right are alike'
         return Flips(ALL_AXES, (), (), reason)
 
+    # The list does not say: names decide whether left and right are flipped.
     doubt = doubt_of(organs, pairs)
     if not doubt:
         reason = "no two classes can be the left and the right one of a pair"

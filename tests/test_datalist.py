@@ -434,6 +434,17 @@ def test_nobody_is_on_both_sides_unless_that_is_meant(loaded: Load) -> None:
     assert 'has no "label" in list.json' in line
 
 
+def test_a_note_says_where_a_drawn_split_may_divide_a_patient(loaded: Load) -> None:
+    flags: dict[str, Any] = {"fold": None, "split_seed": None, "allow_trained": False}
+    unnamed = [{"image": f"{n}.nii.gz", "modality": "ct"} for n in range(6)]
+    drawn = for_pretraining(loaded({"training": unnamed}), **flags)
+    assert 'no "subject" in the list' in drawn.notes[-1] and len(drawn.notes) == 2
+
+    folded = [{**entry, "fold": n % 2} for n, entry in enumerate(unnamed)]
+    assert len(for_pretraining(loaded({"training": folded}), **flags).notes) == 1
+    assert len(for_pretraining(loaded({"training": entries(6)}), **flags).notes) == 1
+
+
 def test_a_seed_is_refused_only_where_it_draws_neither_folds_nor_a_fraction(loaded: Load) -> None:
     labels = {"0": "background", "1": "liver"}
     written = [{**entry, "label": f"l{n}.nii.gz"} for n, entry in enumerate(entries(20))]
@@ -471,6 +482,11 @@ def test_evaluation_follows_flags_then_whom_the_checkpoint_held_out_then_its_fol
     line = refusal(for_evaluation, items, "list.json", seen(), fold=None, **flags)
     assert "--checkpoint old.pt: an older version wrote it" in line and "list.json" in line
     assert for_evaluation(items, "l", seen(), fold=1, **flags) == by_fold
+
+    # The folds of a list are what they were for older versions.
+    folded = loaded({"training": [*entries(2, fold=0), *entries(2, first=2, fold=1)]})
+    held = for_evaluation(folded, "l", seen(fold=1), fold=None, **flags)
+    assert subjects(held.validation) == {"s2", "s3"}
 
 
 # --- which data it is

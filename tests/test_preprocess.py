@@ -23,8 +23,8 @@ from dae.data.preprocess import (
     prepare,
     resample,
     resample_labels,
-    some_foreground,
-    some_labelled,
+    bright_voxels,
+    labelled_voxels,
     window,
     zscore,
     zscore_of_nonzero,
@@ -527,19 +527,19 @@ def test_the_recipe_is_that_of_the_flags() -> None:
 
 def test_foreground_is_brighter_than_the_mean(saved: Saved) -> None:
     brighter = np.argwhere(np.greater(X, X.mean()))
-    assert np.array_equal(some_foreground(X), brighter)  # few enough: all of them
+    assert np.array_equal(bright_voxels(X), brighter)  # few enough: all of them
     assert np.array_equal(prepare(saved(X, "mr"), Recipe()).foreground, brighter)
 
 
 def test_of_much_foreground_an_even_sample_is_kept() -> None:
     x = np.random.default_rng(2).normal(size=(30, 30, 30)).astype(np.float32)
-    found = some_foreground(x, count=2000)
+    found = bright_voxels(x, count=2000)
     assert found.shape == (2000, 3) and len(np.unique(found, axis=0)) == 2000
     assert (x[tuple(found.T)] > x.mean()).all()
     assert (
         np.abs(found.mean(axis=0) - 14.5).max() < 4 * 30 / 12**0.5 / 2000**0.5
     )  # four standard errors
-    assert np.array_equal(found, some_foreground(x, count=2000))
+    assert np.array_equal(found, bright_voxels(x, count=2000))
 
 
 def test_the_foreground_box_holds_what_is_bright_in_any_channel(saved: Saved) -> None:
@@ -569,7 +569,7 @@ def test_of_each_class_512_evenly_drawn_voxels_are_kept_and_of_a_smaller_one_all
     saved: Saved,
 ) -> None:
     label = organs()
-    places = some_labelled(label)
+    places = labelled_voxels(label)
     values = label[tuple(places.T)]
     assert dict(zip(*np.unique(values, return_counts=True))) == {
         1: 512,
@@ -581,7 +581,7 @@ def test_of_each_class_512_evenly_drawn_voxels_are_kept_and_of_a_smaller_one_all
         assert len(of_it) == distinct and times.max() - times.min() <= 1
     far = np.abs(places[values == 1].mean(axis=0) - 9.5).max()
     assert far < 4 * 20 / 12**0.5 / 512**0.5  # four standard errors
-    assert np.array_equal(places, some_labelled(label)) and some_labelled(0 * label).shape == (0, 3)
+    assert np.array_equal(places, labelled_voxels(label)) and labelled_voxels(0 * label).shape == (0, 3)
     x = np.random.default_rng(0).uniform(size=label.shape)
     assert np.array_equal(prepare(saved(x, "mr", label=label), Recipe()).foreground, places)
 
@@ -591,7 +591,7 @@ def test_small_organs_are_met_as_often_as_large_ones(tmp_path: Path) -> None:
     label = organs()
     for name, array in (("image", label[None].astype(np.float16)), ("label", label)):
         np.save(tmp_path / f"{name}.npy", array)
-    np.save(tmp_path / "foreground.npy", some_labelled(label))
+    np.save(tmp_path / "foreground.npy", labelled_voxels(label))
     volume, rng = (
         Cached(tmp_path, (1, *label.shape), (0.0,), (1.0, 1.0, 1.0)),
         np.random.default_rng(0),

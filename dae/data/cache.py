@@ -1,16 +1,17 @@
-"""Each volume prepared once, kept as a plain array on disk, memory-mapped, and shared by all ranks, workers and runs.
+"""Each volume is prepared once and kept as a plain array on disk, for all ranks, workers and runs.
 
-A prepared volume lives in a folder named after what it was made from: the file's path, size and times, and the recipe.
-Change any of them and it is made again. The time that a file claims can be set (`cp -p`, `touch`), so the file system's
-own time of the last change counts as well. A folder appears whole or not at all (written aside, then renamed).
+A prepared volume has a folder named after what it was made from: the file's path, size and times,
+and the recipe. Change any of them and it is made again. The time that a file claims can be set
+(`cp -p`, `touch`), so the file system's own time of the last change counts as well. A folder is
+atomic: it is written under another name, then renamed. Hashes of the voxels are kept in it, so that
+two runs can compare what was in their files without reading them again.
 
-Hashes of the voxels are kept with the volume: what was in the files can be compared without reading them again.
+A process that prepares a volume holds a lock on it, and the others go on to the next volume. The
+system drops the lock of a killed process. On a file system without locks, a volume may be prepared
+more than once, and is still whole.
 
-Who prepares a volume holds a lock on it, and the others go on to the next one. The system drops the
-lock of a killed process. Where a file system has no locks, a volume may be prepared more than once,
-and is still whole.
-
-Ten thousand volumes do not hold ten thousand open files: a crop opens its file, copies its voxels, and lets go.
+Ten thousand volumes do not hold ten thousand open files: a crop opens its file, copies its voxels,
+and closes it.
 """
 
 import fcntl
@@ -22,10 +23,11 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -37,14 +39,16 @@ from tqdm import tqdm
 
 from dae.data.datalist import Content, Item
 from dae.data.nifti import read_grid
-from dae.data.preprocess import Recipe, prepare
+from dae.data.preprocess import Prepared, Recipe, prepare
 from dae.errors import InputError
 
 FORMAT = 4  # of the folders below; counts up when what they hold changes
 DTYPE = (
     np.float16
-)  # z-scores and [0, 1] to 3 digits, far below the noise of eq. 1, at half the room
+)  # 3 digits of z-scores and [0, 1], far below the noise of eq. 1, in half the room
+FOREGROUND = 4096 * 3 * 4  # bytes of the voxels that crops are centred on, at most
 PATIENCE = 600.0  # seconds that a volume may take another process, before it is prepared here too
+DAY = 86_400  # seconds, after which a lock or a half-made folder is that of a killed process
 
 
 class Cached(NamedTuple):
@@ -58,116 +62,142 @@ class Cached(NamedTuple):
     content: Content = Content((), "", ())  # hashes of what was in the files
 
     def array(self) -> NDArray[np.float16]:
-        """Memory-mapped, read-only; closed when the array goes."""
+        """(c, d, h, w), memory-mapped, read-only; the file is closed when the array is deleted."""
         return np.load(self.path / "image.npy", mmap_mode="r")
 
     def label(self) -> NDArray[np.uint8]:
-        """(d, h, w), memory-mapped; of an item without a label an error."""
+        """(d, h, w), memory-mapped. Raises OSError where the item has no label."""
         return np.load(self.path / "label.npy", mmap_mode="r")
 
     def foreground(self) -> NDArray[np.int32]:
+        """(n, 3), voxels to centre crops on, memory-mapped."""
         return np.load(self.path / "foreground.npy", mmap_mode="r")
 
 
+# --- one volume -----------------------------------------------------------------------------------
+
+
 def default_folder() -> Path:
+    """Where prepared volumes are kept without --cache-dir."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dae"
 
 
 def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
     """Where an item's prepared volume belongs. Raises InputError if a file is missing."""
-    facts: list[object] = [FORMAT, asdict(recipe), item.intensity, item.channel]
-    for path in (*item.image, *([item.label] if item.label else [])):
+    made_from: list[object] = [FORMAT, asdict(recipe), item.intensity, item.channel]
+    files = list(item.image)
+    if item.label:
+        files.append(item.label)
+
+    for path in files:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
         stat = path.stat()
-        facts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:20]
-    return root / f"{item.image[0].name.split('.')[0]}-{key}"
+        made_from.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns])
+
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:20]
+    name = item.image[0].name.split(".")[0]
+    return root / f"{name}-{key}"
 
 
 def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
-    """The item's prepared volume, made now if nobody has made it yet."""
+    """The item's prepared volume, made now unless it is there."""
     folder = folder_of(item, recipe, root)
-    if not is_made(folder):
-        _make(item, recipe, folder)
-    return _read(folder)
+    if not is_complete(folder):
+        make(item, recipe, folder)
+    return read(folder)
 
 
-def is_made(folder: Path) -> bool:
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds a prepared volume: facts.json is the last file to be written."""
     return (folder / "facts.json").is_file()
 
 
-def _read(folder: Path) -> Cached:
-    facts = json.loads((folder / "facts.json").read_text())
+def read(folder: Path) -> Cached:
+    """A prepared volume, by its facts.json."""
+    metadata: dict[str, Any] = json.loads((folder / "facts.json").read_text())
+    content = metadata["content"]
     return Cached(
         folder,
-        tuple(facts["shape"]),
-        tuple(facts["background"]),
-        tuple(facts["spacing"]),
-        tuple(facts["labels"]),
-        _content(facts["content"]),
+        tuple(metadata["shape"]),
+        tuple(metadata["background"]),
+        tuple(metadata["spacing"]),
+        tuple(metadata["labels"]),
+        Content(tuple(content["image"]), content["label"], tuple(content["spacing"])),
     )
 
 
-def _content(facts: dict[str, Any]) -> Content:
-    return Content(tuple(facts["image"]), facts["label"], tuple(facts["spacing"]))
-
-
-def _make(item: Item, recipe: Recipe, folder: Path) -> None:
+def make(item: Item, recipe: Recipe, folder: Path) -> None:
+    """Prepare a volume and write its folder. Raises InputError where it cannot be written."""
     volume = prepare(item, recipe)
-    assert volume.content is not None
+
     # A name that no other process has, on this machine or another one.
     aside = folder.with_name(f".making-{folder.name}-{uuid.uuid4().hex[:12]}")
     try:
         aside.mkdir(parents=True)
-        np.save(aside / "image.npy", volume.data.astype(DTYPE))
-        np.save(aside / "foreground.npy", volume.foreground)
-        if volume.label is not None:
-            np.save(aside / "label.npy", volume.label)
-        facts = {
-            "labels": [] if volume.label is None else np.unique(volume.label).tolist(),
-            "shape": volume.data.shape,
-            "background": volume.background.tolist(),
-            "spacing": volume.spacing,
-            "image": [str(path) for path in item.image],
-            "content": volume.content._asdict(),
-        }
-        (aside / "facts.json").write_text(json.dumps(facts))
-        if folder.exists() and not is_made(folder):
+        write(volume, item, aside)
+        if folder.exists() and not is_complete(folder):
             shutil.rmtree(folder)  # what an interrupted deletion left
         aside.rename(folder)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if not is_made(folder):  # else somebody was faster
+        if not is_complete(folder):  # else another process was faster
             raise InputError(
                 f"--cache-dir {folder.parent}: cannot write there ({error})"
             ) from error
 
 
+def write(volume: Prepared, item: Item, folder: Path) -> None:
+    """The files of a prepared volume, into a folder that is there."""
+    assert volume.content is not None  # `prepare` has read the files
+
+    np.save(folder / "image.npy", volume.data.astype(DTYPE))
+    np.save(folder / "foreground.npy", volume.foreground)
+    labels = []
+    if volume.label is not None:
+        np.save(folder / "label.npy", volume.label)
+        labels = np.unique(volume.label).tolist()
+
+    metadata = {
+        "labels": labels,
+        "shape": volume.data.shape,
+        "background": volume.background.tolist(),
+        "spacing": volume.spacing,
+        "image": [str(path) for path in item.image],
+        "content": volume.content._asdict(),
+    }
+    (folder / "facts.json").write_text(json.dumps(metadata))
+
+
+# --- the right to prepare a volume ----------------------------------------------------------------
+
+
 @contextmanager
 def claimed(folder: Path, *, patience: float) -> Iterator[bool]:
-    """Whether the volume of `folder` is this thread's to prepare; False where another one is at it.
+    """Whether the volume of `folder` is this thread's to prepare; False while another one does it.
 
-    Waits for the other one up to `patience` seconds, then goes on without the lock: a machine that is
-    gone may hold it. True, without a lock, where the file system has none.
+    Waits for the other one up to `patience` seconds, then goes on without the lock: a machine that
+    is gone may hold it. True, without a lock, where the file system has none.
     """
     path = folder.with_name(f".lock-{folder.name}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("w")
+        file = path.open("w")
     except OSError:
-        yield True  # what is wrong with the folder is said by who writes there
+        yield True  # what is wrong with the folder is said when the volume is written
         return
-    with lock:
-        free = _lock(lock, patience)
+
+    with file:
+        locked = lock(file, patience)
         try:
-            yield free or patience > 0
+            yield locked or patience > 0
         finally:
-            if free:
+            if locked:
                 path.unlink(missing_ok=True)
 
 
-def _lock(file: IO[str], patience: float) -> bool:
+def lock(file: IO[str], patience: float) -> bool:
+    """Whether the lock was got within `patience` seconds; True where there are no locks."""
     end = time.monotonic() + patience
     while True:
         try:
@@ -181,27 +211,48 @@ def _lock(file: IO[str], patience: float) -> bool:
         time.sleep(0.2)
 
 
+def remove_if_old(path: Path) -> None:
+    """Remove a lock or a half-made folder of a killed process."""
+    try:
+        if time.time() - path.stat().st_mtime < DAY:
+            return
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+    except OSError:
+        pass  # another process has just removed it
+
+
+# --- the room on the disk -------------------------------------------------------------------------
+
+
 def room_for(item: Item, recipe: Recipe) -> int:
     """Bytes that a prepared volume takes, by its header; cut to its foreground, at most that many.
 
     0 where the header cannot be read: what is wrong with the file is said when it is prepared.
     """
-    voxels, channels = 0, 0
+    voxels = 0
+    channels = 0
     for path in item.image:
         try:
-            grid, shape = read_grid(path), nib.load(path).shape
+            grid = read_grid(path)
+            shape = nib.load(path).shape
         except InputError:
             return 0
-        mm = voxel_sizes(grid.affine)
+
+        voxels = math.prod(grid.shape)
         if recipe.spacing:
-            voxels = math.prod(
-                round(n * old / new) for n, old, new in zip(grid.shape, mm, recipe.spacing)
-            )
-        else:
-            voxels = math.prod(grid.shape)
-        channels += shape[3] if len(shape) > 3 and item.channel is None else 1
-    places = 4096 * 3 * 4  # of some foreground
-    return voxels * (channels * np.dtype(DTYPE).itemsize + (item.label is not None)) + places
+            voxels = 1
+            for n, old, new in zip(grid.shape, voxel_sizes(grid.affine), recipe.spacing):
+                voxels *= round(n * old / new)
+
+        has_channels = len(shape) > 3 and item.channel is None
+        channels += shape[3] if has_channels else 1
+
+    image = voxels * channels * np.dtype(DTYPE).itemsize
+    label = voxels if item.label else 0
+    return image + label + FOREGROUND
 
 
 def check_room(
@@ -213,10 +264,15 @@ def check_room(
     """
     with ThreadPoolExecutor(8) as pool:
         needed = sum(pool.map(lambda item: room_for(item, recipe), items))
-    bound = "up to" if recipe.foreground_crop else "about"
-    text = f"{len(items)} of them take {bound} {in_bytes(needed)} in {root}, where {in_bytes(free)} are free"
+
     # What is cut to its foreground, by half along each axis, still takes an eighth.
-    if free < (needed // 8 if recipe.foreground_crop else needed):
+    least = needed // 8 if recipe.foreground_crop else needed
+    bound = "up to" if recipe.foreground_crop else "about"
+    text = (
+        f"{len(items)} of them take {bound} {in_bytes(needed)} in {root}, "
+        f"where {in_bytes(free)} are free"
+    )
+    if free < least:
         raise InputError(f"--cache-dir: volumes to prepare: {text}; name a folder on a larger disk")
     if not quiet:
         print(f"preparing volumes: {text}", file=sys.stderr, flush=True)
@@ -232,8 +288,13 @@ def in_bytes(number: int) -> str:
 
 def free_in(root: Path) -> int:
     """Bytes free on the disk where `root` is, or will be made."""
-    there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    folder = root.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# --- all volumes of a run -------------------------------------------------------------------------
 
 
 def prepare_all(
@@ -246,78 +307,114 @@ def prepare_all(
     threads: int = 1,
     quiet: bool = True,
 ) -> list[Cached]:
-    """Every item's prepared volume, in order. Each rank makes its share, then what others have not made, from the end.
+    """Every item's prepared volume, in order; what is not there yet is made by all ranks together.
 
-    Ranks meet at no barrier, which would time out where ten thousand volumes take hours. At the end one
-    may wait for the last volumes of others.
+    Each rank makes its share, then what the others have not made, from the end. Ranks meet at no
+    barrier, which would time out where ten thousand volumes take hours. At the end a rank may wait
+    for the last volumes of others.
 
-    Raises InputError where the disk has too little room, where volumes cannot be used (naming the first,
-    with their number), and where one has not as many channels as the first.
+    Raises InputError where the disk has too little room, where volumes cannot be used (naming the
+    first, with their number), and where one has not as many channels as the first.
     """
     # A missing file is said before any work is done.
     folders = [folder_of(item, recipe, root) for item in items]
-    for name in (".making-*", ".lock-*"):  # of processes that were killed
-        for left in root.glob(name):
-            _remove_if_old(left)
-    free = free_in(root)  # before the look at what is there: what others write must not count twice
-    absent = {folder: n for n, folder in enumerate(folders) if not is_made(folder)}
+
+    for pattern in (".making-*", ".lock-*"):
+        for path in root.glob(pattern):
+            remove_if_old(path)
+
+    # Free bytes first, folders second: what other ranks write between the two must not count twice.
+    free = free_in(root)
+    absent: dict[Path, int] = {}  # folder -> number of an item that it is made from
+    for n, folder in enumerate(folders):
+        if not is_complete(folder):
+            absent[folder] = n
+
     if absent:
-        check_room([items[n] for n in absent.values()], recipe, root, free=free, quiet=quiet)
+        numbers = list(absent.values())
+        check_room([items[n] for n in numbers], recipe, root, free=free, quiet=quiet)
 
-    def make(n: int, patience: float = 0) -> tuple[int, str] | None:
-        """Make item n, unless somebody else is at it and patience is at an end; n and what is wrong, if anything."""
-        try:
-            if not is_made(folders[n]):
-                with claimed(folders[n], patience=patience) as mine:
-                    if mine and not is_made(folders[n]):
-                        _make(items[n], recipe, folders[n])
-        except InputError as error:
-            return n, str(error)
-        return None
+        errors = make_all(
+            {n: (items[n], folders[n]) for n in numbers},
+            recipe,
+            in_turn(sorted(numbers), rank=rank, world=world),
+            threads=threads,
+            quiet=quiet,
+        )
+        if errors:
+            more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
+            raise InputError(f"{errors[min(errors)]}{more}")
 
+    volumes = [read(folder) for folder in folders]
+    check_channels(items, volumes)
+    return volumes
+
+
+def make_all(
+    absent: Mapping[int, tuple[Item, Path]],
+    recipe: Recipe,
+    order: Sequence[int],
+    *,
+    threads: int,
+    quiet: bool,
+) -> dict[int, str]:
+    """Make the absent volumes, number -> (item, folder), in this order; what is wrong with any."""
+    errors: dict[int, str] = {}
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        made = pool.map(make, in_turn(sorted(absent.values()), rank=rank, world=world))
+        reasons = pool.map(try_to_make, [absent[n] for n in order], repeat(recipe), repeat(0.0))
         bar = tqdm(
-            made,
+            zip(order, reasons),
             "preparing volumes",
-            len(absent),
+            len(order),
             disable=quiet or not sys.stderr.isatty(),
             leave=False,
         )
-        errors = [error for error in bar if error is not None]
-        failed = {n for n, _ in errors}
-        # What others were at: wait for it, and do it if they do not.
-        late = [n for folder, n in absent.items() if n not in failed and not is_made(folder)]
-        errors += [
-            error for error in pool.map(lambda n: make(n, PATIENCE), late) if error is not None
-        ]
-    if errors:
-        more = f" (and {len(errors) - 1} more like it)" if len(errors) > 1 else ""
-        raise InputError(f"{min(errors)[1]}{more}")
-    volumes = [_read(folder) for folder in folders]
-    for item, volume in zip(items, volumes):
-        if volume.shape[0] != volumes[0].shape[0]:
-            raise InputError(
-                f"{item.image[0]}: {volume.shape[0]} channels, the first volume has {volumes[0].shape[0]}; "
-                "one run takes one number of channels"
-            )
-    return volumes
+        for n, reason in bar:
+            if reason:
+                errors[n] = reason
+
+        # Some are being made by other ranks: wait for those, and make them here if that fails.
+        late = []
+        for n, (_, folder) in absent.items():
+            if n not in errors and not is_complete(folder):
+                late.append(n)
+        reasons = pool.map(try_to_make, [absent[n] for n in late], repeat(recipe), repeat(PATIENCE))
+        for n, reason in zip(late, reasons):
+            if reason:
+                errors[n] = reason
+
+    return errors
+
+
+def try_to_make(volume: tuple[Item, Path], recipe: Recipe, patience: float) -> str:
+    """Make a volume unless another process does, for `patience` seconds; what is wrong with it."""
+    item, folder = volume
+    try:
+        if not is_complete(folder):
+            with claimed(folder, patience=patience) as mine:
+                if mine and not is_complete(folder):
+                    make(item, recipe, folder)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def in_turn(numbers: Sequence[int], *, rank: int, world: int) -> list[int]:
     """A rank's own share of the numbers, then those of the ranks after it, each from its end."""
-    shares = [[n for n in numbers if n % world == (rank + k) % world] for k in range(world)]
-    return shares[0] + [n for share in shares[1:] for n in reversed(share)]
+    order = [n for n in numbers if n % world == rank]
+    for k in range(1, world):
+        share = [n for n in numbers if n % world == (rank + k) % world]
+        order += reversed(share)
+    return order
 
 
-def _remove_if_old(path: Path) -> None:
-    """Another process may be at the same."""
-    try:
-        if time.time() - path.stat().st_mtime < 86_400:
-            return
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink()
-    except OSError:
-        pass
+def check_channels(items: Sequence[Item], volumes: Sequence[Cached]) -> None:
+    """Raises InputError where a volume has not as many channels as the first."""
+    for item, volume in zip(items, volumes):
+        channels = volume.shape[0]
+        first = volumes[0].shape[0]
+        if channels != first:
+            raise InputError(
+                f"{item.image[0]}: {channels} channels, the first volume has {first}; "
+                "one run takes one number of channels"
+            )

@@ -17,7 +17,8 @@ from dae.data.augment import (
     labelled_crop,
     random_corner,
     random_crop,
-    zoomed,
+    zoomed_image,
+    zoomed_label,
 )
 from dae.data.cache import Cached
 from dae.data.sides import choose_flips
@@ -227,7 +228,8 @@ def test_rotations_are_by_90_180_and_270_degrees_in_the_axial_plane() -> None:
 @pytest.mark.parametrize("factor", [0.9, 0.93, 1.04, 1.1])
 def test_image_and_label_are_enlarged_together_about_the_centre(factor: float) -> None:
     """A ramp is interpolated exactly: output voxel o shows c + (o - c) / factor, and the edge beyond."""
-    x, label = zoomed(PLACES, LABEL, factor)
+    x = zoomed_image(PLACES, factor)
+    label = zoomed_label(LABEL, factor)
     centre = (np.array(SHAPE) - 1)[:, None, None, None] / 2
     outer = (np.array(SHAPE) - 1)[:, None, None, None]
     expected = np.clip(centre + (PLACES - centre) / factor, 0, outer)

@@ -1,7 +1,8 @@
-"""Index-addressed batches: sample j of the global batch at step s is a function of (seed, s, j) and nothing else.
+"""Batches by index: sample j of the global batch at step s is a function of (seed, s, j) alone.
 
-So it is the same sample on any number of ranks and workers, another one at every step, and a resumed run needs to
-restore nothing to go on with the samples that an uninterrupted one would have seen.
+So it is the same sample on any number of ranks and workers, and another one at every step. A
+resumed run has nothing to restore: it goes on with the samples that an uninterrupted one would have
+seen.
 """
 
 import os
@@ -23,31 +24,37 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dae.config.command_line import Size3
-from dae.config.segment import SegConfig
+from dae.config.segment import AugmentConfig
 from dae.data.augment import augment, labelled_crop, random_crop
 from dae.data.cache import Cached
 from dae.data.sides import Flips
-from dae.errors import InputError
+from dae.errors import InputError, one_line
 
-# Streams of their own beside those of (seed, step, j); trailing zeros in a key would change nothing.
+# Random streams beside those of (seed, step, j). They end in no zero, which would change nothing.
 VALIDATION = 2**32 - 1  # in place of a step: crops that never change
 ORDER = 2**32 - 2  # in place of j: the order of an epoch
 
-
+Address = tuple[int, int]  # (step, j)
 Gather = Callable[[Any], Any]  # samples -> batch
 
 
 class Batch(NamedTuple):
+    """Samples of pre-training."""
+
     x: Tensor  # (b, c, d, h, w), clean
     modality: Tensor  # (b,), int64
     seeds: list[int]  # of each sample's disruption
 
     def to(self, device: torch.device) -> "Batch":
+        """The batch on another device."""
         return Batch(
             self.x.to(device, non_blocking=True),
             self.modality.to(device, non_blocking=True),
             self.seeds,
         )
+
+
+# --- which volume ---------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4)
@@ -57,13 +64,59 @@ def order(volumes: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def volume_of(step: int, j: int, *, volumes: int, global_batch: int, seed: int) -> int:
-    """Which volume sample j of the global batch is drawn from at a step."""
-    epoch, place = divmod(step * global_batch + j, volumes)
-    return int(order(volumes, seed, epoch)[place])
+    """The volume that sample j of the global batch at a step is cut from."""
+    epoch, n = divmod(step * global_batch + j, volumes)
+    return int(order(volumes, seed, epoch)[n])
+
+
+def by_turns(modalities: Sequence[int]) -> list[int]:
+    """Indices in such an order that the modalities take turns.
+
+    The first of each modality, then the second of each, as long as there are any.
+    """
+    met: Counter[int] = Counter()
+    turns = []
+    for n, modality in enumerate(modalities):
+        turns.append((met[modality], modality, n))
+        met[modality] += 1
+
+    return [n for _, _, n in sorted(turns)]
+
+
+def spread(modalities: Sequence[int], count: int) -> list[int]:
+    """Up to `count` of the indices: the modalities take turns, each evenly over its own volumes."""
+    shares = Counter(modalities[n] for n in by_turns(modalities)[:count])
+
+    chosen: list[int] = []
+    for modality, share in shares.items():
+        own = [n for n, other in enumerate(modalities) if other == modality]
+        for k in range(share):
+            middle = (2 * k + 1) * len(own) // (2 * share)  # of the k-th of `share` equal parts
+            chosen.append(own[middle])
+    chosen.sort()
+
+    return [chosen[n] for n in by_turns([modalities[n] for n in chosen])]
+
+
+def addresses(
+    start: int, stop: int, *, batch_size: int, accumulate: int, rank: int, world: int
+) -> Iterator[list[Address]]:
+    """Micro-batch by micro-batch the (step, j) of one rank.
+
+    The ranks' parts of a micro-batch follow each other, so that two ranks see what one sees with
+    twice the batch.
+    """
+    for step in range(start, stop):
+        for micro in range(accumulate):
+            first = (micro * world + rank) * batch_size
+            yield [(step, j) for j in range(first, first + batch_size)]
+
+
+# --- samples --------------------------------------------------------------------------------------
 
 
 class Crops(Dataset[tuple[Tensor, int, int]]):
-    """Maps (step, j) to sample j of the global batch at that step."""
+    """Pre-training: (step, j) -> sample j of the global batch at that step."""
 
     def __init__(
         self,
@@ -75,188 +128,108 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
         global_batch: int,
         foreground: float = 0.0,
     ) -> None:
-        self.volumes, self.modalities, self.crop, self.foreground = (
-            volumes,
-            modalities,
-            crop,
-            foreground,
-        )
-        self.seed, self.global_batch = seed, global_batch
+        self.volumes = volumes
+        self.modalities = modalities
+        self.crop = crop
+        self.seed = seed
+        self.global_batch = global_batch
+        self.foreground = foreground
 
-    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, int, int]:
-        """(x, modality, seed of the disruption)."""
+    def __getitem__(self, address: Address) -> tuple[Tensor, int, int]:
+        """x (c, d, h, w), its modality, and the seed of its disruption."""
         step, j = address
         index = volume_of(
             step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed
         )
-        return self.draw(index, [self.seed, step, j], self.foreground)
+        return self.sample(index, [self.seed, step, j], self.foreground)
 
     def fixed(self, n: int) -> tuple[Tensor, int, int]:
-        """The n-th validation crop: volumes in turn, always on foreground, whatever the run's seed."""
-        return self.draw(n % len(self.volumes), [0, VALIDATION, n], foreground=1.0)
+        """The n-th validation crop, of any seed: volumes in turn, always on foreground."""
+        return self.sample(n % len(self.volumes), [0, VALIDATION, n], foreground=1.0)
 
-    def draw(self, index: int, key: Sequence[int], foreground: float) -> tuple[Tensor, int, int]:
+    def sample(self, index: int, key: Sequence[int], foreground: float) -> tuple[Tensor, int, int]:
+        """A crop of one volume, by the generator of this key."""
         rng = np.random.default_rng(key)
         x = random_crop(self.volumes[index], self.crop, rng, foreground=foreground)
         return torch.from_numpy(x), self.modalities[index], int(rng.integers(2**63))
 
 
-def class_index(
-    label: NDArray[np.uint8], classes: Sequence[int], ignore: int | None = None
-) -> NDArray[np.int64]:
-    """Label values -> their places in the ordered `classes`, which is what a network is trained on; `ignore` -> -1."""
-    places = np.searchsorted(np.asarray(classes), label)
-    return places if ignore is None else np.where(label == ignore, -1, places)
-
-
 class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Maps (step, j) to an augmented crop and its labels, as places in `classes`: by (seed, step, j) alone, too."""
+    """Fine-tuning: (step, j) -> an augmented crop and its labels, by (seed, step, j) alone, too."""
 
     def __init__(
         self,
         volumes: Sequence[Cached],
         classes: Sequence[int],
-        config: SegConfig,
+        crop: Size3,
         *,
+        seed: int,
         global_batch: int,
+        positive: float,
+        chances: AugmentConfig,
         flips: Flips,
         ignore: int | None = None,
     ) -> None:
-        self.volumes, self.classes, self.config, self.global_batch = (
-            volumes,
-            classes,
-            config,
-            global_batch,
-        )
-        self.flips, self.ignore = flips, ignore
+        self.volumes = volumes
+        self.classes = classes  # label values in order; a class is an index into them
+        self.crop = crop
+        self.seed = seed
+        self.global_batch = global_batch
+        self.positive = positive
+        self.chances = chances
+        self.flips = flips
+        self.ignore = ignore
 
-    def __getitem__(self, address: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """x (c, d, h, w) float32, label (d, h, w) int64; -1 where there is none."""
-        (step, j), config = address, self.config
+    def __getitem__(self, address: Address) -> tuple[Tensor, Tensor]:
+        """x (c, d, h, w) float32, class (d, h, w) int64; -1 where nothing was annotated."""
+        step, j = address
         index = volume_of(
-            step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=config.seed
+            step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed
         )
-        rng = np.random.default_rng([config.seed, step, j])
+        rng = np.random.default_rng([self.seed, step, j])
+
         x, label = labelled_crop(
-            self.volumes[index], config.crop, rng, positive=config.positive, ignore=self.ignore
+            self.volumes[index], self.crop, rng, positive=self.positive, ignore=self.ignore
         )
         x, label = augment(
             x,
             label,
             rng,
-            config,
+            self.chances,
             flip_axes=self.flips.axes,
             swap=self.flips.swap,
             swap_axes=self.flips.swap_axes,
         )
-        return torch.from_numpy(x), torch.from_numpy(class_index(label, self.classes, self.ignore))
+        target = class_index(label, self.classes, self.ignore)
+
+        return torch.from_numpy(x), torch.from_numpy(target)
 
 
-def by_turns(modalities: Sequence[int]) -> list[int]:
-    """Indices so ordered that the modalities take turns: the first of each, the second of each, ..."""
-    earlier = [modalities[:n].count(modality) for n, modality in enumerate(modalities)]
-    return sorted(range(len(modalities)), key=lambda n: (earlier[n], modalities[n]))
+def class_index(
+    label: NDArray[np.uint8], classes: Sequence[int], ignore: int | None = None
+) -> NDArray[np.int64]:
+    """Label values -> indices into the ordered `classes`, which a network is trained on.
 
-
-def spread(modalities: Sequence[int], count: int) -> list[int]:
-    """Up to `count` of the indices: the modalities take turns, and each one's lie evenly over its own."""
-    shares = Counter(modalities[n] for n in by_turns(modalities)[:count])
-    chosen: list[int] = []
-    for modality, share in shares.items():
-        own = [n for n, other in enumerate(modalities) if other == modality]
-        chosen += [own[(2 * place + 1) * len(own) // (2 * share)] for place in range(share)]
-    chosen.sort()
-    return [chosen[n] for n in by_turns([modalities[n] for n in chosen])]
-
-
-def addresses(
-    start: int, stop: int, *, batch_size: int, accumulate: int, rank: int, world: int
-) -> Iterator[list[tuple[int, int]]]:
-    """Micro-batch by micro-batch the (step, j) of one rank.
-
-    The ranks' parts of a micro-batch lie side by side, so that two ranks see what one sees with twice the batch.
+    `ignore` -> -1.
     """
-    for step in range(start, stop):
-        for micro in range(accumulate):
-            first = (micro * world + rank) * batch_size
-            yield [(step, j) for j in range(first, first + batch_size)]
+    index = np.searchsorted(np.asarray(classes), label)
+    if ignore is None:
+        return index
+    return np.where(label == ignore, -1, index)
 
 
 def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
+    """Samples of `Crops` as a batch."""
     x, modality, seeds = zip(*samples)
     return Batch(torch.stack(x), torch.tensor(modality), list(seeds))
 
 
-class Failure(NamedTuple):
-    """In place of a batch: why it could not be read, in one line."""
-
-    reason: str
-
-
-class Reader(Dataset[Any]):
-    """Maps the addresses of a micro-batch to the batch, or to the reason why there is none.
-
-    A batch that does not fit into shared memory would otherwise be lost in the thread that sends it, and
-    waited for without end.
-    """
-
-    def __init__(self, crops: Dataset[Any], gather: Gather) -> None:
-        self.crops, self.gather = crops, gather
-
-    def __getitem__(self, places: list[tuple[int, int]]) -> Any:
-        try:
-            batch = self.gather([self.crops[place] for place in places])
-            # Into shared memory here, where an error can still be answered with.
-            for value in batch if get_worker_info() else ():
-                if isinstance(value, Tensor):
-                    value.share_memory_()
-            return batch
-        except Exception as error:
-            if os.environ.get("DAE_DEBUG") == "1":
-                raise
-            return Failure(why_unread(error))
-
-
-def why_unread(error: Exception) -> str:
-    """In one line what is wrong, and what to do."""
-    text = " ".join(str(error).split())[:300]
-    if isinstance(error, InputError):
-        return text
-    if isinstance(error, OSError):
-        return f"{text}; the volumes in --cache-dir must stay there while a run reads them; go on with --resume"
-    if "shared memory" in text or "</torch_" in text:  # so torch names its files in /dev/shm
-        return f"/dev/shm is full ({text}); take fewer --workers (0 needs none of it), then go on with --resume"
-    return f"a crop could not be read ({type(error).__name__}: {text}); DAE_DEBUG=1 shows where"
-
-
-def stay_with_the_run(run: Connection, ours: Connection, worker: int) -> None:
-    """A worker ends when its run does, and not before.
-
-    A stop signal reaches the whole process group, and the run still needs its workers for the step it
-    is in. So they ignore it. They end when the run closes its end of a pipe, or dies. `ours` is a copy of
-    that end.
-    """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    ours.close()
-    Thread(target=end_with, args=(run,), daemon=True).start()
-
-
-def end_with(run: Connection) -> None:
-    """Wait for the end of the run, leave torch the time to end its workers in order, then end anyhow."""
-    with suppress(EOFError, OSError):
-        run.recv_bytes()
-    time.sleep(2)
-    os._exit(0)
-
-
-def as_it_is(batch: Any) -> Any:
-    return batch
+# --- reading ahead --------------------------------------------------------------------------------
 
 
 def loader(
     crops: Dataset[Any],
-    places: Iterator[list[tuple[int, int]]],
+    addresses: Iterator[list[Address]],
     *,
     workers: int,
     pin: bool,
@@ -267,23 +240,108 @@ def loader(
     Raises InputError on a batch that cannot be read.
     """
     ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
-    theirs, ours = Pipe(duplex=False)
+    worker_end, run_end = Pipe(duplex=False)
     batches = iter(
         DataLoader(
             Reader(crops, gather),
-            sampler=places,
-            batch_size=None,
-            collate_fn=as_it_is,
+            sampler=addresses,
+            batch_size=None,  # an address is already one of a whole micro-batch
+            collate_fn=unchanged,
             num_workers=workers,
             pin_memory=pin,
-            worker_init_fn=partial(stay_with_the_run, theirs, ours),
-            generator=torch.Generator(),
-            **ahead,  # its own: starting workers must not move the global one
+            worker_init_fn=partial(live_as_long_as_the_run, worker_end, run_end),
+            generator=torch.Generator(),  # starting workers must not move the global one
+            **ahead,
         )
     )
+
     # The pipe is closed before torch ends its workers: torch waits seconds for each one that hangs.
-    with theirs, ours:
+    with worker_end, run_end:
         for batch in batches:
             if isinstance(batch, Failure):
                 raise InputError(batch.reason)
             yield batch
+
+
+class Failure(NamedTuple):
+    """In place of a batch: why it could not be read, in one line."""
+
+    reason: str
+
+
+class Reader(Dataset[Any]):
+    """The addresses of a micro-batch -> the batch, or the reason why there is none.
+
+    torch would lose a batch that does not fit into shared memory in the thread that sends it, and
+    wait for it without end.
+    """
+
+    def __init__(self, crops: Dataset[Any], gather: Gather) -> None:
+        self.crops = crops
+        self.gather = gather
+
+    def __getitem__(self, addresses: list[Address]) -> Any:
+        try:
+            batch = self.gather([self.crops[address] for address in addresses])
+            if get_worker_info():
+                move_to_shared_memory(batch)  # now, while a `Failure` can still be answered
+            return batch
+        except Exception as error:
+            if os.environ.get("DAE_DEBUG") == "1":
+                raise
+            return Failure(why_unread(error))
+
+
+def move_to_shared_memory(batch: Any) -> None:
+    """The tensors of a batch, so that sending it copies nothing."""
+    for value in batch:
+        if isinstance(value, Tensor):
+            value.share_memory_()
+
+
+def unchanged(batch: Any) -> Any:
+    """The batch that `Reader` has gathered."""
+    return batch
+
+
+def why_unread(error: Exception) -> str:
+    """In one line what is wrong, and what to do."""
+    text = one_line(error, 300)
+
+    if isinstance(error, InputError):
+        return text
+
+    if isinstance(error, OSError):
+        return (
+            f"{text}; the volumes in --cache-dir must stay there while a run reads them; "
+            "go on with --resume"
+        )
+
+    if "shared memory" in text or "</torch_" in text:  # so torch names its files in /dev/shm
+        return (
+            f"/dev/shm is full ({text}); take fewer --workers (0 needs none of it), "
+            "then go on with --resume"
+        )
+
+    return f"a crop could not be read ({type(error).__name__}: {text}); DAE_DEBUG=1 shows where"
+
+
+def live_as_long_as_the_run(worker_end: Connection, run_end: Connection, worker: int) -> None:
+    """A worker ends when its run does, and not before.
+
+    A stop signal reaches the whole process group, and the run still needs its workers for the step
+    it is in. So they ignore the signal. They end when the run closes its end of a pipe, or dies.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+    run_end.close()  # this process's copy of it, which would keep the pipe open
+    Thread(target=end_with, args=(worker_end,), daemon=True).start()
+
+
+def end_with(worker_end: Connection) -> None:
+    """Wait for the end of the run, leave torch the time to end its workers in order, then end."""
+    with suppress(EOFError, OSError):
+        worker_end.recv_bytes()
+    time.sleep(2)
+    os._exit(0)

@@ -348,8 +348,11 @@ def crops_of(
     crops = LabelledCrops(
         volumes[:n],
         list(classes),
-        config,
+        config.crop,
+        seed=config.seed,
         global_batch=global_batch,
+        positive=config.positive,
+        chances=config,
         flips=flips,
         ignore=items.ignore,
     )

@@ -225,7 +225,16 @@ def test_training_crops_are_flipped_as_was_chosen(tmp_path: Path) -> None:
         (Flips((0,), ((1, 2),), (0,), ""), 1),
         (Flips((0, 1), ((1, 2),), (0, 1), ""), 2),
     ):
-        crops = LabelledCrops([volume], [0, 1, 2], config, global_batch=1, flips=flips)
+        crops = LabelledCrops(
+            [volume],
+            [0, 1, 2],
+            config.crop,
+            seed=0,
+            global_batch=1,
+            positive=0.5,
+            chances=config,
+            flips=flips,
+        )
         assert int(crops[0, 0][1][0, 0, 0]) == left
 
 

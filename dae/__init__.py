@@ -41,6 +41,7 @@ AROUND IT: what a run needs
     data/batches.py              (seed, step, j) -> sample
     demo/anatomy.py              a torso and a head as tables of ellipsoids
     demo/phantom.py              synthetic CT and MR volumes made from them
+    demo/__init__.py             the demo's data, made where it is not there yet
 
   weights
     weights/checkpoint.py        all of a run in one file that is whole or refused

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, whenever the process is killed and however full the disk is."""
+"""Atomic files: whole or absent, whenever the process is killed and however full the disk is."""
 
 import os
 from collections.abc import Callable
@@ -9,18 +9,25 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
     """Call `write` with a path beside `path`, then give what it has written the name `path`.
 
     The path beside ends as `path` does, for libraries that choose a format by the ending. `durable`
-    waits until the file is on the disk, so that it also survives a loss of power.
+    waits until the file is on the disk, so that it also survives a loss of power. Raises OSError,
+    or what `write` raises; then `path` is as it was before.
     """
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(beside)
         if durable:
             flush(beside)
+
         beside.replace(path)
         if durable:
             flush(path.parent)  # the new name is on the disk only once its folder is
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """A file of these bytes, by `write_atomic`."""
+    write_atomic(path, lambda beside: beside.write_bytes(content))
 
 
 def flush(path: Path) -> None:
@@ -30,8 +37,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file of these bytes, by `write_atomic`."""
-    write_atomic(path, lambda beside: beside.write_bytes(content))

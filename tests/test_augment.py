@@ -1,9 +1,8 @@
-"""dae/data/augment.py: a crop is a slice of its volume; an augmentation moves an image and its label as one."""
+"""dae/data/augment.py: a crop is a slice of its volume; image and label are moved as one."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -23,20 +22,30 @@ from dae.data.augment import (
 from dae.data.cache import Cached
 from dae.data.sides import choose_flips
 
+Voxel = tuple[int, int, int]
+
 VOLUME = np.random.default_rng(0).normal(size=(2, 6, 7, 8)).astype(np.float16)
 BACKGROUND = (-1.0, -2.0)
 
 
-def on_disk(folder: Path, data: np.ndarray, *foreground: tuple[int, int, int]) -> Cached:
+def on_disk(folder: Path, data: np.ndarray, *foreground: Voxel) -> Cached:
     np.save(folder / "image.npy", data.astype(np.float16))
     np.save(folder / "foreground.npy", np.array(foreground, dtype=np.int32))
     return Cached(folder, data.shape, (-1.0,) * len(data), (1.0, 1.0, 1.0))
 
 
+def deviations(share: float, n: int) -> float:
+    """Four standard deviations of a share that is counted in `n` draws."""
+    return 4 * (share * (1 - share) / n) ** 0.5
+
+
+# --- crops ----------------------------------------------------------------------------------------
+
+
 def test_a_crop_inside_the_volume_is_its_slice() -> None:
-    found = crop(VOLUME, (1, 2, 3), (4, 5, 3), BACKGROUND)
-    assert found.dtype == np.float32
-    assert np.array_equal(found, VOLUME[:, 1:5, 2:7, 3:6])
+    x = crop(VOLUME, (1, 2, 3), (4, 5, 3), BACKGROUND)
+    assert x.dtype == np.float32
+    assert np.array_equal(x, VOLUME[:, 1:5, 2:7, 3:6])
 
 
 def test_a_crop_is_a_copy() -> None:
@@ -45,61 +54,68 @@ def test_a_crop_is_a_copy() -> None:
     assert np.array_equal(VOLUME, before)
 
 
-@pytest.mark.parametrize("corner", [(-2, -1, -3), (3, 4, 5), (-1, 3, 0), (-9, 0, 0)], ids=str)
+@pytest.mark.parametrize(
+    "corner, size",
+    [
+        ((-2, -1, -3), (9, 5, 12)),
+        ((3, 4, 5), (9, 5, 12)),
+        ((-1, 3, 0), (9, 5, 12)),
+        ((-9, 0, 0), (3, 7, 8)),  # wholly outside
+    ],
+    ids=str,
+)
 def test_beyond_the_volume_a_crop_shows_the_background_of_each_channel(
-    corner: tuple[int, int, int],
+    corner: Voxel, size: Voxel
 ) -> None:
-    size = (9, 5, 12) if corner != (-9, 0, 0) else (3, 7, 8)  # the last lies wholly outside
-    padded = np.stack(
-        [np.pad(x, 20, constant_values=value) for x, value in zip(VOLUME, BACKGROUND)]
-    )
-    d, h, w = (slice(at + 20, at + 20 + s) for at, s in zip(corner, size))
+    padded = np.stack([np.pad(x, 20, constant_values=b) for x, b in zip(VOLUME, BACKGROUND)])
+    d, h, w = (slice(first + 20, first + 20 + s) for first, s in zip(corner, size))
     assert np.array_equal(crop(VOLUME, corner, size, BACKGROUND), padded[:, d, h, w])
 
 
-def test_a_volume_smaller_than_the_crop_lies_in_its_middle(tmp_path: Path) -> None:
+@pytest.mark.parametrize("foreground", [0.0, 1.0])
+def test_a_volume_smaller_than_the_crop_is_in_its_middle(foreground: float, tmp_path: Path) -> None:
     """6 of 10 voxels: 2 before, 2 after. 7 of 10: 1 before, 2 after. 8 of 8: all."""
-    for foreground in (0.0, 1.0):
-        volume = on_disk(tmp_path, VOLUME[:1], (5, 6, 7))
-        found = random_crop(volume, (10, 10, 8), np.random.default_rng(1), foreground=foreground)
-        assert np.array_equal(found[:, 2:8, 1:8], VOLUME[:1])
-        outside = np.ones(found.shape, dtype=bool)
-        outside[:, 2:8, 1:8] = False
-        assert np.all(found[outside] == -1)
+    volume = on_disk(tmp_path, VOLUME[:1], (5, 6, 7))
+    x = random_crop(volume, (10, 10, 8), np.random.default_rng(1), foreground=foreground)
+    assert np.array_equal(x[:, 2:8, 1:8], VOLUME[:1])
+
+    outside = np.ones(x.shape, dtype=bool)
+    outside[:, 2:8, 1:8] = False
+    assert np.all(x[outside] == -1)
 
 
 def test_random_corners_reach_all_of_the_grid_and_never_leave_it() -> None:
     rng = np.random.default_rng(0)
     corners = np.array([random_corner((6, 7, 8), (4, 7, 2), rng) for _ in range(500)])
-    assert [sorted(set(along)) for along in corners.T.tolist()] == [
-        [0, 1, 2],
-        [0],
-        [0, 1, 2, 3, 4, 5, 6],
-    ]
-    middle_counts = np.bincount(corners[:, 0])
-    assert (
-        middle_counts.min() > 500 / 3 - 4 * (500 * 2 / 9) ** 0.5
-    )  # evenly: four standard deviations
+    assert set(corners[:, 0]) == {0, 1, 2}
+    assert set(corners[:, 1]) == {0}
+    assert set(corners[:, 2]) == {0, 1, 2, 3, 4, 5, 6}
+
+    evenly = np.bincount(corners[:, 0]) / 500
+    assert np.abs(evenly - 1 / 3).max() < deviations(1 / 3, 500)
 
 
 @pytest.mark.parametrize("n, size", list(product((5, 8), (1, 2, 3, 5))))
-def test_a_crop_around_a_place_has_it_as_near_to_the_centre_as_the_grid_allows(
+def test_a_crop_around_a_voxel_has_it_as_near_to_the_centre_as_the_grid_allows(
     n: int, size: int
 ) -> None:
-    for place in range(n):
-        by_force = min(range(n - size + 1), key=lambda at: abs(at + size // 2 - place))
-        (found, *_) = corner_around((place, 0, 0), (n, 1, 1), (size, 1, 1))
-        assert found == by_force
-        assert found <= place < found + size
+    for voxel in range(n):
+        by_search = min(range(n - size + 1), key=lambda first: abs(first + size // 2 - voxel))
+        first = corner_around((voxel, 0, 0), (n, 1, 1), (size, 1, 1))[0]
+        assert first == by_search
+        assert first <= voxel < first + size
 
 
 def test_a_crop_on_foreground_holds_a_foreground_voxel(tmp_path: Path) -> None:
-    data, places = np.zeros((1, 20, 20, 20)), [(0, 0, 0), (19, 3, 7), (10, 19, 19)]
-    for value, place in enumerate(places, start=1):
-        data[0, *place] = value
-    volume, rng = on_disk(tmp_path, data, *places), np.random.default_rng(0)
-    found = [random_crop(volume, (5, 5, 5), rng, foreground=1.0).max() for _ in range(40)]
-    assert set(found) == {1, 2, 3}  # each of the three comes, and nothing but them
+    data = np.zeros((1, 20, 20, 20))
+    data[0, 0, 0, 0] = 1
+    data[0, 19, 3, 7] = 2
+    data[0, 10, 19, 19] = 3
+    volume = on_disk(tmp_path, data, (0, 0, 0), (19, 3, 7), (10, 19, 19))
+
+    rng = np.random.default_rng(0)
+    held = {random_crop(volume, (5, 5, 5), rng, foreground=1.0).max() for _ in range(40)}
+    assert held == {1, 2, 3}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
@@ -107,76 +123,93 @@ def test_the_share_of_crops_on_foreground_is_the_one_asked_for(
     share: float, tmp_path: Path
 ) -> None:
     data = np.zeros((1, 30, 30, 30))
-    data[0, 29, 29, 29] = 1  # a crop elsewhere has it once in 28^3
-    volume, rng = on_disk(tmp_path, data, (29, 29, 29)), np.random.default_rng(0)
-    held = np.mean(
-        [random_crop(volume, (3, 3, 3), rng, foreground=share).max() for _ in range(300)]
-    )
-    assert abs(held - share) <= 4 * (share * (1 - share) / 300) ** 0.5
+    data[0, 29, 29, 29] = 1  # another crop has it once in 28^3
+    volume = on_disk(tmp_path, data, (29, 29, 29))
+
+    rng = np.random.default_rng(0)
+    held = [random_crop(volume, (3, 3, 3), rng, foreground=share).max() for _ in range(300)]
+    assert abs(np.mean(held) - share) <= deviations(share, 300)
 
 
-def test_no_crop_is_centred_on_what_was_not_annotated(tmp_path: Path) -> None:
-    label, places = np.zeros((20, 20, 20), np.uint8), [(5, 5, 5), (10, 10, 10), (15, 15, 15)]
-    for value, place in zip((1, 9, 2), places):
-        label[place] = value
-    volume, rng = on_disk(tmp_path, label[None], *places), np.random.default_rng(0)
+@pytest.mark.parametrize("ignore, centres", [(None, {1, 2, 9}), (9, {1, 2})])
+def test_no_crop_is_centred_on_what_was_not_annotated(
+    ignore: int | None, centres: set[int], tmp_path: Path
+) -> None:
+    label = np.zeros((20, 20, 20), np.uint8)
+    label[5, 5, 5] = 1
+    label[10, 10, 10] = 9
+    label[15, 15, 15] = 2
+    volume = on_disk(tmp_path, label[None], (5, 5, 5), (10, 10, 10), (15, 15, 15))
     np.save(tmp_path / "label.npy", label)
-    for ignore, met in ((None, {1, 2, 9}), (9, {1, 2})):
-        crops = [
-            labelled_crop(volume, (3, 3, 3), rng, positive=1.0, ignore=ignore)[1] for _ in range(40)
-        ]
-        assert {int(crop[1, 1, 1]) for crop in crops} == met
+
+    rng = np.random.default_rng(0)
+    met = set()
+    for _ in range(40):
+        _, cropped = labelled_crop(volume, (3, 3, 3), rng, positive=1.0, ignore=ignore)
+        met.add(int(cropped[1, 1, 1]))
+    assert met == centres
 
 
 def test_the_generator_decides_the_crop(tmp_path: Path) -> None:
     volume = on_disk(tmp_path, VOLUME, (3, 3, 3))
 
-    def crops() -> list[bytes]:
-        return [
-            random_crop(volume, (3, 3, 3), np.random.default_rng(seed)).tobytes()
-            for seed in range(20)
-        ]
+    def crop_of(seed: int) -> bytes:
+        return random_crop(volume, (3, 3, 3), np.random.default_rng(seed)).tobytes()
 
-    assert crops() == crops() and len(set(crops())) > 10
+    crops = [crop_of(seed) for seed in range(20)]
+    assert crops == [crop_of(seed) for seed in range(20)]
+    assert len(set(crops)) > 10
 
 
-# --- augmentation: every voxel carries the place that it came from -----------------------------------
+# --- augmentations: every voxel carries its own coordinates ---------------------------------------
 
-SHAPE = (
-    21,
-    21,
-    19,
-)  # so large that a zoom moves labels; a square axial plane can be turned by 90 degrees
-PLACES = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(
-    np.float32
-)  # (3, d, h, w)
+# So large that a zoom moves labels. A square axial plane can be turned by 90 degrees.
+SHAPE = (21, 21, 19)
+COORDINATES = np.indices(SHAPE).astype(np.float32)  # (3, d, h, w)
 LABEL = np.random.default_rng(1).integers(0, 5, SHAPE).astype(np.uint8)
 LABEL[0, 0, 0] = 255  # what was not annotated
+
+AUGMENTATIONS = ("flip", "rotate", "zoom", "brightness", "contrast", "noise")
+Augmented = Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def only(**chances: float) -> AugmentConfig:
     """No augmentation but the named ones."""
-    none = dict.fromkeys(("flip", "rotate", "zoom", "brightness", "contrast", "noise"), 0.0)
-    return AugmentConfig(**{**none, **chances})
+    return AugmentConfig(**{**dict.fromkeys(AUGMENTATIONS, 0.0), **chances})
 
 
-def drawn(
-    chances: AugmentConfig, n: int, *, x: np.ndarray = PLACES, label: np.ndarray = LABEL, **how: Any
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """`n` augmentations of one crop, whose arrays must come out as training takes them."""
+def augmented(
+    chances: AugmentConfig,
+    n: int,
+    *,
+    x: np.ndarray = COORDINATES,
+    label: np.ndarray = LABEL,
+    flip_axes: Sequence[int] = (0, 1, 2),
+    swap: Sequence[tuple[int, int]] = (),
+    swap_axes: Sequence[int] = (0,),
+) -> Augmented:
+    """`n` augmentations of one crop, which stays as it is, in arrays that training can use."""
+    x_before = x.copy()
+    label_before = label.copy()
     for seed in range(n):
-        before = x.copy(), label.copy()
-        found, its = augment(
-            x, label, np.random.default_rng(seed), chances, **{"flip_axes": (0, 1, 2), **how}
+        new_x, new_label = augment(
+            x,
+            label,
+            np.random.default_rng(seed),
+            chances,
+            flip_axes=flip_axes,
+            swap=swap,
+            swap_axes=swap_axes,
         )
-        assert np.array_equal(x, before[0]) and np.array_equal(label, before[1])
-        assert found.dtype == np.float32 and its.dtype == np.uint8
-        assert (
-            found.flags.c_contiguous
-            and its.flags.c_contiguous
-            and found.shape[1:] == its.shape == label.shape
-        )
-        yield found, its
+        assert np.array_equal(x, x_before)
+        assert np.array_equal(label, label_before)
+
+        assert new_x.dtype == np.float32
+        assert new_label.dtype == np.uint8
+        assert new_x.flags.c_contiguous
+        assert new_label.flags.c_contiguous
+        assert new_x.shape[1:] == new_label.shape == label.shape
+        yield new_x, new_label
 
 
 def origins(x: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -185,8 +218,9 @@ def origins(x: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def test_nothing_changes_where_every_chance_is_0() -> None:
-    for x, label in drawn(only(), 5, swap=[(1, 2)]):
-        assert np.array_equal(x, PLACES) and np.array_equal(label, LABEL)
+    for x, label in augmented(only(), 5, swap=[(1, 2)]):
+        assert np.array_equal(x, COORDINATES)
+        assert np.array_equal(label, LABEL)
 
 
 @pytest.mark.parametrize(
@@ -201,137 +235,167 @@ def test_a_label_stays_on_its_voxel_through_flips_and_rotations(
     chances: dict[str, float], positions: int
 ) -> None:
     seen = set()
-    for x, label in drawn(only(**chances), 100):
+    for x, label in augmented(only(**chances), 100):
         assert np.array_equal(label, LABEL[origins(x)])
         seen.add(x.tobytes())
     assert len(seen) == positions
 
 
-def test_flips_are_those_of_numpy_along_each_axis_that_is_named_and_no_other() -> None:
-    for axes in ((), (0,), (2,), (1, 2)):
-        for x, label in drawn(only(flip=1.0), 1, flip_axes=axes):
-            assert np.array_equal(x, np.flip(PLACES, [axis + 1 for axis in axes]))
-            assert np.array_equal(label, np.flip(LABEL, axes))
+@pytest.mark.parametrize("axes", [(), (0,), (2,), (1, 2)], ids=str)
+def test_flips_are_those_of_numpy_along_each_axis_that_is_named_and_no_other(
+    axes: tuple[int, ...],
+) -> None:
+    for x, label in augmented(only(flip=1.0), 1, flip_axes=axes):
+        assert np.array_equal(x, np.flip(COORDINATES, [axis + 1 for axis in axes]))
+        assert np.array_equal(label, np.flip(LABEL, axes))
 
 
 def test_rotations_are_by_90_180_and_270_degrees_in_the_axial_plane() -> None:
-    quarter = [np.rot90(PLACES, n, (1, 2)) for n in (1, 2, 3)]
-    counts = [
-        sum(np.array_equal(x, turned) for x, _ in drawn(only(rotate=1.0), 90)) for turned in quarter
-    ]
-    assert sum(counts) == 90 and min(counts) > 15
-    oblong = PLACES[:, :, :19]
-    for x, _ in drawn(only(rotate=1.0), 5, x=oblong, label=LABEL[:, :19]):
-        assert np.array_equal(x, oblong)  # d and h differ: it cannot be turned
+    turned = [np.rot90(COORDINATES, quarters, (1, 2)).tobytes() for quarters in (1, 2, 3)]
+    seen = [x.tobytes() for x, _ in augmented(only(rotate=1.0), 90)]
+    counts = [seen.count(x) for x in turned]
+    assert sum(counts) == 90
+    assert min(counts) > 15
+
+
+def test_a_crop_whose_axial_plane_is_no_square_is_not_rotated() -> None:
+    oblong = COORDINATES[:, :, :19]
+    for x, _ in augmented(only(rotate=1.0), 5, x=oblong, label=LABEL[:, :19]):
+        assert np.array_equal(x, oblong)
 
 
 @pytest.mark.parametrize("factor", [0.9, 0.93, 1.04, 1.1])
 def test_image_and_label_are_enlarged_together_about_the_centre(factor: float) -> None:
-    """A ramp is interpolated exactly: output voxel o shows c + (o - c) / factor, and the edge beyond."""
-    x = zoomed_image(PLACES, factor)
-    label = zoomed_label(LABEL, factor)
-    centre = (np.array(SHAPE) - 1)[:, None, None, None] / 2
-    outer = (np.array(SHAPE) - 1)[:, None, None, None]
-    expected = np.clip(centre + (PLACES - centre) / factor, 0, outer)
-    assert np.abs(x - expected).max() < 1e-5
-    assert np.array_equal(label, LABEL[origins(expected)])
+    """A ramp is interpolated exactly: voxel o shows c + (o - c) / factor, or the edge beyond."""
+    last = (np.array(SHAPE) - 1)[:, None, None, None]
+    expected = np.clip(last / 2 + (COORDINATES - last / 2) / factor, 0, last)
+    assert np.abs(zoomed_image(COORDINATES, factor) - expected).max() < 1e-5
+    assert np.array_equal(zoomed_label(LABEL, factor), LABEL[origins(expected)])
 
 
-def test_zooms_lie_between_nine_and_eleven_tenths_and_take_the_label_along() -> None:
+def test_zooms_are_by_nine_to_eleven_tenths_and_take_the_label_along() -> None:
     factors = []
-    for x, label in drawn(only(zoom=1.0), 60):
+    for x, label in augmented(only(zoom=1.0), 60):
         assert np.array_equal(label, LABEL[origins(x)])
         factors.append(1 / (x[0, 11, 9, 9] - x[0, 10, 9, 9]))
-    assert 0.9 <= min(factors) < 0.92 and 1.08 < max(factors) <= 1.1
+    assert 0.9 <= min(factors) < 0.92
+    assert 1.08 < max(factors) <= 1.1
 
 
 def test_brightness_scales_and_shifts_all_channels_alike_and_no_label() -> None:
-    scales, shifts = [], []
-    for x, label in drawn(only(brightness=1.0), 100):
-        scale, shift = np.polyfit(PLACES.ravel(), x.ravel(), 1)
-        assert np.abs(x - (scale * PLACES + shift)).max() < 1e-5 and np.array_equal(label, LABEL)
+    scales = []
+    shifts = []
+    for x, label in augmented(only(brightness=1.0), 100):
+        scale, shift = np.polyfit(COORDINATES.ravel(), x.ravel(), 1)
+        assert np.abs(x - (scale * COORDINATES + shift)).max() < 1e-5
+        assert np.array_equal(label, LABEL)
         scales.append(scale)
         shifts.append(shift)
-    assert 0.9 <= min(scales) < 0.91 and 1.09 < max(scales) <= 1.1
-    assert -0.1 <= min(shifts) < -0.09 and 0.09 < max(shifts) <= 0.1
+
+    assert 0.9 <= min(scales) < 0.91
+    assert 1.09 < max(scales) <= 1.1
+    assert -0.1 <= min(shifts) < -0.09
+    assert 0.09 < max(shifts) <= 0.1
     assert abs(np.corrcoef(scales, shifts)[0, 1]) < 0.4
 
 
 def test_contrast_is_a_gamma_between_each_channels_own_ends() -> None:
-    own = (
-        PLACES * np.array([1.0, -2.0, 0.1])[:, None, None, None]
-        + np.array([5.0, 0.0, -3.0])[:, None, None, None]
-    )
-    low, span = own.min((1, 2, 3), keepdims=True), np.ptp(own, (1, 2, 3), keepdims=True)
-    share, gammas = (own - low) / span, []
-    for x, label in drawn(only(contrast=1.0), 100, x=own.astype(np.float32)):
-        gamma = np.log((x[0, 3, 0, 0] - low[0, 0, 0, 0]) / span[0, 0, 0, 0]) / np.log(
-            share[0, 3, 0, 0]
-        )
-        assert np.abs(x - (low + span * share**gamma)).max() < 1e-4 and np.array_equal(label, LABEL)
+    slope = np.array([1.0, -2.0, 0.1])[:, None, None, None]
+    offset = np.array([5.0, 0.0, -3.0])[:, None, None, None]
+    before = COORDINATES * slope + offset
+    low = before.min((1, 2, 3), keepdims=True)
+    span = np.ptp(before, (1, 2, 3), keepdims=True)
+    share = (before - low) / span
+
+    gammas = []
+    for x, label in augmented(only(contrast=1.0), 100, x=before.astype(np.float32)):
+        new_share = (x - low) / span
+        gamma = np.log(new_share[0, 3, 0, 0]) / np.log(share[0, 3, 0, 0])
+        assert np.abs(x - (low + span * share**gamma)).max() < 1e-4
+        assert np.array_equal(label, LABEL)
         gammas.append(gamma)
-    assert 0.7 <= min(gammas) < 0.72 and 1.47 < max(gammas) <= 1.5
+    assert 0.7 <= min(gammas) < 0.72
+    assert 1.47 < max(gammas) <= 1.5
 
 
 def test_contrast_of_a_constant_channel_is_that_channel() -> None:
-    assert np.array_equal(
-        contrasted(np.full((1, 3, 3, 3), 2.0, np.float32), 0.8), np.full((1, 3, 3, 3), 2.0)
-    )
+    constant = np.full((1, 3, 3, 3), 2.0, np.float32)
+    assert np.array_equal(contrasted(constant, 0.8), constant)
 
 
 def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:
-    flat, label = np.zeros((2, 20, 20, 20), np.float32), np.ones((20, 20, 20), np.uint8)
+    flat = np.zeros((2, 20, 20, 20), np.float32)
+    ones = np.ones((20, 20, 20), np.uint8)
     stds = []
-    for x, its in drawn(only(noise=1.0), 60, x=flat, label=label):
-        assert np.array_equal(its, label)
+    for x, label in augmented(only(noise=1.0), 60, x=flat, label=ones):
+        assert np.array_equal(label, ones)
         assert abs(x.mean()) < 5 * x.std() / x.size**0.5
-        assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.06  # each voxel has its own
+        # The noise of one channel is not that of the other.
+        assert abs(np.corrcoef(x[0].ravel(), x[1].ravel())[0, 1]) < 0.06
         stds.append(x.std())
-    assert min(stds) < 0.01 and 0.09 < max(stds) < 0.102
+    assert min(stds) < 0.01
+    assert 0.09 < max(stds) < 0.102
 
 
-@pytest.mark.parametrize("name", ["flip", "rotate", "zoom", "brightness", "contrast", "noise"])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
 def test_each_augmentation_comes_as_often_as_its_own_chance_says(name: str) -> None:
-    changed = np.mean(
-        [not np.array_equal(x, PLACES) for x, _ in drawn(only(**{name: 0.3}), 400, flip_axes=(1,))]
-    )
-    assert abs(changed - 0.3) < 4 * (0.3 * 0.7 / 400) ** 0.5
+    changed = []
+    for x, _ in augmented(only(**{name: 0.3}), 400, flip_axes=(1,)):
+        changed.append(not np.array_equal(x, COORDINATES))
+    assert abs(np.mean(changed) - 0.3) < deviations(0.3, 400)
 
 
-# --- sides -------------------------------------------------------------------------------------------
+# --- sides ----------------------------------------------------------------------------------------
 
 
 def test_a_left_right_flip_exchanges_the_labels_of_each_pair_and_no_others() -> None:
-    names = {0: 0, 1: 2, 2: 1, 3: 3, 4: 4, 255: 255}
-    for x, label in drawn(only(flip=0.5), 40, swap=[(1, 2)]):
-        moved = LABEL[origins(x)]
-        if x[0, 0, 0, 0] > x[0, -1, 0, 0]:  # the patient's right is on the left
-            moved = np.vectorize(names.get)(moved)
-        assert np.array_equal(label, moved)
+    exchanged = LABEL.copy()
+    exchanged[LABEL == 1] = 2
+    exchanged[LABEL == 2] = 1
+
+    flipped = 0
+    for x, label in augmented(only(flip=0.5), 40, swap=[(1, 2)]):
+        left_is_right = x[0, 0, 0, 0] > x[0, -1, 0, 0]
+        expected = exchanged if left_is_right else LABEL
+        assert np.array_equal(label, expected[origins(x)])
+        flipped += left_is_right
+    assert 0 < flipped < 40
 
 
 def symmetric_body() -> tuple[np.ndarray, np.ndarray]:
-    """Two like organs, 1 on the left and 2 on the right, and a spine behind: its own mirror image."""
-    image, label = np.zeros((1, 8, 8, 4), np.float32), np.zeros((8, 8, 4), np.uint8)
-    label[1:3, 3:5, 1:3], label[5:7, 3:5, 1:3] = 1, 2
-    image[0][label > 0], image[0, 3:5, 0] = 1.0, 2.0
-    image[0, :, :, 3] += 0.5  # and a head
+    """Two like organs, 1 on the left and 2 on the right, and a spine: its own mirror image."""
+    label = np.zeros((8, 8, 4), np.uint8)
+    label[1:3, 3:5, 1:3] = 1
+    label[5:7, 3:5, 1:3] = 2
+
+    image = np.zeros((1, 8, 8, 4), np.float32)
+    image[0][label > 0] = 1.0
+    image[0, 3:5, 0] = 2.0  # the spine
+    image[0, :, :, 3] += 0.5  # the head
     assert np.array_equal(image, image[:, ::-1])
     return image, label
 
 
 @pytest.mark.parametrize("swap", [None, ((1, 2),)], ids=["without swap", "with swap"])
-@pytest.mark.parametrize("rotate", [0.0, 0.5])
+@pytest.mark.parametrize("rotate, positions", [(0.0, 4), (0.5, 8)])
 def test_no_two_augmentations_show_one_image_with_other_labels(
-    swap: tuple[tuple[int, int], ...] | None, rotate: float
+    swap: tuple[tuple[int, int], ...] | None, rotate: float, positions: int
 ) -> None:
     """A front-back flip that is turned by 180 degrees is a left-right flip."""
     image, label = symmetric_body()
-    flips = choose_flips(
-        {0: "background", 1: "kidney_left", 2: "kidney_right"}, swap, turned=rotate > 0
-    )
-    how = {"flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
-    seen: dict[bytes, bytes] = {}
-    for x, its in drawn(only(flip=0.5, rotate=rotate), 300, x=image, label=label, **how):
-        assert seen.setdefault(x.tobytes(), its.tobytes()) == its.tobytes()
-    assert len(seen) == (8 if rotate else 4)
+    names = {0: "background", 1: "kidney_left", 2: "kidney_right"}
+    flips = choose_flips(names, swap, turned=rotate > 0)
+
+    label_of: dict[bytes, bytes] = {}
+    for x, new_label in augmented(
+        only(flip=0.5, rotate=rotate),
+        300,
+        x=image,
+        label=label,
+        flip_axes=flips.axes,
+        swap=flips.swap,
+        swap_axes=flips.swap_axes,
+    ):
+        first = label_of.setdefault(x.tobytes(), new_label.tobytes())
+        assert new_label.tobytes() == first
+    assert len(label_of) == positions

@@ -581,7 +581,10 @@ def test_of_each_class_512_evenly_drawn_voxels_are_kept_and_of_a_smaller_one_all
         assert len(of_it) == distinct and times.max() - times.min() <= 1
     far = np.abs(places[values == 1].mean(axis=0) - 9.5).max()
     assert far < 4 * 20 / 12**0.5 / 512**0.5  # four standard errors
-    assert np.array_equal(places, labelled_voxels(label)) and labelled_voxels(0 * label).shape == (0, 3)
+    assert np.array_equal(places, labelled_voxels(label)) and labelled_voxels(0 * label).shape == (
+        0,
+        3,
+    )
     x = np.random.default_rng(0).uniform(size=label.shape)
     assert np.array_equal(prepare(saved(x, "mr", label=label), Recipe()).foreground, places)
 

@@ -85,6 +85,7 @@ def by_turns(modalities: Sequence[int]) -> list[int]:
 
 def spread(modalities: Sequence[int], count: int) -> list[int]:
     """Up to `count` of the indices: the modalities take turns, each evenly over its own volumes."""
+    # How many of each modality.
     shares = Counter(modalities[n] for n in by_turns(modalities)[:count])
 
     chosen: list[int] = []
@@ -95,7 +96,8 @@ def spread(modalities: Sequence[int], count: int) -> list[int]:
             chosen.append(own[middle])
     chosen.sort()
 
-    return [chosen[n] for n in by_turns([modalities[n] for n in chosen])]
+    turns = by_turns([modalities[n] for n in chosen])
+    return [chosen[n] for n in turns]
 
 
 def addresses(

@@ -110,21 +110,7 @@ def normalise(volume: Volume, item: Item, recipe: Recipe, label: Labels | None =
 def _normalise(volume: Volume, item: Item, recipe: Recipe, label: Labels | None) -> Prepared:
     spacing = recipe.spacing or volume.spacing
     raw = resample(volume, recipe.spacing) if recipe.spacing else volume.data
-
-    data = np.empty_like(raw)
-    background = np.empty(len(raw), dtype=np.float32)
-    for n, intensity in enumerate(intensities(item, recipe, len(raw))):
-        if raw[n].min() == raw[n].max():
-            raise InputError(
-                f"every voxel is {raw[n].flat[0]:g} at {by(spacing)} mm; "
-                "is --spacing too coarse for it?"
-            )
-        data[n] = normalise_channel(raw[n], intensity, recipe)
-        check_spread(raw[n], data[n], intensity)
-        check_levels(volume.data[n], data[n], intensity, recipe)
-        if intensity == "window":
-            check_hu(volume.data[n], recipe.ct_window, item)
-        background[n] = data[n].flat[raw[n].argmin()]
+    data, background = normalise_channels(raw, volume, item, recipe)
 
     if label is not None and recipe.spacing:
         resampled = resample_labels(label, raw.shape[1:])
@@ -163,6 +149,38 @@ def intensities(item: Item, recipe: Recipe, channels: int) -> list[str]:
         raise InputError(f"{channels} channels, but the list names {len(named)} modalities")
 
     return [recipe.mr_intensity if intensity == "mr" else intensity for intensity in named]
+
+
+def normalise_channels(
+    raw: Array, volume: Volume, item: Item, recipe: Recipe
+) -> tuple[Array, NDArray[np.float32]]:
+    """The resampled channels (c, d, h, w), normalised, and the background (c,) of each.
+
+    Raises InputError where a channel has nothing to learn from, before or after.
+    """
+    spacing = recipe.spacing or volume.spacing
+    normalised = np.empty_like(raw)
+    background = np.empty(len(raw), dtype=np.float32)
+
+    for n, intensity in enumerate(intensities(item, recipe, len(raw))):
+        x = raw[n]
+        if x.min() == x.max():
+            raise InputError(
+                f"every voxel is {x.flat[0]:g} at {by(spacing)} mm; is --spacing too coarse for it?"
+            )
+        y = normalise_channel(x, intensity, recipe)
+
+        # Resampling mixes values, so grey levels and HU are judged by those of the file.
+        from_file = volume.data[n]
+        check_spread(x, y, intensity)
+        check_levels(from_file, y, intensity, recipe)
+        if intensity == "window":
+            check_hu(from_file, recipe.ct_window, item)
+
+        normalised[n] = y
+        background[n] = y.flat[x.argmin()]
+
+    return normalised, background
 
 
 def normalise_channel(x: Array, intensity: str, recipe: Recipe) -> Array:
@@ -384,6 +402,8 @@ def resample_labels(label: Labels, shape: Sequence[int]) -> Labels:
     for value, box in enumerate(ndimage.find_objects(label), start=1):
         if box is None:  # no voxel has this value
             continue
+
+        # The new voxels that the old box reaches, and how they interpolate within it.
         target = []
         axes_in_box = []
         for axis, side in zip(axes, box):

@@ -19,7 +19,7 @@ TINY = (16, 16, 16)
 SMALL = (48, 48, 48)
 USUAL = (96, 96, 96)
 CONTRASTS = ["t1", "t1ce", "t2", "flair"]
-ORGAN = {name: value for labels in (CT_LABELS, MR_LABELS) for value, name in labels.items()}
+ORGAN = {name: value for value, name in [*CT_LABELS.items(), *MR_LABELS.items()]}
 
 
 @pytest.fixture(scope="module")

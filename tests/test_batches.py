@@ -249,6 +249,16 @@ def test_labels_are_class_indices_on_their_voxels_and_minus_one_where_none_was_a
         assert np.all(label.numpy()[values == value] == index)
 
 
+@pytest.mark.parametrize("ignore, crops", [(None, 1), (9, 2)])
+def test_no_crop_is_centred_on_a_label_that_is_ignored(
+    ignore: int | None, crops: int, volumes: list[Cached]
+) -> None:
+    """The one foreground voxel is a 9: where that is ignored, crops are anywhere."""
+    one = labelled(volumes[:1], positive=1.0, chances=NOTHING, ignore=ignore)
+    distinct = {one[step, 0][0].numpy().tobytes() for step in range(8)}
+    assert min(len(distinct), 2) == crops
+
+
 def test_a_value_that_is_ignored_may_be_among_the_classes_or_not() -> None:
     label = np.array([9, 2, 0, 7], np.uint8)
     assert class_index(label, [0, 2, 7, 9]).tolist() == [3, 1, 0, 2]

@@ -44,7 +44,7 @@ AROUND IT: what a run needs
     demo/__init__.py             the demo's data, made where it is not there yet
 
   weights
-    weights/checkpoint.py        all of a run in one file that is whole or refused
+    weights/checkpoint.py        all of a run in one file, sealed with a checksum
     weights/transfer.py          tensors of one network into another with a new head
     weights/plan.py              how a network of given weights is built and fed
     weights/layouts.py           names of tensors in each kind of file
@@ -59,6 +59,7 @@ AROUND IT: what a run needs
     training/optim.py            AdamW and the learning rate
     training/losses.py           losses of fine-tuning
     training/log.py              log.jsonl and the progress line
+    training/resume.py           the folder of a run, and whether a resumed run is the same run
     training/reconstruction.py   validation of pre-training: fixed crops
 
   how good it is

@@ -43,6 +43,7 @@ def opt(
 
 
 C = TypeVar("C", bound="DataclassInstance")
+T = TypeVar("T")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -184,13 +185,13 @@ def from_command_line(
     return configs[0]
 
 
-def run_or_explain(main: Callable[[], object], prog: str) -> None:
+def run_or_explain(main: Callable[[], T], prog: str) -> T:
     """Call `main`; an InputError, or a file that can't be read or written, becomes one line on stderr and exit code 2.
 
     DAE_DEBUG=1 shows the traceback.
     """
     try:
-        main()
+        return main()
     except (InputError, OSError) as error:
         if os.environ.get("DAE_DEBUG") == "1":
             raise

@@ -40,14 +40,17 @@ CONFIGS: dict[str, type[InspectConfig]] = {"inspect": InspectConfig, "convert": 
 
 
 def read_command() -> tuple[str, str, InspectConfig]:
-    """The command, the file and the flags of this process; without torch."""
+    """The command, the file and the flags of this process."""
     command, *rest = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(0)
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
-    file = rest.pop(0) if rest and not rest[0].startswith("-") else ""
+
+    file = ""
+    if rest and not rest[0].startswith("-"):
+        file, *rest = rest
     config = from_command_line(
         CONFIGS[command], prog=f"{PROG} {command}", description=__doc__, arguments=rest
     )
@@ -56,76 +59,101 @@ def read_command() -> tuple[str, str, InspectConfig]:
     return command, file, config
 
 
+# The command line is read before torch is imported: --help, or a mistake, is answered at once.
 if __name__ == "__main__":
-    COMMAND: list[tuple[str, str, InspectConfig]] = []
-    run_or_explain(lambda: COMMAND.append(read_command()), PROG)
+    COMMAND, FILE, CONFIG = run_or_explain(read_command, PROG)
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from dae.weights import checkpoint
 from dae.weights.foreign import Weights, for_monai, read
-from dae.weights.transfer import PARTS, part_of
+from dae.weights.transfer import PARTS, count_of
 
-FED = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes")
+# What a plan says about the input of its network.
+INPUT = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes")
 
 
 def inspect(path: Path, config: InspectConfig) -> Weights:
     """Print what a file is."""
-    weights = read(path, {"merge_order": config.merge_order} if config.merge_order else {})
-    plan, arguments = weights.plan, weights.plan["arguments"]
-    counts = [
-        f"{sum(part_of(name) == part for name in weights.tensors)} of the {part}" for part in PARTS
-    ]
-    left = dict.fromkeys(
-        "position indices" if name.endswith("position_index") else name for name in weights.extra
-    )
-    lines = {
-        "network": [
-            f"{plan['backbone']}, {plan['in_channels']} -> {plan['out_channels']} channels"
-        ],
-        "options": [f"{name} {in_words(value)}" for name, value in arguments.items()],
-        "tensors": [f"{len(weights.tensors)} map: {counts[0]}", *counts[1:]],
-        "left out": list(left) or ["none"],
-        "fed with": [f"{name} {in_words(plan[name])}" for name in FED if plan.get(name)]
-        or ["not known"],
-    }
-    print(f"{path}: {weights.notes[0]}")
-    for name, facts in lines.items():
-        print(f"  {name:9} {', '.join(facts)}")
-    for note in weights.notes[1:]:
+    asked = {"merge_order": config.merge_order} if config.merge_order else {}
+    weights = read(path, asked)
+    what, *notes = weights.notes
+
+    print(f"{path}: {what}")
+    print_line("network", [network_in_words(weights.plan)])
+    print_line("options", in_words(weights.plan["arguments"]))
+    print_line("tensors", tensors_in_words(weights))
+    print_line("left out", extra_in_words(weights.extra) or ["none"])
+    known = {name: weights.plan[name] for name in INPUT if weights.plan.get(name)}
+    print_line("fed with", in_words(known) or ["not known"])
+    for note in notes:
         print(f"  {note}")
     return weights
 
 
-def in_words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+def print_line(title: str, entries: list[str]) -> None:
+    print(f"  {title:9} {', '.join(entries)}")
+
+
+def network_in_words(plan: dict[str, Any]) -> str:
+    return f"{plan['backbone']}, {plan['in_channels']} -> {plan['out_channels']} channels"
+
+
+def tensors_in_words(weights: Weights) -> list[str]:
+    names = list(weights.tensors)
+    first, *others = [f"{count_of(part, names)} of the {part}" for part in PARTS]
+    return [f"{len(names)} map: {first}", *others]
+
+
+def extra_in_words(names: Iterable[str]) -> list[str]:
+    """The names of tensors that no network here has, with MONAI's position indices as one."""
+    entries = []
+    for name in names:
+        entry = "position indices" if name.endswith("position_index") else name
+        if entry not in entries:
+            entries.append(entry)
+    return entries
+
+
+def in_words(options: dict[str, Any]) -> list[str]:
+    """{"window": [7, 7, 7], "stem": "patch"} -> ["window 7 7 7", "stem patch"]."""
+    entries = []
+    for name, value in options.items():
+        if isinstance(value, (list, tuple)):
+            value = " ".join(map(str, value))
+        entries.append(f"{name} {value}")
+    return entries
 
 
 def convert(path: Path, config: ConvertConfig) -> None:
     """Write a file's weights and plan for this package, or its weights for MONAI."""
-    if not config.out or Path(config.out).absolute() == path.absolute():
+    out = Path(config.out)
+    if not config.out or out.absolute() == path.absolute():
         raise InputError("--out: name the file to write, another than the one that is read")
-    if Path(config.out).exists():
+    if out.exists():
         raise InputError(
             f"--out {config.out}: is there already; name another file, or move it away"
         )
-    weights, notes = inspect(path, config), list[str]()
+
+    weights = inspect(path, config)
+    notes: list[str] = []
     if config.to == "dae":
-        checkpoint.save(Path(config.out), {"model": weights.tensors, "plan": weights.plan})
+        checkpoint.save(out, {"model": weights.tensors, "plan": weights.plan})
     else:
         try:
-            state, notes = for_monai(weights)
+            state_dict, notes = for_monai(weights)
         except ValueError as error:
             raise InputError(f"{path}: {error}") from error
-        checkpoint.write(Path(config.out), state, sealed=False)
-    print("\n".join([f"written to {config.out} for {config.to}", *(f"  {note}" for note in notes)]))
+        checkpoint.write(out, state_dict, sealed=False)
+
+    print(f"written to {config.out} for {config.to}")
+    for note in notes:
+        print(f"  {note}")
 
 
-COMMANDS: dict[str, Any] = {"inspect": inspect, "convert": convert}
+COMMANDS: dict[str, Callable[[Path, Any], object]] = {"inspect": inspect, "convert": convert}
 
 if __name__ == "__main__":
-    run_or_explain(
-        lambda: COMMANDS[COMMAND[0][0]](Path(COMMAND[0][1]), COMMAND[0][2]),
-        f"{PROG} {COMMAND[0][0]}",
-    )
+    run_or_explain(lambda: COMMANDS[COMMAND](Path(FILE), CONFIG), f"{PROG} {COMMAND}")

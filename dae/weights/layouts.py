@@ -1,13 +1,14 @@
 """Names of tensors in other people's Swin UNETR files, and what each kind of file was trained with.
 
-All of them descend from one network, so two tables lead from MONAI's names to ours and back. The other kinds differ
-from MONAI's in a prefix, in a level of nesting, and in what they carry along. The numbers are the same but for one:
-MONAI stores with every block the index of its relative position bias, which is a function of the window.
+All these files are of one network. Two tables translate MONAI's names into ours and back. The other
+layouts are MONAI's with another prefix, another level of nesting, or more tensors. The values are
+the same everywhere. MONAI stores one tensor more for each block: the relative position index, which
+follows from the window.
 
     ours     encoder.stages.0.blocks.0.mlp.fc1.weight
     MONAI    swinViT.layers1.0.blocks.0.mlp.linear1.weight
-    authors  encoder.layers1.0.0.blocks.0.mlp.fc1.weight     (pre-training; fine-tuned files have MONAI's names)
-    swinvit  layers1.0.blocks.0.mlp.fc1.weight               (no decoder)
+    authors  encoder.layers1.0.0.blocks.0.mlp.fc1.weight  (pre-training; fine-tuning as MONAI)
+    swinvit  layers1.0.blocks.0.mlp.fc1.weight            (no decoder)
 """
 
 import re
@@ -23,26 +24,42 @@ from torch import Tensor
 from dae.model.swin import MERGE_ORDER, MergeOrder, Size3, relative_position_index
 
 Tensors = Mapping[str, Tensor]
+Names = tuple[tuple[str, str], ...]
 
-# Where a tensor stands in the network: ours, MONAI's.
-PLACES = (
-    *(
-        (f"encoder.stem.conv{n}.", f"swinViT.patch_embed.proj.conv{n}.conv.") for n in (1, 2)
-    ),  # the authors' stem
-    *((f"encoder.stem.norm{n}.", f"swinViT.patch_embed.proj.norm{n}.") for n in (1, 2)),
+# How the name of a tensor begins: ours, MONAI's. The first row that fits counts.
+PREFIXES: Names = (
+    ("encoder.stem.conv1.", "swinViT.patch_embed.proj.conv1.conv."),  # the authors' stem
+    ("encoder.stem.conv2.", "swinViT.patch_embed.proj.conv2.conv."),
+    ("encoder.stem.norm1.", "swinViT.patch_embed.proj.norm1."),
+    ("encoder.stem.norm2.", "swinViT.patch_embed.proj.norm2."),
     ("encoder.stem.proj.", "swinViT.patch_embed.proj."),
-    *((f"encoder.stages.{n}.conv.", f"swinViT.layers{n + 1}c.0.layer.") for n in range(4)),
-    *((f"encoder.stages.{n}.blocks.", f"swinViT.layers{n + 1}.0.blocks.") for n in range(4)),
-    *((f"encoder.stages.{n}.merge.", f"swinViT.layers{n + 1}.0.downsample.") for n in range(4)),
+    ("encoder.stages.0.conv.", "swinViT.layers1c.0.layer."),
+    ("encoder.stages.1.conv.", "swinViT.layers2c.0.layer."),
+    ("encoder.stages.2.conv.", "swinViT.layers3c.0.layer."),
+    ("encoder.stages.3.conv.", "swinViT.layers4c.0.layer."),
+    ("encoder.stages.0.blocks.", "swinViT.layers1.0.blocks."),
+    ("encoder.stages.1.blocks.", "swinViT.layers2.0.blocks."),
+    ("encoder.stages.2.blocks.", "swinViT.layers3.0.blocks."),
+    ("encoder.stages.3.blocks.", "swinViT.layers4.0.blocks."),
+    ("encoder.stages.0.merge.", "swinViT.layers1.0.downsample."),
+    ("encoder.stages.1.merge.", "swinViT.layers2.0.downsample."),
+    ("encoder.stages.2.merge.", "swinViT.layers3.0.downsample."),
+    ("encoder.stages.3.merge.", "swinViT.layers4.0.downsample."),
     ("image_block.", "encoder1.layer."),
-    *((f"skip_blocks.{n}.", f"encoder{n + 2}.layer.") for n in range(3)),
+    ("skip_blocks.0.", "encoder2.layer."),
+    ("skip_blocks.1.", "encoder3.layer."),
+    ("skip_blocks.2.", "encoder4.layer."),
     ("bottleneck.", "encoder10.layer."),
-    *((f"up_blocks.{n}.", f"decoder{5 - n}.") for n in range(4)),
+    ("up_blocks.0.", "decoder5."),
+    ("up_blocks.1.", "decoder4."),
+    ("up_blocks.2.", "decoder3."),
+    ("up_blocks.3.", "decoder2."),
     ("image_up.", "decoder1."),
     ("head.", "out.conv.conv."),
 )
-# What it is called there.
-PARTS = (
+
+# What stands in the rest of the name: ours, MONAI's. Every row that fits counts.
+REST: Names = (
     ("bias_table", "relative_position_bias_table"),
     ("fc1.", "linear1."),
     ("fc2.", "linear2."),
@@ -52,285 +69,398 @@ PARTS = (
     ("up.", "transp_conv.conv."),
     ("block.", "conv_block."),
 )
-INDEX = "attn.relative_position_index"
+
+POSITION_INDEX = "attn.relative_position_index"
+
+
+# --- kinds of file
 
 
 class Layout(NamedTuple):
-    """One kind of file. `options` are those that the weights were trained with, `plan` what they were fed with."""
+    """One kind of file."""
 
-    what: str
-    options: Mapping[str, Any]
-    depths: tuple[int, ...] = ()  # of all that were ever released; of others what the file has
-    plan: Mapping[str, Any] = {}
+    what: str  # in words
+    options: Mapping[str, Any]  # of the network, that the weights were trained with
+    depths: tuple[int, ...] = ()  # of all files ever released; (): any
+    plan: Mapping[str, Any] = {}  # the data options that the weights were trained with
     warning: str = ""
 
 
 SLICED = {"clipped_bias": "sliced"}  # MONAI and the authors, in all versions
 LEGACY = {**SLICED, "merge_order": "legacy"}
-CROP = {"crop": [96, 96, 96], "spacing": [], "ct_window": [-1000.0, 1000.0]}
+DATA = {"crop": [96, 96, 96], "spacing": [], "ct_window": [-1000.0, 1000.0]}
 SCRAMBLED = (
-    "the authors' network ran with its axes scrambled (docs/paper-vs-code.md); on straight axes these weights "
-    "do not reconstruct, and how well they transfer is for a comparison with --from-scratch to say"
+    "the authors' network ran with its axes scrambled (docs/paper-vs-code.md); on straight axes "
+    "these weights do not reconstruct, and how well they transfer is for a comparison with "
+    "--from-scratch to say"
 )
 TWOS = (2, 2, 2, 2)
 LAYOUTS = {
     "ours": Layout("a Swin UNETR of this package, without a plan", {}),
     "monai": Layout("MONAI's SwinUNETR", SLICED),
     "swinvit": Layout(
-        "the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, TWOS, CROP
+        "the encoder of Swin UNETR pre-training (model_swinvit.pt)", LEGACY, TWOS, DATA
     ),
     "ssl": Layout(
         "encoder and decoder pre-trained as in DAE (ssl_pretrained_weights.pth)",
         {**LEGACY, "normalize_hidden": False},
         TWOS,
-        {**CROP, "mr_intensity": "nonzero"},
+        {**DATA, "mr_intensity": "nonzero"},
         SCRAMBLED,
     ),
     "official": Layout(
         "the authors' DAE pre-training (ckpt_best.pth)",
         {**LEGACY, "normalize_hidden": False},
         TWOS,
-        {**CROP, "mr_intensity": "nonzero"},
+        {**DATA, "mr_intensity": "nonzero"},
         SCRAMBLED,
     ),
     "official-seg": Layout(
-        "the authors' DAE fine-tuning", LEGACY, TWOS, {"crop": CROP["crop"]}, SCRAMBLED
+        "the authors' DAE fine-tuning", LEGACY, TWOS, {"crop": DATA["crop"]}, SCRAMBLED
     ),
 }
 
-# What files carry along that no network here has: heads of other tasks, a norm nothing reads, and the 1x1x1
+# Tensors that no network here has: heads of other tasks, a norm that is never used, and the 1x1x1
 # convolutions that MONAI 0.8 made in every block and used only where the channels change.
 EXTRA = re.compile(
-    r"(encoder\.|swinViT\.|swin_vit\.)?(mask_token$|norm\.)|convTrans3d\.|rotation_head\.|contrastive_head\.|conv\.\d"
-    r"|encoder(2|3|4|10)\.layer\.conv3\.|.*relative_position_index$"
+    r"(encoder\.|swinViT\.|swin_vit\.)?(mask_token$|norm\.)"
+    r"|convTrans3d\.|rotation_head\.|contrastive_head\.|conv\.\d"
+    r"|encoder(2|3|4|10)\.layer\.conv3\."
+    r"|.*relative_position_index$"
 )
-NETWORK = re.compile(
-    r"(encoder|decoder)\d+\.|out\.|layers\d|patch_embed\."
-)  # of a Swin UNETR by any spelling
+
+# A tensor of a Swin UNETR, in any spelling.
+NETWORK = re.compile(r"(encoder|decoder)\d+\.|out\.|layers\d|patch_embed\.")
+
+# The first kernel of the encoder. Its name tells the layout: group 1 is the prefix of a wrapper
+# (DDP, Lightning), group 2 that of the encoder, and group 3 is there if the stem is the authors'.
 STEM = re.compile(
     r"(.*?)(swinViT\.|swin_vit\.|encoder\.|)patch_embed\.proj\.(conv1\.conv\.)?weight$"
 )
 OWN_STEM = re.compile(r"(.*?)encoder\.stem\.(proj|conv1)\.weight$")
 
 
-def from_monai(state_dict: Tensors) -> dict[str, Tensor]:
-    """MONAI's `SwinUNETR` state dict -> ours, for a strict `SwinUNETR(..., **MONAI).load_state_dict`.
+# --- to MONAI and back
 
-    A network built without the options in `dae.model.MONAI` (and `merge_order="legacy"` for weights made before
-    MONAI 1.5) loads the same tensors and computes something else. Raises ValueError on a name that MONAI has not.
+
+def from_monai(state_dict: Tensors) -> dict[str, Tensor]:
+    """MONAI's `SwinUNETR` state dict -> ours, for a strict load into `SwinUNETR(..., **MONAI)`.
+
+    A network built without the options in `dae.model.MONAI` (and `merge_order="legacy"` for weights
+    from before MONAI 1.5) loads the same tensors and computes something else.
+
+    Raises ValueError on a name that MONAI does not have.
     """
-    places, parts = _turned(PLACES), _turned(PARTS)
-    return {
-        _rename(key, places, parts): value
-        for key, value in state_dict.items()
-        if not key.endswith(INDEX)
-    }
+    ours = {}
+    for name, value in state_dict.items():
+        if not name.endswith(POSITION_INDEX):
+            ours[our_name(name)] = value
+    return ours
 
 
 def to_monai(state_dict: Tensors, window: Size3 | None = None) -> dict[str, Tensor]:
-    """Our state dict of a `SwinUNETR` with patch stem and four stages -> MONAI's: the inverse of `from_monai`.
+    """Our state dict of a `SwinUNETR` with patch stem and four stages -> MONAI's.
 
-    window: of the network, where it is not a cube. Raises ValueError on another network's tensors.
+    window: of the network, where it is not a cube.
+    Raises ValueError on another network's tensors.
     """
     if "up_blocks.3.up.weight" not in state_dict or "encoder.stem.proj.weight" not in state_dict:
         raise ValueError("not a Swin UNETR of four stages with a patch stem; MONAI has no other")
+
     theirs: dict[str, Tensor] = {}
-    for key, value in state_dict.items():
-        name = _rename(key, PLACES, PARTS)
-        theirs[name] = value
-        if name.endswith("relative_position_bias_table"):
+    for name, value in state_dict.items():
+        monai = translate(name, PREFIXES, REST)
+        theirs[monai] = value
+        if monai.endswith("relative_position_bias_table"):
             size = window or cube(len(value))
-            theirs[name.replace("_bias_table", "_index")] = relative_position_index(size, size)
+            theirs[monai.replace("_bias_table", "_index")] = relative_position_index(size, size)
     return theirs
 
 
-def reorder(state_dict: Tensors, old: MergeOrder, new: MergeOrder) -> dict[str, Tensor]:
-    """The same network for patch merging that reads the octants in another order: its columns change places.
+def our_name(monai: str) -> str:
+    return translate(monai, backwards(PREFIXES), backwards(REST))
 
-    Ours names, both ways between `all` and `monai`. Raises ValueError for `legacy`, which reads two octants twice.
+
+def translate(name: str, prefixes: Names, rest: Names) -> str:
+    """The name of a tensor in another layout. Raises ValueError where no prefix fits."""
+    for prefix, new_prefix in prefixes:
+        if name.startswith(prefix):
+            ending = name.removeprefix(prefix)
+            for old, new in rest:
+                ending = ending.replace(old, new)
+            return new_prefix + ending
+    raise ValueError(f"{name}: not a tensor of a Swin UNETR with patch stem and four stages")
+
+
+def backwards(pairs: Names) -> Names:
+    return tuple((b, a) for a, b in pairs)
+
+
+def reorder(state_dict: Tensors, old: MergeOrder, new: MergeOrder) -> dict[str, Tensor]:
+    """The same network, for patch merging that reads the octants in another order.
+
+    Takes our names, and goes both ways between `all` and `monai`. Raises ValueError for `legacy`.
     """
     if old != new and "legacy" in (old, new):
         raise ValueError(
-            f"merge order {old} cannot be written as {new}: legacy reads two octants twice, two never"
+            f"merge order {old} cannot be written as {new}: "
+            "legacy reads two octants twice, two never"
         )
-    places = [MERGE_ORDER[old].index(octant) for octant in MERGE_ORDER[new]]
+    columns = [MERGE_ORDER[old].index(octant) for octant in MERGE_ORDER[new]]
 
-    def moved(value: Tensor) -> Tensor:
-        eight = rearrange(value, "... (octants c) -> ... octants c", octants=8)
-        return rearrange(eight[..., places, :], "... octants c -> ... (octants c)")
+    reordered = {}
+    for name, value in state_dict.items():
+        # The norm and the reduction of patch merging: their last axis is (octants c).
+        if re.match(r"encoder\.stages\.\d\.merge\.", name):
+            value = rearrange(value, "... (octants c) -> ... octants c", octants=8)
+            value = value[..., columns, :]
+            value = rearrange(value, "... octants c -> ... (octants c)")
+        reordered[name] = value
+    return reordered
 
-    merges = re.compile(r"encoder\.stages\.\d\.merge\.")
-    return {key: moved(value) if merges.match(key) else value for key, value in state_dict.items()}
+
+# --- which layout a file has
 
 
 class Recognised(NamedTuple):
+    """A file's tensors, sorted."""
+
     layout: str
     tensors: dict[str, Tensor]  # by our names
-    extra: list[str]  # known to be of no use here
+    extra: list[str]  # known, and of no use here
     unknown: list[str]
     window: Size3
 
 
 def recognise(state_dict: Tensors) -> Recognised:
-    """Which layout this is, and its tensors by our names. Raises ValueError where no Swin encoder is found."""
-    if own := first_match(OWN_STEM, state_dict):
-        tensors, extra = unwrapped(state_dict, own[1])
+    """The layout of a file, and its tensors by our names.
+
+    Raises ValueError where there is no Swin encoder.
+    """
+    own_stem = first_match(OWN_STEM, state_dict)
+    if own_stem:
+        tensors, extra = unwrap(state_dict, own_stem[1])
         return Recognised("ours", tensors, extra, [], window_of(tensors, None))
+
     stem = first_match(STEM, state_dict)
     if stem is None:
         raise ValueError(
             f"no layout of a Swin UNETR has tensors of such names as {next(iter(state_dict))}"
         )
-    tensors, extra = unwrapped(state_dict, stem[1])
-    layout = {"encoder.": "official" if stem[3] else "ssl", "": "swinvit"}.get(stem[2], "monai")
-    layout = "official-seg" if layout == "monai" and stem[3] else layout
-    extra += [name for name in tensors if EXTRA.match(name)]
-    ours, unknown = dict[str, Tensor](), list[str]()
-    places, parts = _turned(PLACES), _turned(PARTS)
-    for name in (name for name in tensors if name not in extra):
+    wrapper, encoder, authors = stem.groups()
+    tensors, outside = unwrap(state_dict, wrapper)
+
+    ours: dict[str, Tensor] = {}
+    extra = list(outside)
+    unknown = []
+    index = None
+    for name, value in tensors.items():
+        if index is None and name.endswith(POSITION_INDEX):
+            index = value
+        if EXTRA.match(name):
+            extra.append(name)
+            continue
+        if name in outside:
+            continue  # the same name inside and outside the wrapper: neither is of the network
         try:
-            ours[_rename(monai_name(name, stem[2]), places, parts)] = tensors[name]
+            ours[our_name(monai_name(name, encoder))] = value
         except ValueError:
             unknown.append(name)
-    index = next((value for name, value in tensors.items() if name.endswith(INDEX)), None)
+
+    layout = layout_of(encoder, authors_stem=bool(authors))
     return Recognised(layout, ours, extra, unknown, window_of(ours, index))
 
 
+def layout_of(encoder: str, *, authors_stem: bool) -> str:
+    """The layout, from the prefix of the encoder's tensors and from the kind of its stem."""
+    if encoder == "":
+        return "swinvit"
+    if encoder == "encoder.":
+        return "official" if authors_stem else "ssl"
+    return "official-seg" if authors_stem else "monai"
+
+
 def first_match(pattern: re.Pattern[str], names: Iterable[str]) -> re.Match[str] | None:
-    return next((match for match in map(pattern.match, names) if match), None)
+    for name in names:
+        match = pattern.match(name)
+        if match:
+            return match
+    return None
 
 
-def unwrapped(state_dict: Tensors, wrapper: str) -> tuple[dict[str, Tensor], list[str]]:
-    """Without the prefix of DDP, compile, Lightning and the like; and names of what stands outside it.
+def unwrap(state_dict: Tensors, wrapper: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors without the prefix of a wrapper (DDP, Lightning), and the names of all others.
 
-    Raises ValueError on a prefix that is doubled, and on a part of the network that stands outside.
+    Raises ValueError on a doubled prefix, and on a part of the network without the prefix.
     """
     levels = wrapper.split(".")
-    if any(a == b for a, b in pairwise(levels)) or {"swinViT", "swin_vit", "encoder"} & set(levels):
+    doubled = any(a == b for a, b in pairwise(levels))
+    if doubled or not {"swinViT", "swin_vit", "encoder"}.isdisjoint(levels):
         raise ValueError(
             f"names begin with {wrapper!r}, a prefix that stands there twice; take one away"
         )
-    outside = [name for name in state_dict if not name.startswith(wrapper)]
-    if lost := [name for name in outside if NETWORK.match(name)]:
-        raise ValueError(f"{lost[0]} stands outside the prefix {wrapper!r} that other names have")
-    inside = {
-        name.removeprefix(wrapper): t for name, t in state_dict.items() if name.startswith(wrapper)
-    }
+
+    inside = {}
+    outside = []
+    for name, value in state_dict.items():
+        if name.startswith(wrapper):
+            inside[name.removeprefix(wrapper)] = value
+        else:
+            outside.append(name)
+
+    for name in outside:
+        if NETWORK.match(name):
+            raise ValueError(f"{name} stands outside the prefix {wrapper!r} that other names have")
     return inside, outside
 
 
-def monai_name(name: str, prefix: str) -> str:
-    """A name behind the encoder's `prefix` as MONAI spells it; those of the decoder are the same everywhere."""
-    inside = re.match(rf"{re.escape(prefix)}(patch_embed\.|layers\dc?\.)", name)
-    if not inside:
-        return name
-    name = "swinViT." + name.removeprefix(prefix)
+def monai_name(name: str, encoder: str) -> str:
+    """MONAI's name of a tensor, in a layout where `encoder` is the prefix of the encoder's."""
+    if not re.match(rf"{re.escape(encoder)}(patch_embed\.|layers\dc?\.)", name):
+        return name  # the decoder's names are the same in all layouts
+
+    name = "swinViT." + name.removeprefix(encoder)
     name = re.sub(r"(layers\d)\.0\.0\.", r"\1.0.", name)
     return re.sub(r"\.fc([12])\.", r".linear\1.", name)
 
 
-def reads_twice(state_dict: Tensors) -> bool:
-    """Whether the weights show that patch merging read two octants twice, as `legacy` does. Of tensors by our names.
+# --- what the tensors tell of their network
 
-    Columns that see the same voxels get almost the same gradient, so training makes them alike, whatever they began as.
-    Legacy has two such twins among the 28 pairs of octants; that they are the two most alike in both of the deepest
-    stages happens by chance once in 378 squared. Weights that were hardly trained show nothing.
+
+def reads_twice(state_dict: Tensors) -> bool:
+    """Whether the weights show that patch merging read two octants twice, as `legacy` does.
+
+    Columns that read the same voxels get almost the same gradient, so training makes them alike.
+    Legacy merging has two such pairs among the 28 pairs of octants. By chance these two are the
+    most alike in both of the deepest stages once in 378 squared. Weights that were hardly trained
+    show nothing. Takes our names.
     """
+    merges = sorted(name for name in state_dict if name.endswith("merge.reduction.weight"))
+    if not merges:
+        return False
+    return all(twins_are_alike(state_dict[name]) for name in merges[-2:])
+
+
+def twins_are_alike(reduction: Tensor) -> bool:
+    """Whether the two pairs of octants that legacy merging reads twice are the most similar.
+
+    reduction: the kernel (mixed, octants c) of patch merging.
+    """
+    columns = rearrange(reduction.double(), "mixed (octants c) -> octants (mixed c)", octants=8)
     first, second = torch.triu_indices(8, 8, 1)
+    similarity = torch.corrcoef(columns)[first, second]
+
     twins = ((first == 2) & (second == 5)) | ((first == 3) & (second == 6))
-    deepest = sorted(name for name in state_dict if name.endswith("merge.reduction.weight"))[-2:]
-    shown = []
-    for name in deepest:
-        columns = rearrange(
-            state_dict[name].double(), "mixed (octants c) -> octants (mixed c)", octants=8
-        )
-        alike = torch.corrcoef(columns)[first, second]
-        shown.append(bool(alike[twins].min() > alike[~twins].max()))
-    return bool(shown) and all(shown)
+    return bool(similarity[twins].min() > similarity[~twins].max())
 
 
 def options_of(found: Recognised) -> dict[str, Any]:
-    """Constructor arguments that shapes and names tell. Raises ValueError on a gap."""
+    """Constructor arguments, from shapes and names. Raises ValueError where a part is missing."""
     tensors = found.tensors
     stem = tensors.get("encoder.stem.proj.weight", tensors.get("encoder.stem.conv1.weight"))
-    blocks = [re.match(r"encoder\.stages\.(\d)\.blocks\.(\d+)\.", name) for name in tensors]
-    places = {(int(match[1]), int(match[2])) for match in blocks if match}
-    stages = 1 + max((stage for stage, _ in places), default=-1)
-    tables = [tensors.get(f"encoder.stages.{n}.blocks.0.attn.bias_table") for n in range(stages)]
-    if (
-        stem is None
-        or stem.ndim != 5
-        or not stages
-        or any(table is None or table.ndim != 2 for table in tables)
-    ):
+    depths = depths_of(tensors)
+    heads = heads_of(tensors, stages=len(depths))
+    if stem is None or stem.ndim != 5 or not depths or heads is None:
         raise ValueError(
-            "its stem, or the position bias of a stage's first block, is missing or has another shape"
+            "its stem, or the position bias of a stage's first block, "
+            "is missing or has another shape"
         )
-    depths = tuple(sum(s == stage for s, _ in places) for stage in range(stages))
-    wanted = LAYOUTS[found.layout].depths or (
-        depths if found.layout == "ours" or stages == 4 else TWOS
-    )
+
+    wanted = LAYOUTS[found.layout].depths
+    if not wanted:
+        # Any depths are possible, but all networks other than ours have four stages.
+        wanted = depths if found.layout == "ours" or len(depths) == 4 else TWOS
     if depths != wanted:
         raise ValueError(
             f"has stages of {depths} blocks, and such files have {wanted}: a part of it is missing"
         )
+
     return {
         "feature_size": stem.shape[0],
         "depths": depths,
         "window": found.window,
-        "heads": tuple(table.shape[1] for table in tables if table is not None),
+        "heads": heads,
         "stem": "patch" if "encoder.stem.proj.weight" in tensors else "conv",
         "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in tensors),
     }
 
 
-def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
-    """The window whose offsets have as many rows as the bias tables, of tensors by our names. Raises ValueError.
+def depths_of(tensors: Tensors) -> tuple[int, ...]:
+    """The number of blocks of each stage that have a tensor, up to the last such stage."""
+    blocks = set()
+    for name in tensors:
+        match = re.match(r"encoder\.stages\.(\d)\.blocks\.(\d+)\.", name)
+        if match:
+            blocks.add((int(match[1]), int(match[2])))
 
-    Several may have: the one that MONAI's position index, which says where each pair looks, is of; without one a cube.
+    stages = 1 + max((stage for stage, _ in blocks), default=-1)
+    depths = [0] * stages
+    for stage, _ in blocks:
+        depths[stage] += 1
+    return tuple(depths)
+
+
+def heads_of(tensors: Tensors, stages: int) -> tuple[int, ...] | None:
+    """Attention heads of each stage, from its first bias table (rows, heads); None without one."""
+    heads = []
+    for n in range(stages):
+        table = tensors.get(f"encoder.stages.{n}.blocks.0.attn.bias_table")
+        if table is None or table.ndim != 2:
+            return None
+        heads.append(table.shape[1])
+    return tuple(heads)
+
+
+# --- the window, from the rows of a bias table
+
+
+def window_of(tensors: Tensors, index: Tensor | None) -> Size3:
+    """The window whose relative positions are as many as the bias tables have rows.
+
+    Several windows may have the same number. `index`, MONAI's position index, tells which it is.
+    Without an index the window is a cube. Takes our names. Raises ValueError.
     """
-    rows = next(
-        (len(t) for name, t in tensors.items() if name.endswith("bias_table") and t.ndim), 0
-    )
-    odd = [n for n in range(1, rows + 1, 2) if rows % n == 0]  # 2 w - 1 along an axis
-    fitting = [
-        ((a + 1) // 2, (b + 1) // 2, (rows // (a * b) + 1) // 2)
-        for a in odd
-        for b in odd
-        if rows % (a * b) == 0
-    ]
-    if index is not None:
-        fitting = [
-            w
-            for w in fitting
-            if prod(w) == len(index) and torch.equal(relative_position_index(w, w), index)
-        ]
-    elif rows:
+    rows = bias_rows(tensors)
+    if index is None and rows:
         return cube(rows)
-    if not fitting:
-        raise ValueError(f"a bias table of {rows} rows and its position index are of no window")
-    return fitting[0]
+
+    for window in windows_with(rows):
+        if index is None or is_index_of(index, window):
+            return window
+    raise ValueError(f"a bias table of {rows} rows and its position index are of no window")
+
+
+def bias_rows(tensors: Tensors) -> int:
+    """Rows of the first bias table; 0 where there is none."""
+    for name, value in tensors.items():
+        if name.endswith("bias_table") and value.ndim:
+            return len(value)
+    return 0
+
+
+def windows_with(rows: int) -> list[Size3]:
+    """Every window (d, h, w) with (2d - 1)(2h - 1)(2w - 1) = rows."""
+    odd = [n for n in range(1, rows + 1, 2) if rows % n == 0]  # 2d - 1, 2h - 1 or 2w - 1
+    windows = []
+    for a in odd:
+        for b in odd:
+            if rows % (a * b) == 0:
+                c = rows // (a * b)
+                windows.append(((a + 1) // 2, (b + 1) // 2, (c + 1) // 2))
+    return windows
+
+
+def is_index_of(index: Tensor, window: Size3) -> bool:
+    if prod(window) != len(index):
+        return False
+    return torch.equal(relative_position_index(window, window), index)
 
 
 def cube(rows: int) -> Size3:
-    """The cubic window whose (2 w - 1)^3 offsets have so many rows. Raises ValueError."""
+    """The cubic window with (2w - 1)^3 = rows. Raises ValueError where there is none."""
     w = (round(rows ** (1 / 3)) + 1) // 2
     if (2 * w - 1) ** 3 != rows:
         raise ValueError(
             f"a bias table of {rows} rows is not of a cubic window, and nothing says which it is of"
         )
     return w, w, w
-
-
-def _turned(pairs: Iterable[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
-    return tuple((b, a) for a, b in pairs)
-
-
-def _rename(key: str, places: Iterable[tuple[str, str]], parts: Iterable[tuple[str, str]]) -> str:
-    for here, there in places:
-        if key.startswith(here):
-            rest = key.removeprefix(here)
-            for this, that in parts:
-                rest = rest.replace(this, that)
-            return there + rest
-    raise ValueError(f"{key}: not a tensor of a Swin UNETR with patch stem and four stages")

@@ -1,4 +1,8 @@
-"""The plan of weights: how their network is built and fed."""
+"""The plan of weights: how their network is built, and how its input was prepared.
+
+A plan is in every checkpoint: `backbone` and its constructor's `arguments`, the numbers of
+channels, the `classes`, and the crop, spacing and intensities of training.
+"""
 
 import json
 from collections.abc import Mapping
@@ -15,80 +19,94 @@ from dae.config.shared import NetworkConfig
 from dae.errors import InputError
 from dae.model import BACKBONES, arguments_of, backbone_named
 
-PLANNED = (
-    "crop",
-    "spacing",
-    "ct_window",
-    "mr_intensity",
-)  # of a run, what its weights were trained with
+# Options of the data that fine-tuning takes from the weights.
+DATA_OPTIONS = ("crop", "spacing", "ct_window", "mr_intensity")
 
 
 def backbone_of(
     plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, path: Path
 ) -> type[nn.Module]:
-    """The class of a checkpoint's network. Code is imported where the command line names it, never because a file does.
+    """The class of a checkpoint's network.
 
-    Ours come with the checkpoint. Raises InputError where --backbone says another, or the network is not ours and
-    --backbone does not name it.
+    A backbone of this package is built as the plan says. The code of another one is imported only
+    where the command line names it, never because a file does.
+
+    Raises InputError where --backbone names another backbone, or is missing.
     """
-    made, asked = plan["backbone"], config.backbone if was_set(config, "backbone") else ""
-    if asked != made and (asked or made not in BACKBONES):
-        remedy = "leave the flag out" if made in BACKBONES else f"name it: --backbone {made}"
-        raise InputError(
-            f"{f'--backbone {asked}: ' if asked else ''}{path} was made with {made}; {remedy}"
-        )
+    planned = plan["backbone"]
+    own = planned in BACKBONES
+    named = config.backbone if was_set(config, "backbone") else ""
+
+    contradicts = named != "" and named != planned
+    unnamed = named == "" and not own
+    if contradicts or unnamed:
+        prefix = f"--backbone {named}: " if named else ""
+        remedy = "leave the flag out" if own else f"name it: --backbone {planned}"
+        raise InputError(f"{prefix}{path} was made with {planned}; {remedy}")
+
     try:
-        return backbone_named(made)
+        return backbone_named(planned)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:
-    """Constructor arguments of the weights' network. Raises InputError where a flag asks for another one."""
+    """Constructor arguments of the weights' network. Raises InputError where a flag differs."""
+    backbone = backbone_of(plan, config, path)
     arguments = with_tuples(plan["arguments"])
-    for name, asked in arguments_of(backbone_of(plan, config, path), config).items():
-        if (
-            was_set(config, name)
-            and asked != (made := arguments.get(name, asked))
-            and name != "checkpointing"
-        ):
+
+    for name, value in arguments_of(backbone, config).items():
+        if name == "checkpointing" or not was_set(config, name):
+            continue
+        planned = arguments.get(name, value)
+        if value != planned:
             raise InputError(
-                f"{flag(name, asked)}: {path} was made with {made}; leave the flag out"
+                f"{flag(name, value)}: {path} was made with {planned}; leave the flag out"
             )
-    return arguments | (
-        {"checkpointing": config.checkpointing} if "checkpointing" in arguments else {}
-    )
+
+    # Checkpointing is no property of the weights: it trades memory for time.
+    if "checkpointing" in arguments:
+        arguments["checkpointing"] = config.checkpointing
+    return arguments
 
 
 def with_plan(config: SegConfig, plan: Mapping[str, Any], path: Path) -> SegConfig:
-    """The configuration with the network of the weights, and with their crop, spacing and intensities where no preset
-    and no flag says otherwise. Raises InputError where one asks for another network.
+    """The configuration with the network, crop, spacing and intensities of the weights.
+
+    For crop, spacing and intensities, presets and flags go before the plan.
+    Raises InputError where one of them asks for another network.
     """
     network = {"backbone": plan["backbone"], **arguments_from(plan, config, path)}
-    fed = {name: plan[name] for name in PLANNED if name in plan and not was_set(config, name)}
-    config = replace(
-        config, **with_tuples({**{k: v for k, v in network.items() if hasattr(config, k)}, **fed})
-    )
+    changes = {name: value for name, value in network.items() if hasattr(config, name)}
+    for name in DATA_OPTIONS:
+        if name in plan and not was_set(config, name):
+            changes[name] = plan[name]
+
+    config = replace(config, **with_tuples(changes))
     check_values(config)
     return config
 
 
 def check_same_network(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> None:
-    """Raises InputError, with the flags to add, where the weights were made with another network than the run's."""
-    own = {"backbone": config.backbone, **arguments_of(backbone_named(config.backbone), config)}
-    theirs = {"backbone": plan["backbone"], **plan["arguments"]}
-    flags = [
-        flag(name, value)
-        for name, value in theirs.items()
-        if json.loads(json.dumps(own.get(name))) != value
-    ]
-    if flags := [each for each in flags if "checkpointing" not in each]:
+    """Raises InputError, with the flags to add, where the weights are of another network."""
+    backbone = backbone_named(config.backbone)
+    own = {"backbone": config.backbone, **arguments_of(backbone, config)}
+    planned = {"backbone": plan["backbone"], **plan["arguments"]}
+
+    flags = []
+    for name, value in planned.items():
+        as_json = json.loads(json.dumps(own.get(name)))  # a plan has lists in place of tuples
+        if name != "checkpointing" and as_json != value:
+            flags.append(flag(name, value))
+    if flags:
         raise InputError(f"--init {path}: its network is another; add {' '.join(flags)}")
 
 
 def flag(name: str, value: Any) -> str:
-    """An option as it stands on a command line."""
+    """An option as on a command line: ("merge_order", "all") -> "--merge-order all"."""
     dashed = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{dashed}" if value else f"--no-{dashed}"
-    return f"--{dashed} {' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}"
+    if isinstance(value, (list, tuple)):
+        value = " ".join(map(str, value))
+    return f"--{dashed} {value}"

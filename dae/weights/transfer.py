@@ -1,7 +1,7 @@
-"""Weights of pre-training into a network with a new head, with a table of what was taken and what was not.
+"""Weights of pre-training into a network with a new head, with a report on every tensor.
 
-Nothing is taken silently in part: what should have matched and did not is an error, and that the values of the network
-really changed is checked.
+Nothing is left out silently. A tensor that should fit and does not is an error, and so is a
+transfer after which no value of the network has changed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,53 +22,79 @@ class Report:
 
     kept: list[str] = field(default_factory=list)
     adapted: list[str] = field(default_factory=list)  # to another number of input channels
-    new: list[str] = field(default_factory=list)  # the network's own, freshly drawn
-    dropped: list[str] = field(default_factory=list)  # the file's, with no place here
-    extra: Sequence[str] = ()  # what the file has beside its network, by its own names
+    new: list[str] = field(default_factory=list)  # of the network, at their random initial values
+    dropped: list[str] = field(default_factory=list)  # of the file, and not transferred
+    extra: Sequence[str] = ()  # of the file, and of no network here, by the file's names
     notes: Sequence[str] = ()  # what the file is and how it was read
 
     def __str__(self) -> str:
         """The notes, and a table with a line for each part of the network."""
-        fates = {
+        columns = {
             "kept": self.kept,
             "adapted": self.adapted,
             "new": self.new,
             "dropped": self.dropped,
         }
-        lines = [
-            *(f"  {note}" for note in self.notes),
-            f"{'':10}{''.join(f'{fate:>9}' for fate in fates)}",
-        ]
+        lines = [f"  {note}" for note in self.notes]
+        lines.append(" " * 10 + "".join(f"{title:>9}" for title in columns))
+
         for part in PARTS:
-            counts = [sum(part_of(name) == part for name in names) for names in fates.values()]
-            lines.append(f"  {part:8}{''.join(f'{count:9}' for count in counts)}")
-        return "\n".join(lines + [f"  other   {len(self.extra):36}"] * bool(self.extra))
+            counts = [count_of(part, names) for names in columns.values()]
+            lines.append(f"  {part:8}" + "".join(f"{count:9}" for count in counts))
+
+        if self.extra:
+            lines.append(f"  other   {len(self.extra):36}")
+        return "\n".join(lines)
 
 
 def part_of(name: str) -> str:
-    """Which part of a network a tensor is of, by its name: what is not `encoder` or `head` decodes."""
+    """The part of a network that a tensor belongs to, by the tensor's name."""
     first = name.partition(".")[0]
-    return first if first in ("encoder", "head") else "decoder"
+    if first in ("encoder", "head"):
+        return first
+    return "decoder"
+
+
+def count_of(part: str, names: Sequence[str]) -> int:
+    return sum(part_of(name) == part for name in names)
+
+
+# --- which parts
 
 
 def parts_to_transfer(asked: str, weights: Mapping[str, Tensor], path: Path) -> list[str]:
-    """What --transfer encoder, decoder or both names, never the head. Raises InputError on a part that is not there."""
-    there = {part_of(name) for name in weights}
+    """The parts that --transfer encoder, decoder or both names; never the head.
+
+    Raises InputError on a part that the weights do not have.
+    """
+    present = {part_of(name) for name in weights}
     parts = ["encoder", "decoder"] if asked == "both" else [asked]
-    if absent := [part for part in parts if part not in there]:
-        raise InputError(
-            f"--transfer {asked}: {path} has no {absent[0]}; take --transfer {min(there)}"
-        )
+    for part in parts:
+        if part not in present:
+            raise InputError(
+                f"--transfer {asked}: {path} has no {part}; take --transfer {min(present)}"
+            )
     return parts
 
 
 def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:
-    """Every part that the file has, for more of the same training; the head where it is of the same task."""
-    there, own = {part_of(name) for name in weights}, network.state_dict()
-    same_task = all(
-        w.shape == own[name].shape for name, w in weights.items() if part_of(name) == "head"
-    )
-    return [part for part in PARTS if part in there and (part != "head" or same_task)]
+    """Every part that the weights have, to continue the same training.
+
+    The head is among them where it has the network's shape, so that it is of the same task.
+    """
+    present = {part_of(name) for name in weights}
+    if not head_fits(network, weights):
+        present.discard("head")
+    return [part for part in PARTS if part in present]
+
+
+def head_fits(network: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    own = network.state_dict()
+    head = [name for name in weights if part_of(name) == "head"]
+    return all(weights[name].shape == own[name].shape for name in head)
+
+
+# --- the transfer
 
 
 @torch.no_grad()
@@ -81,28 +107,46 @@ def transfer(
     extra: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> Report:
-    """Copy the named parts (encoder, decoder, head) whole; `extra` and `notes` are for the report.
+    """Copy the named parts (encoder, decoder, head), each of them whole, into the network.
 
-    Raises InputError if any tensor is missing or does not fit, or if all values were there before. On a network
-    without values (device meta) it is a rehearsal.
+    path: of the weights, for error messages.
+    extra, notes: for the report.
+    On a network without values (device meta) it is a rehearsal: all checks, and nothing is copied.
+
+    Raises InputError if a tensor is missing or does not fit, or if nothing in the network changed.
     """
-    report, own, changed = Report(extra=extra, notes=notes), network.state_dict(), False
-    if missing := [name for name in own if part_of(name) in parts and name not in weights]:
+    own = network.state_dict()
+    missing = [name for name in own if part_of(name) in parts and name not in weights]
+    if missing:
         raise InputError(
             f"{path}: {len(missing)} tensors of the network are not in it, first {missing[0]}"
         )
+
+    report = Report(extra=extra, notes=notes)
+    changed = False
     for name, value in own.items():
         if part_of(name) not in parts:
             report.new.append(name)
             continue
-        given = fit_channels(weights[name], value)
-        if given.shape != value.shape:
+
+        fitted = fit_channels(weights[name], value)
+        if fitted.shape != value.shape:
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
             raise InputError(f"{path}: {name} does not fit ({shapes})")
-        (report.kept if given is weights[name] else report.adapted).append(name)
-        changed = changed or value.is_meta or not torch.equal(value.cpu(), given)
-        value.copy_(given)
-    report.dropped = [name for name in weights if name not in own or part_of(name) not in parts]
+
+        if fitted is weights[name]:
+            report.kept.append(name)
+        else:
+            report.adapted.append(name)
+
+        # A tensor on the device meta has no values that could be compared.
+        changed = changed or value.is_meta or not torch.equal(value.cpu(), fitted)
+        value.copy_(fitted)
+
+    for name in weights:
+        if name not in own or part_of(name) not in parts:
+            report.dropped.append(name)
+
     if not changed:
         raise InputError(
             f"{path}: the network had these very values before; nothing was transferred"
@@ -110,14 +154,23 @@ def transfer(
     return report
 
 
-def fit_channels(given: Tensor, wanted: Tensor) -> Tensor:
-    """A kernel of one input channel for N of them, at an N-th each; or one of N for one, their sum. Else as it is.
+def fit_channels(kernel: Tensor, wanted: Tensor) -> Tensor:
+    """A convolution's kernel (c_out, c_in, d, h, w) for as many input channels as `wanted` has.
 
-    Either way N equal channels give what one gave.
+    From one channel to N, each gets an N-th of the kernel; from N to one, the N are added up.
+    Either way N equal channels give what one channel gave. Any other tensor is returned as it is.
     """
-    if given.ndim != 5 or given.shape[0] != wanted.shape[0] or given.shape[2:] != wanted.shape[2:]:
-        return given
-    there, here = given.shape[1], wanted.shape[1]
-    if there == here or 1 not in (there, here):
-        return given
-    return given.expand(-1, here, -1, -1, -1) / here if there == 1 else given.sum(1, keepdim=True)
+    if kernel.ndim != 5 or wanted.ndim != 5:
+        return kernel
+    if kernel.shape[0] != wanted.shape[0] or kernel.shape[2:] != wanted.shape[2:]:
+        return kernel
+
+    before = kernel.shape[1]
+    after = wanted.shape[1]
+    if before == after:
+        return kernel
+    if before == 1:
+        return kernel.expand(-1, after, -1, -1, -1) / after
+    if after == 1:
+        return kernel.sum(1, keepdim=True)
+    return kernel

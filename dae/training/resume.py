@@ -1,0 +1,171 @@
+"""The folder of a run, and what a resumed run must have in common with the run it continues."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dae.config.command_line import to_json
+from dae.config.shared import OptimConfig, RunConfig, differences
+from dae.data.datalist import BY_VOXELS
+from dae.errors import InputError
+from dae.weights import checkpoint
+
+# What a run writes into its folder, in addition to step-N.pt.
+RUN_FILES = (
+    "log.jsonl",
+    "last.pt",
+    "best.pt",
+    "config.json",
+    "figures/reconstruction.png",
+    "figures/loss.png",
+    "figures/overlay.png",
+)
+
+# The files among them that show that a run was here, and not only a user's file of the same name.
+SIGNS_OF_A_RUN = ("log.jsonl", "last.pt")
+
+
+# --- the folder
+
+
+def check_out_folder(
+    out: Path, *, resume: bool, free: bool = False, inputs: Sequence[str] = ()
+) -> None:
+    """The folder can be made, and a run in it replaces only the files of the run it continues.
+
+    free: an earlier run may be replaced.
+    inputs: files that the run reads, which no run may replace.
+    Raises InputError.
+    """
+    # --out may be some levels below what exists so far.
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise InputError(f"--out {out}: {existing} is not a folder that can be written to")
+
+    present = [name for name in RUN_FILES if (out / name).exists()]
+    if present and not resume and not free:
+        if present[0] in SIGNS_OF_A_RUN:
+            raise InputError(
+                f"--out {out}: holds a run already; add --resume to go on with it, "
+                "or name another folder"
+            )
+        raise InputError(
+            f"--out {out}: holds {present[0]}, which a run would replace; name another folder"
+        )
+
+    for path in inputs:
+        if not Path(path).is_file():
+            continue
+        for name in present:
+            if Path(path).samefile(out / name):
+                raise InputError(
+                    f"--out {out}: {path} is read and would be replaced; name another folder"
+                )
+
+
+def start_over(out: Path) -> None:
+    """Remove the results of the demo's earlier run, and say so."""
+    earlier = [out / name for name in ("log.jsonl", "last.pt", "best.pt")]
+    present = [path for path in earlier if path.exists()]
+    for path in present:
+        path.unlink()
+    if present:
+        print(
+            f"{out}: the demo's earlier run is removed and started over; --resume would go on",
+            file=sys.stderr,
+        )
+
+
+def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
+    """The last checkpoint of the run of `script` that is to be resumed, or None.
+
+    Raises InputError where the run was another script's.
+    """
+    path = out / "last.pt"
+    if not resume or not path.is_file():
+        return None
+
+    saved = checkpoint.load(path)
+    written_by = "train_seg.py" if saved["plan"]["classes"] else "train_pretrain.py"
+    if written_by != script:
+        raise InputError(f"{path}: is of a run of {written_by}; name another --out")
+    return saved
+
+
+# --- the same run?
+
+
+def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
+    """Raises InputError, with the flag's name, where the checkpoint `path` is of another run."""
+    changed = differences(config, saved["config"])
+    if not changed:
+        return
+
+    flag = f"--{changed[0].replace('_', '-')}"
+    before = saved["config"].get(changed[0])
+    now = to_json(config)[changed[0]]
+    raise InputError(
+        f"{flag} {now}: the run of {path} was started with {before}; keep it, or name another --out"
+    )
+
+
+def check_same_batch(
+    path: Path, saved: Mapping[str, Any], config: OptimConfig, *, world: int
+) -> None:
+    """Raises InputError where a step of the resumed run would see another number of samples.
+
+    The factors of that number may change: sample j of step s is the same on any number of ranks and
+    in a micro-batch of any size.
+    """
+    before = saved["global_batch"]
+    now = config.batch_size * config.accumulate * world
+    if before != now:
+        raise InputError(
+            f"--batch-size {config.batch_size} x --accumulate {config.accumulate} x {world} ranks "
+            f"= {now} samples a step: the run of {path} was started with {before}; choose factors "
+            f"whose product is {before}"
+        )
+
+
+def check_same_samples(
+    path: Path, saved: Mapping[str, Any], metadata: Mapping[str, Any], *, data_by_size: str = ""
+) -> None:
+    """Raises InputError where a resumed run would see other volumes.
+
+    metadata: of the run now; its `data` is the fingerprint of the volumes, by their voxels.
+    data_by_size: the fingerprint as older versions wrote it, for runs that they started.
+    """
+    by_voxels = str(saved["data"]).startswith(BY_VOXELS)
+    data = metadata["data"] if by_voxels else data_by_size
+    if saved["data"] == data:
+        return
+
+    older = "" if by_voxels else " or its split, which older versions drew otherwise,"
+    raise InputError(
+        f"{path}: the data list{older} is not what it was ({saved['data']}); "
+        "the samples would be others"
+    )
+
+
+def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
+    """A line for each thing that may change in a resumed run and did, with the consequence."""
+    notes = []
+
+    batch = saved["config"]["batch_size"]
+    accumulate = saved["config"]["accumulate"]
+    ranks = saved["global_batch"] // (batch * accumulate)
+    if (batch, accumulate, ranks) != (config.batch_size, config.accumulate, world):
+        notes.append(
+            f"{ranks} ranks x batch {batch} x {accumulate} before, {world} x {config.batch_size} x "
+            f"{config.accumulate} now: the same samples, summed in another order"
+        )
+
+    threads = torch.get_num_threads()
+    if saved["threads"] != threads:
+        notes.append(f"{saved['threads']} threads before, {threads} now: the last bits will differ")
+
+    return notes

@@ -1,0 +1,77 @@
+"""dae/training/resume.py: what a run may write over, and whether it is the same run."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dae.config.command_line import to_json
+from dae.config.shared import OptimConfig
+from dae.errors import InputError
+from dae.training import resume
+from dae.weights import checkpoint
+
+BATCH = OptimConfig(batch_size=4, accumulate=2)
+
+
+def saved_on_two_ranks() -> dict[str, Any]:
+    return {"global_batch": 16, "config": to_json(BATCH), "threads": torch.get_num_threads()}
+
+
+def test_the_factors_of_a_global_batch_may_change_and_a_change_is_said() -> None:
+    saved = saved_on_two_ranks()
+    for batch_size, accumulate, world in ((2, 8, 1), (16, 1, 1), (1, 1, 16)):
+        now = OptimConfig(batch_size=batch_size, accumulate=accumulate)
+        resume.check_same_batch(Path("last.pt"), saved, now, world=world)
+        (note,) = resume.what_differs(saved, now, world=world)
+        assert note.startswith("2 ranks x batch 4 x 2 before")
+
+    resume.check_same_batch(Path("last.pt"), saved, BATCH, world=2)
+    assert resume.what_differs(saved, BATCH, world=2) == []
+
+
+def test_the_product_of_the_factors_may_not_change() -> None:
+    words = r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 samples .* started with 16"
+    with pytest.raises(InputError, match=words):
+        resume.check_same_batch(Path("last.pt"), saved_on_two_ranks(), BATCH, world=1)
+
+
+def test_another_number_of_threads_is_said() -> None:
+    saved = saved_on_two_ranks() | {"threads": torch.get_num_threads() + 1}
+    (note,) = resume.what_differs(saved, BATCH, world=2)
+    assert note.endswith("the last bits will differ")
+
+
+@pytest.mark.parametrize("name", ["best.pt", "config.json", "figures/loss.png"])
+def test_a_file_that_is_not_a_runs_is_not_replaced_by_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"holds {name}, which a run would replace"):
+        resume.check_out_folder(tmp_path, resume=False)
+
+
+def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_path: Path) -> None:
+    """Weights or a data list in the run folder, under a name of the run's own, or a link to one."""
+    (tmp_path / "config.json").write_text("a data list")
+    (tmp_path / "link.json").symlink_to(tmp_path / "config.json")
+    for name in ("config.json", "link.json"):
+        inputs = ("", str(tmp_path / name))
+        with pytest.raises(InputError, match=f"{name} is read and would be replaced"):
+            resume.check_out_folder(tmp_path, resume=True, inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    "classes, script, other",
+    [
+        ({}, "train_pretrain.py", "train_seg.py"),
+        ({"0": "background"}, "train_seg.py", "train_pretrain.py"),
+    ],
+)
+def test_a_run_of_the_other_script_is_named_when_it_is_resumed(
+    classes: dict[str, str], script: str, other: str, tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": classes}})
+    with pytest.raises(InputError, match=f"is of a run of {script}; name another --out"):
+        resume.saved_run(tmp_path, resume=True, script=other)
+    assert resume.saved_run(tmp_path, resume=True, script=script) is not None

@@ -485,6 +485,11 @@ def test_a_network_that_is_not_whole_is_refused_in_one_line(
             (24, 48, 3, 3, 1),
             r"up_blocks\.2\.block\.conv1\.weight is \(24, 48, 3, 3, 1\), its network has \(24, ",
         ),
+        (
+            "swinViT.layers3.0.downsample.reduction.weight",
+            (96, 50),
+            r"encoder\.stages\.2\.merge\.reduction\.weight is \(96, 50\)",
+        ),
         ("out.conv.conv.weight", (), "its last layer is"),
         ("swinViT.patch_embed.proj.weight", (12,), "its stem, or the position bias"),
         ("swinViT.layers1.0.blocks.0.attn.relative_position_bias_table", (2197, 5), "heads"),

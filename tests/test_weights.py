@@ -193,7 +193,7 @@ def of_pretraining_with_fc(monai: Tensors) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "case, number, asked, wrap",
+    "case, number, quirks, wrap",
     [
         ("merging_64", 0, {}, unchanged),
         ("merging_64", 0, {}, of_ddp),
@@ -210,13 +210,13 @@ def of_pretraining_with_fc(monai: Tensors) -> dict[str, Any]:
 def test_each_layout_gives_the_outputs_of_monai(
     case: str,
     number: int,
-    asked: dict[str, Any],
+    quirks: dict[str, Any],
     wrap: Callable[[Tensors], dict[str, Any]],
     tmp_path: Path,
 ) -> None:
     golden = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")[f"{case}/logits_stride4"]
     tensors = monai_weights(SwinUNETR(1, 2, **SMALL, stage_conv=case == "v2net_64"))
-    model = network(read(save(tmp_path / "file.pt", wrap(tensors)), asked))
+    model = network(read(save(tmp_path / "file.pt", wrap(tensors)), quirks))
     logits = model(noise(1000 + number))[..., ::4, ::4, ::4].numpy()
     assert np.abs(logits - golden).max() < 2e-4
 

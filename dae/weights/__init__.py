@@ -1,1 +1,1 @@
-"""Other people's weights in, MONAI's layout out. `python -m dae.weights` is the command."""
+"""Checkpoints, and weights of MONAI and of the authors. `python -m dae.weights` is the command."""

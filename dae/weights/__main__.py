@@ -77,17 +77,19 @@ INPUT = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes"
 
 def inspect(path: Path, config: InspectConfig) -> Weights:
     """Print what a file is."""
-    asked = {"merge_order": config.merge_order} if config.merge_order else {}
-    weights = read(path, asked)
+    quirks = {"merge_order": config.merge_order} if config.merge_order else {}
+    weights = read(path, quirks)
     what, *notes = weights.notes
 
     print(f"{path}: {what}")
     print_line("network", [network_in_words(weights.plan)])
     print_line("options", in_words(weights.plan["arguments"]))
     print_line("tensors", tensors_in_words(weights))
+
     print_line("left out", extra_in_words(weights.extra) or ["none"])
     known = {name: weights.plan[name] for name in INPUT if weights.plan.get(name)}
     print_line("fed with", in_words(known) or ["not known"])
+
     for note in notes:
         print(f"  {note}")
     return weights

@@ -144,7 +144,7 @@ def seal_matches(file: IO[bytes]) -> bool:
     if size < SEAL_LENGTH:
         return False
     file.seek(size - SEAL_LENGTH)
-    found = file.read(SEAL_LENGTH)
+    sealed = file.read(SEAL_LENGTH)
 
     file.seek(0)
     digest = hashlib.sha256()
@@ -155,7 +155,7 @@ def seal_matches(file: IO[bytes]) -> bool:
             break  # the file was cut while it was read
         digest.update(chunk)
         unread -= len(chunk)
-    return found == MARK + digest.hexdigest().encode()
+    return sealed == MARK + digest.hexdigest().encode()
 
 
 # --- random states

@@ -33,7 +33,7 @@ from dae.weights.layouts import (
     to_monai,
 )
 from dae.weights.plan import flag
-from dae.weights.transfer import part_of
+from dae.weights.transfer import part_of, parts_in
 
 # Options of the network that no tensor's name or shape tells, at the defaults of this package.
 QUIRKS: dict[str, Any] = {"merge_order": "all", "clipped_bias": "rebuilt", "normalize_hidden": True}
@@ -58,17 +58,45 @@ def asked_quirks(config: Any) -> dict[str, Any]:
 # --- read
 
 
-def read(path: Path, asked: Mapping[str, Any] | None = None) -> Weights:
+def read(path: Path, quirks: Mapping[str, Any] | None = None) -> Weights:
     """Any file of weights, on the CPU.
 
-    asked: values of QUIRKS for a foreign file, which go before what is known of its layout.
+    quirks: values of QUIRKS that the user has set; for a foreign file they go before what is known
+    of its layout.
     Raises InputError where the file cannot be used whole.
     """
-    asked = asked or {}
     if checkpoint.has_seal(path):
-        return weights_of_checkpoint(checkpoint.load(path), asked, path)
+        return read_checkpoint(path, quirks or {})
+    return read_foreign(path, quirks or {})
 
+
+def read_checkpoint(path: Path, quirks: Mapping[str, Any]) -> Weights:
+    """The weights of our own checkpoint. Raises InputError where `quirks` contradict its plan."""
+    saved = checkpoint.load(path)
+    plan = saved["plan"]
+    for name, value in quirks.items():
+        if value != plan["arguments"].get(name, value):
+            raise InputError(
+                f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; "
+                "leave the flag out"
+            )
+
+    step = ""
+    if "step" in saved:  # of a run, and not of `convert`
+        step = f", step {saved['step']} of {saved['config']['steps']}"
+    notes = [f"a checkpoint of this package ({plan['method']}{step})"]
+
+    # The method of a converted file is its layout, so that the layout's warning is not lost.
+    layout = LAYOUTS.get(plan["method"])
+    if layout and layout.warning:
+        notes.append(f"warning: {layout.warning}")
+    return Weights(saved["model"], plan, notes)
+
+
+def read_foreign(path: Path, quirks: Mapping[str, Any]) -> Weights:
+    """The weights of another program. Raises InputError."""
     content = load_tensors(path)
+    # The seal is at the end of a file. Where the end is lost, the keys still show whose file it is.
     if "plan" in content and "format" in content:
         raise InputError(
             f"{path}: a checkpoint of this package without its checksum: damaged; copy it again"
@@ -77,42 +105,19 @@ def read(path: Path, asked: Mapping[str, Any] | None = None) -> Weights:
     check_values_present(tensors, content, path)
 
     try:
-        found = recognise(tensors)
-        options, options_in_words = quirks_of(found, asked)
-        plan = plan_of(found, options)
-        check_complete(found, plan)
+        recognised = recognise(tensors)
+        options, options_in_words = quirks_of(recognised, quirks)
+        plan = plan_of(recognised, options)
+        check_complete(recognised, plan)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
-    layout = LAYOUTS[found.layout]
+    layout = LAYOUTS[recognised.layout]
     what = f"{layout.what}, under {key}" if key else layout.what
     notes = [what, options_in_words]
     if layout.warning:
         notes.append(f"warning: {layout.warning}")
-    return Weights(found.tensors, plan, notes, found.extra)
-
-
-def weights_of_checkpoint(
-    saved: Mapping[str, Any], asked: Mapping[str, Any], path: Path
-) -> Weights:
-    """The weights of one of our checkpoints. Raises InputError where `asked` contradicts its plan.
-
-    It may have been converted from a foreign file; then its `method` is the layout of that file.
-    """
-    plan = saved["plan"]
-    for name, value in asked.items():
-        if value != plan["arguments"].get(name, value):
-            raise InputError(
-                f"{flag(name, value)}: {path} was made with {plan['arguments'][name]}; "
-                "leave the flag out"
-            )
-
-    step = f", step {saved['step']} of {saved['config']['steps']}" if "step" in saved else ""
-    notes = [f"a checkpoint of this package ({plan['method']}{step})"]
-    layout = LAYOUTS.get(plan["method"])
-    if layout and layout.warning:
-        notes.append(f"warning: {layout.warning}")
-    return Weights(saved["model"], plan, notes)
+    return Weights(recognised.tensors, plan, notes, recognised.extra)
 
 
 def load_tensors(path: Path) -> dict[str, Any]:
@@ -197,21 +202,24 @@ def check_values_present(tensors: Tensors, content: Mapping[Any, Any], path: Pat
 # --- the plan of a foreign file
 
 
-def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The values of QUIRKS that hold for a file, and a line on them and on how they are known."""
-    options = {**QUIRKS, **LAYOUTS[found.layout].options}
+def quirks_of(recognised: Recognised, quirks: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The values of QUIRKS that hold for a file, and a line on them and on how they are known.
+
+    quirks: those that the user has set.
+    """
+    options = {**QUIRKS, **LAYOUTS[recognised.layout].options}
     reason = "as such files have it"
-    if found.layout == "monai":
+    if recognised.layout == "monai":
         # MONAI 1.5 changed the order, and the names of the tensors do not tell the version.
-        if reads_twice(found.tensors):
+        if reads_twice(recognised.tensors):
             options["merge_order"] = "legacy"
             reason = "as its weights show"
         else:
             options["merge_order"] = "monai"
             reason = "as since MONAI 1.5; for files from before, --merge-order legacy"
 
-    options |= asked
-    if "merge_order" in asked:
+    options |= quirks
+    if "merge_order" in quirks:
         reason = "as asked"
 
     hidden = "layer-normed" if options["normalize_hidden"] else "as they are"
@@ -222,13 +230,13 @@ def quirks_of(found: Recognised, asked: Mapping[str, Any]) -> tuple[dict[str, An
     )
 
 
-def plan_of(found: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
+def plan_of(recognised: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of a foreign file. Raises ValueError where its tensors do not tell the network."""
-    arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(found), **options}
+    arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(recognised), **options}
 
     kernel = "proj" if arguments["stem"] == "patch" else "conv1"
-    stem = found.tensors[f"encoder.stem.{kernel}.weight"]
-    head = found.tensors.get("head.weight")
+    stem = recognised.tensors[f"encoder.stem.{kernel}.weight"]
+    head = recognised.tensors.get("head.weight")
     if head is not None and head.ndim != 5:
         raise ValueError(f"its last layer is {tuple(head.shape)}, not a convolution's kernel")
 
@@ -238,30 +246,31 @@ def plan_of(found: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
         "in_channels": stem.shape[1],
         "out_channels": stem.shape[1] if head is None else len(head),
         "classes": {},
-        "method": found.layout,
-        **LAYOUTS[found.layout].plan,
+        "method": recognised.layout,
+        **LAYOUTS[recognised.layout].plan,
     }
 
 
-def check_complete(found: Recognised, plan: Mapping[str, Any]) -> None:
+def check_complete(recognised: Recognised, plan: Mapping[str, Any]) -> None:
     """The file has every tensor of its network, in its shape, and no other.
 
     The decoder or the head may be missing as a whole. Raises ValueError.
     """
     expected = empty_network(plan).state_dict()
-    parts = {part_of(name) for name in found.tensors}
+    tensors = recognised.tensors
+    parts = parts_in(tensors)
 
-    missing = [name for name in expected if part_of(name) in parts and name not in found.tensors]
-    unknown = [*found.unknown, *(name for name in found.tensors if name not in expected)]
+    missing = [name for name in expected if part_of(name) in parts and name not in tensors]
+    unknown = [*recognised.unknown, *(name for name in tensors if name not in expected)]
     faults = []
     if missing:
         faults.append(f"{len(missing)} tensors are missing, first {missing[0]}")
     if unknown:
         faults.append(f"{len(unknown)} tensors are unknown, first {unknown[0]}")
     if faults:
-        raise ValueError(f"looks like {LAYOUTS[found.layout].what}, but {'; '.join(faults)}")
+        raise ValueError(f"looks like {LAYOUTS[recognised.layout].what}, but {'; '.join(faults)}")
 
-    for name, value in found.tensors.items():
+    for name, value in tensors.items():
         if value.shape != expected[name].shape:
             raise ValueError(
                 f"{name} is {tuple(value.shape)}, its network has {tuple(expected[name].shape)}"
@@ -296,6 +305,7 @@ def for_monai(weights: Weights) -> tuple[Tensors, list[str]]:
     tensors = weights.tensors
     notes = []
     if order == "legacy":
+        # What is read twice cannot be put in another order; older MONAI reads as these weights do.
         notes.append("patch merging in legacy order: the same outputs only in MONAI before 1.5")
     else:
         tensors = reorder(tensors, order, "monai")

@@ -357,10 +357,11 @@ def twins_are_alike(reduction: Tensor) -> bool:
     return bool(similarity[twins].min() > similarity[~twins].max())
 
 
-def options_of(found: Recognised) -> dict[str, Any]:
+def options_of(recognised: Recognised) -> dict[str, Any]:
     """Constructor arguments, from shapes and names. Raises ValueError where a part is missing."""
-    tensors = found.tensors
-    stem = tensors.get("encoder.stem.proj.weight", tensors.get("encoder.stem.conv1.weight"))
+    tensors = recognised.tensors
+    patch = tensors.get("encoder.stem.proj.weight")
+    stem = tensors.get("encoder.stem.conv1.weight") if patch is None else patch
     depths = depths_of(tensors)
     heads = heads_of(tensors, stages=len(depths))
     if stem is None or stem.ndim != 5 or not depths or heads is None:
@@ -369,10 +370,10 @@ def options_of(found: Recognised) -> dict[str, Any]:
             "is missing or has another shape"
         )
 
-    wanted = LAYOUTS[found.layout].depths
+    wanted = LAYOUTS[recognised.layout].depths
     if not wanted:
         # Any depths are possible, but all networks other than ours have four stages.
-        wanted = depths if found.layout == "ours" or len(depths) == 4 else TWOS
+        wanted = depths if recognised.layout == "ours" or len(depths) == 4 else TWOS
     if depths != wanted:
         raise ValueError(
             f"has stages of {depths} blocks, and such files have {wanted}: a part of it is missing"
@@ -381,9 +382,9 @@ def options_of(found: Recognised) -> dict[str, Any]:
     return {
         "feature_size": stem.shape[0],
         "depths": depths,
-        "window": found.window,
+        "window": recognised.window,
         "heads": heads,
-        "stem": "patch" if "encoder.stem.proj.weight" in tensors else "conv",
+        "stem": "conv" if patch is None else "patch",
         "stage_conv": any(name.startswith("encoder.stages.0.conv.") for name in tensors),
     }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from dae.config.command_line import check_values, was_set, with_tuples
+from dae.config.command_line import check_values, value_if_set, was_set, with_tuples
 from dae.config.evaluate import PredictConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import NetworkConfig
@@ -35,7 +35,7 @@ def backbone_of(
     """
     planned = plan["backbone"]
     own = planned in BACKBONES
-    named = config.backbone if was_set(config, "backbone") else ""
+    named = value_if_set(config, "backbone") or ""
 
     contradicts = named != "" and named != planned
     unnamed = named == "" and not own

@@ -4,7 +4,7 @@ Nothing is left out silently. A tensor that should fit and does not is an error,
 transfer after which no value of the network has changed.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +36,17 @@ class Report:
             "dropped": self.dropped,
         }
         lines = [f"  {note}" for note in self.notes]
-        lines.append(" " * 10 + "".join(f"{title:>9}" for title in columns))
+
+        header = " " * 10
+        for title in columns:
+            header += f"{title:>9}"
+        lines.append(header)
 
         for part in PARTS:
-            counts = [count_of(part, names) for names in columns.values()]
-            lines.append(f"  {part:8}" + "".join(f"{count:9}" for count in counts))
+            row = f"  {part:8}"
+            for names in columns.values():
+                row += f"{count_of(part, names):9}"
+            lines.append(row)
 
         if self.extra:
             lines.append(f"  other   {len(self.extra):36}")
@@ -55,24 +61,28 @@ def part_of(name: str) -> str:
     return "decoder"
 
 
-def count_of(part: str, names: Sequence[str]) -> int:
+def parts_in(names: Iterable[str]) -> set[str]:
+    return {part_of(name) for name in names}
+
+
+def count_of(part: str, names: Iterable[str]) -> int:
     return sum(part_of(name) == part for name in names)
 
 
 # --- which parts
 
 
-def parts_to_transfer(asked: str, weights: Mapping[str, Tensor], path: Path) -> list[str]:
+def parts_to_transfer(choice: str, weights: Mapping[str, Tensor], path: Path) -> list[str]:
     """The parts that --transfer encoder, decoder or both names; never the head.
 
     Raises InputError on a part that the weights do not have.
     """
-    present = {part_of(name) for name in weights}
-    parts = ["encoder", "decoder"] if asked == "both" else [asked]
+    present = parts_in(weights)
+    parts = ["encoder", "decoder"] if choice == "both" else [choice]
     for part in parts:
         if part not in present:
             raise InputError(
-                f"--transfer {asked}: {path} has no {part}; take --transfer {min(present)}"
+                f"--transfer {choice}: {path} has no {part}; take --transfer {min(present)}"
             )
     return parts
 
@@ -82,7 +92,7 @@ def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[st
 
     The head is among them where it has the network's shape, so that it is of the same task.
     """
-    present = {part_of(name) for name in weights}
+    present = parts_in(weights)
     if not head_fits(network, weights):
         present.discard("head")
     return [part for part in PARTS if part in present]
@@ -90,8 +100,10 @@ def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[st
 
 def head_fits(network: nn.Module, weights: Mapping[str, Tensor]) -> bool:
     own = network.state_dict()
-    head = [name for name in weights if part_of(name) == "head"]
-    return all(weights[name].shape == own[name].shape for name in head)
+    for name, value in weights.items():
+        if part_of(name) == "head" and value.shape != own[name].shape:
+            return False
+    return True
 
 
 # --- the transfer
@@ -122,6 +134,7 @@ def transfer(
             f"{path}: {len(missing)} tensors of the network are not in it, first {missing[0]}"
         )
 
+    # `own` shares its values with the network: what is copied into it is in the network.
     report = Report(extra=extra, notes=notes)
     changed = False
     for name, value in own.items():
@@ -134,7 +147,7 @@ def transfer(
             shapes = f"{tuple(weights[name].shape)} there, {tuple(value.shape)} here"
             raise InputError(f"{path}: {name} does not fit ({shapes})")
 
-        if fitted is weights[name]:
+        if fitted is weights[name]:  # fit_channels had nothing to change
             report.kept.append(name)
         else:
             report.adapted.append(name)
@@ -170,7 +183,7 @@ def fit_channels(kernel: Tensor, wanted: Tensor) -> Tensor:
     if before == after:
         return kernel
     if before == 1:
-        return kernel.expand(-1, after, -1, -1, -1) / after
+        return kernel.expand(-1, after, -1, -1, -1) / after  # (c_out, 1, ...) -> (c_out, N, ...)
     if after == 1:
         return kernel.sum(1, keepdim=True)
     return kernel

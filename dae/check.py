@@ -1,12 +1,12 @@
 """Does this machine compute right gradients?  python -m dae.check
 
-torch has had kernels whose outputs are right and whose gradients are wrong, for one layout, one batch
-size or one device alone; a run on such a machine trains on garbage and says nothing. This takes half
-a minute: run it once on a new machine or a new torch. It prints a line and ends with exit code 0, or 1
-if the gradients are wrong.
+torch has had kernels whose outputs are right and whose gradients are wrong, for one layout, one
+batch size or one device alone; a run on such a machine trains on garbage and says nothing. This
+takes half a minute: run it once on a new machine or a new torch. It prints a line and ends with
+exit code 0, or 1 if the gradients are wrong.
 
-For each backbone, the gradient of a batch must be the mean of the gradients of its samples, taken one
-by one. In float64 on a CPU, float32 on a GPU.
+For each backbone, the gradient of a batch must be the mean of the gradients of its samples, taken
+one by one. In float64 on a CPU, float32 on a GPU.
 """
 
 import argparse
@@ -32,9 +32,10 @@ SMALL: dict[str, dict[str, Any]] = {
         "vit_patch": 8,
     },
 }
-# Seen: 3e-11 and less in float64; in float32 4e-3 on an H200 and 1e-2 on a CPU, for single small
-# parameters, because rounding moves a few activations across the kink of leaky ReLU. A wrong kernel
-# is off by 1 or more.
+
+# The largest relative difference. Seen: 3e-11 and less in float64; in float32 4e-3 on an H200 and
+# 1e-2 on a CPU, for single small parameters, because rounding moves a few activations across the
+# kink of leaky ReLU. A wrong kernel is off by 1 or more.
 ALLOWED = {torch.float64: 1e-9, torch.float32: 5e-2}
 
 
@@ -47,45 +48,64 @@ def main() -> int:
     )
     device = torch.device(parser.parse_args().device)
     dtype = torch.float32 if device.type == "cuda" else torch.float64
+    allowed = ALLOWED[dtype]
+
+    # TF32 keeps 10 bits of a float32: its rounding would look like a wrong kernel.
     torch.backends.cudnn.allow_tf32 = False
 
     started = time.perf_counter()
-    found = {name: worst_difference(name, device, dtype) for name in BACKBONES}
-    right = all(difference < ALLOWED[dtype] for difference in found.values())  # NaN is not
+    differences = {name: largest_difference(name, device, dtype) for name in BACKBONES}
+    seconds = time.perf_counter() - started
 
-    each = ", ".join(f"{name} {difference:.0e}" for name, difference in found.items())
-    place = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    # NaN is not less than anything, and so not right.
+    right = all(difference < allowed for difference in differences.values())
+
+    verdict = "right" if right else "WRONG"
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    by_backbone = ", ".join(f"{name} {value:.0e}" for name, value in differences.items())
     print(
-        f"gradients {'right' if right else 'WRONG'} on {place}, torch {torch.__version__}, {dtype}: "
-        f"a batch against its samples differs by {each} (allowed {ALLOWED[dtype]:.0e}), "
-        f"channels_last_3d and contiguous; {time.perf_counter() - started:.0f} s"
+        f"gradients {verdict} on {device_name}, torch {torch.__version__}, {dtype}: "
+        f"a batch against its samples differs by {by_backbone} (allowed {allowed:.0e}), "
+        f"channels_last_3d and contiguous; {seconds:.0f} s"
     )
     return 0 if right else 1
 
 
-def worst_difference(name: str, device: torch.device, dtype: torch.dtype) -> float:
-    """The largest relative difference between gradients of a batch of three and the mean of its samples'."""
+def largest_difference(name: str, device: torch.device, dtype: torch.dtype) -> float:
+    """Between the gradient of a batch of three and the mean of its samples' gradients.
+
+    Relative to the norm of a parameter's gradient; the largest over parameters and memory layouts.
+    NaN if one of the differences is.
+    """
     torch.manual_seed(0)
     network: Any = BACKBONES[name](1, 2, **SMALL[name]).to(device, dtype)
-    d, h, w = (n * network.divisor for n in (1, 3, 2))
-    x = torch.randn(3, 1, d, h, w, device=device, dtype=dtype)
+    size = [n * network.divisor for n in (1, 3, 2)]
+    x = torch.randn(3, 1, *size, device=device, dtype=dtype)
 
     differences = []
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         set_layout(network, layout)
-        together = gradients(network, x)
-        alone = [gradients(network, x[n : n + 1]) for n in range(3)]
-        for parameter, gradient in together.items():
-            mean = torch.stack([one[parameter] for one in alone]).mean(dim=0)
+        of_batch = gradients(network, x)
+        of_samples = [gradients(network, x[n : n + 1]) for n in range(3)]
+
+        for parameter, gradient in of_batch.items():
+            mean = torch.stack([sample[parameter] for sample in of_samples]).mean(dim=0)
             differences.append(float((gradient - mean).norm() / gradient.norm()))
-    return float(torch.tensor(differences).max())  # NaN if one is
+
+    # Python's max would pass over a NaN.
+    return float(torch.tensor(differences).max())
 
 
 def gradients(network: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of a loss that is a mean over samples, by parameter."""
+    """Of a loss that is a mean over samples, by name of the parameter."""
     network.zero_grad(set_to_none=True)
     network(x).square().mean().backward()
-    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+    by_name = {}
+    for name, parameter in network.named_parameters():
+        if parameter.grad is not None:
+            by_name[name] = parameter.grad.clone()
+    return by_name
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""dae/model: one suite that every backbone passes, ours and the reader's own of docs/porting.md.
+"""dae/model: one suite that every backbone passes, that of docs/porting.md too.
 
-Each is tiny here. What is particular to one of the ports stands at the end.
+The networks are tiny. The tests of single ports are at the end.
 """
 
 import csv
 import importlib
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from conftest import NETWORK, same_weights
 from test_porting import block
 from torch import Tensor, nn
 
+from dae.config.command_line import check_values
 from dae.config.evaluate import PredictConfig, ScoreConfig
 from dae.config.pretrain import PretextConfig, PretrainConfig
 from dae.config.segment import SegConfig
@@ -50,7 +51,7 @@ TINY: dict[str, dict[str, Any]] = {
     MINE: {"feature_size": 6},
 }
 every = pytest.mark.parametrize("name", TINY)
-BLIND = "unet"  # its decoder does not look at the image
+WITHOUT_IMAGE = "unet"  # its decoder does not use the image
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -76,9 +77,9 @@ def mynet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     sys.modules.pop("mynet", None)
 
 
-def network(name: str, c_in: int = 1, c_out: int = 1, **given: Any) -> Any:
+def network(name: str, c_in: int = 1, c_out: int = 1, **options: Any) -> Any:
     torch.manual_seed(0)
-    return backbone_named(name)(c_in, c_out, **{**TINY[name], **given})
+    return backbone_named(name)(c_in, c_out, **{**TINY[name], **options})
 
 
 def crops(
@@ -97,20 +98,25 @@ def step(net: Pretext, x: Tensor) -> Output:
     return result
 
 
-def watch(net: Pretext, change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-    """What reaches `encode`; it is handed `change` of it."""
-    seen: list[Tensor] = []
-    encode = net.backbone.encode
-
-    def encode_and_tell(tokens: Tensor) -> list[Tensor]:
-        seen.append(tokens)
-        return encode(change(tokens))  # type: ignore[no-any-return]
-
-    net.backbone.encode = encode_and_tell
-    return seen
+def reached(model: nn.Module) -> set[str]:
+    """The parameters with a gradient that is finite and not zero."""
+    names = set()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and 0 < parameter.grad.abs().sum() < math.inf:
+            names.add(name)
+    return names
 
 
-# --- the three methods and five facts
+def parameters(model: nn.Module, *, encoder: bool | None = None) -> set[str]:
+    """The names of all parameters, or of those in the encoder or outside of it."""
+    names = set()
+    for name, _ in model.named_parameters():
+        if encoder is None or encoder == name.startswith("encoder."):
+            names.add(name)
+    return names
+
+
+# --- the three methods and five attributes
 
 
 def test_the_suite_knows_every_backbone() -> None:
@@ -128,30 +134,31 @@ def test_shapes_are_as_promised_on_a_grid_of_three_different_sides(
     x = crops(batch=1, channels=channels, size=size)
     tokens = model.tokenize(x)
     assert tokens.shape == (1, model.embed_dim, *(n // model.stride for n in size))
+
     states = model.encode(tokens)
-    assert all(s.ndim == 5 and len(s) == 1 for s in states) and len(states) > 1
-    assert (
-        min(states, key=lambda s: s[0, 0].numel()).shape[2:] == states[-1].shape[2:]
-    )  # the bottleneck is the last
+    assert len(states) > 1
+    assert all(state.ndim == 5 and len(state) == 1 for state in states)
+    voxels = [state[0, 0].numel() for state in states]
+    assert voxels[-1] == min(voxels)  # the bottleneck is the last
+
     y = model.decode(states, x)
-    assert y.shape == (1, 3, *size) and torch.equal(model(x), y)
+    assert y.shape == (1, 3, *size)
+    assert torch.equal(model(x), y)
 
 
 @every
 def test_tokenize_and_encode_use_the_weights_called_encoder_and_decode_uses_the_others(
     name: str,
 ) -> None:
-    model, x = network(name), crops(batch=1)
+    model = network(name)
+    x = crops(batch=1)
     states = model.encode(model.tokenize(x))
-    sum(s.square().mean() for s in states).backward()
-    reached = {
-        n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
-    }
-    assert reached == {n for n, _ in model.named_parameters() if n.startswith("encoder.")}
+    sum(state.square().mean() for state in states).backward()
+    assert reached(model) == parameters(model, encoder=True)
+
     model.zero_grad(set_to_none=True)
-    model.decode([s.detach() for s in states], x).square().mean().backward()
-    reached = {n for n, p in model.named_parameters() if p.grad is not None}
-    assert reached == {n for n, _ in model.named_parameters() if not n.startswith("encoder.")}
+    model.decode([state.detach() for state in states], x).square().mean().backward()
+    assert reached(model) == parameters(model, encoder=False)
 
 
 @every
@@ -163,12 +170,11 @@ def test_the_options_of_the_command_line_reach_the_constructor(name: str) -> Non
 @pytest.mark.parametrize("name", BACKBONES)
 def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
     model = network(name)
-    with pytest.raises(ValueError, match=f"multiple of {model.divisor}"):
-        model.tokenize(
-            torch.zeros(1, 1, 2 * model.divisor, 2 * model.divisor, 2 * model.divisor - 1)
-        )
+    n = model.divisor
+    with pytest.raises(ValueError, match=f"multiple of {n}"):
+        model.tokenize(torch.zeros(1, 1, 2 * n, 2 * n, 2 * n - 1))
     with pytest.raises(ValueError, match="would fit"):
-        model.tokenize(torch.zeros(1, 1, *[model.divisor] * 3))  # one voxel at the bottleneck
+        model.tokenize(torch.zeros(1, 1, n, n, n))  # one voxel at the bottleneck
 
 
 # --- as the method uses them
@@ -178,11 +184,7 @@ def test_sizes_that_do_not_fit_are_refused(name: str) -> None:
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(name: str) -> None:
     net = Pretext(network(name), "dae")
     step(net, crops()).loss.backward()
-    assert [
-        n
-        for n, p in net.named_parameters()
-        if p.grad is None or not 0 < p.grad.abs().sum() < math.inf
-    ] == []
+    assert reached(net) == parameters(net)
 
 
 @every
@@ -192,41 +194,47 @@ def test_every_method_gives_a_finite_loss_and_gradient(name: str, method: str, z
     net = Pretext(network(name), method, PretextConfig(method=method, mask_block=8, z=z))
     result = step(net, crops())
     result.loss.backward()
-    assert result.loss.isfinite() and result.x_rec.shape == (2, 1, 16, 16, 16)
-    reached = [p for p in net.parameters() if p.grad is not None]
-    assert (
-        all(p.grad.isfinite().all() for p in reached)
-        and sum(p.grad.abs().sum() for p in reached) > 0
-    )
+    assert result.loss.isfinite()
+    assert result.x_rec.shape == (2, 1, 16, 16, 16)
+
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient.any() for gradient in gradients)
 
 
 @every
 def test_masked_channels_reach_encode_as_zeros_and_pass_no_gradient_back(name: str) -> None:
     net = Pretext(network(name), "dae")
-    tokenize, kept = net.backbone.tokenize, []
+    tokenize, encode = net.backbone.tokenize, net.backbone.encode
+    seen: dict[str, Tensor] = {}
 
-    def tokenize_and_keep(x: Tensor) -> Tensor:
-        kept.append(tokenize(x))
-        kept[-1].retain_grad()
-        return kept[-1]  # type: ignore[no-any-return]
+    def watched_tokenize(x: Tensor) -> Tensor:
+        seen["before masking"] = tokenize(x)
+        seen["before masking"].retain_grad()
+        return seen["before masking"]
 
-    net.backbone.tokenize = tokenize_and_keep
-    seen = watch(net, lambda tokens: tokens)
+    def watched_encode(tokens: Tensor) -> list[Tensor]:
+        seen["after masking"] = tokens
+        return encode(tokens)  # type: ignore[no-any-return]
+
+    net.backbone.tokenize = watched_tokenize
+    net.backbone.encode = watched_encode
     step(net, crops()).loss.backward()
-    tokens, gradient = seen[-1], kept[-1].grad
-    masked = (tokens == 0).all(dim=(2, 3, 4))
+
+    masked = (seen["after masking"] == 0).all(dim=(2, 3, 4))
     assert masked.sum(dim=1).tolist() == [round(0.6 * net.backbone.embed_dim)] * 2
+    gradient = seen["before masking"].grad
     assert gradient is not None
-    assert bool((gradient[masked] == 0).all()) and bool(
-        (gradient[~masked].abs().amax(dim=(1, 2, 3)) > 0).all()
-    )
+    assert not gradient[masked].any()
+    assert (gradient[~masked] != 0).any(dim=(1, 2, 3)).all()
 
 
 @every
-def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_it_is_shown(
+def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_it_is_given(
     name: str,
 ) -> None:
-    model, image = network(name), crops(seed=9)
+    model = network(name)
+    image = crops(seed=9)
     outputs = []
     for seed in (1, 2):
         tokens = model.tokenize(crops(seed=seed))
@@ -240,12 +248,14 @@ def test_without_its_tokens_a_network_knows_nothing_of_the_volume_but_the_image_
 def test_the_full_resolution_skip_does_not_leak_the_target(
     name: str, method: str, skip: str
 ) -> None:
-    """With the way through the tokens cut, the output depends on the target only where --skip input asks for it."""
+    """Without gradients through the tokens, x_rec depends on the target with --skip input alone."""
     net = Pretext(network(name), method, PretextConfig(method=method, mask_block=8, skip=skip))
-    watch(net, Tensor.detach)
+    encode = net.backbone.encode
+    net.backbone.encode = lambda tokens: encode(tokens.detach())
     x = crops().requires_grad_()
-    (leak,) = torch.autograd.grad(step(net, x).x_rec.square().sum(), x, allow_unused=True)
-    assert (leak is not None and bool(leak.any())) == (skip == "input" and name != BLIND)
+    (gradient,) = torch.autograd.grad(step(net, x).x_rec.square().sum(), x, allow_unused=True)
+    leaks = gradient is not None and bool(gradient.any())
+    assert leaks == (skip == "input" and name != WITHOUT_IMAGE)
 
 
 @every
@@ -256,11 +266,13 @@ def test_residual_starts_as_x_hat(name: str) -> None:
 
 @every
 def test_bf16_is_float32_within_its_rounding(name: str) -> None:
-    """bf16 keeps 8 bits, so every layer rounds by up to 2^-8 = 0.4 % and a dozen in a row by some four times that.
+    """bf16 keeps 8 bits: a layer rounds by up to 2^-8 = 0.4 %, a dozen by about four times that.
 
-    Measured over three volumes each: 0.9 to 1.3 % of the output's std. 3 % leaves room for other CPUs' kernels.
+    Measured over three volumes each: 0.9 to 1.3 % of the output's std. 3 % leaves room for the
+    kernels of other CPUs.
     """
-    model, x = network(name).eval(), crops()
+    model = network(name).eval()
+    x = crops()
     with torch.no_grad():
         exact = model(x)
         with torch.autocast("cpu", torch.bfloat16):
@@ -270,22 +282,22 @@ def test_bf16_is_float32_within_its_rounding(name: str) -> None:
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_checkpointing_recomputes_the_blocks_and_changes_no_gradient(name: str) -> None:
-    gradients, calls = [], []
-    for checkpointing in (False, True):
-        model = network(name, checkpointing=checkpointing)
-        blocks = [
-            m
-            for m in model.encoder.modules()
-            if type(m).__name__ in ("SwinBlock", "ResidualUnit", "Block")
-        ]
-        count: list[int] = []
-        for module in blocks:
-            module.register_forward_pre_hook(lambda *_, count=count: count.append(1))
-        model(crops()).square().mean().backward()
-        gradients.append([p.grad for p in model.parameters()])
-        calls.append(len(count) / len(blocks))
-    assert calls == [1, 2]
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    kept, calls = gradients_and_calls(name, checkpointing=False)
+    recomputed, calls_with_checkpointing = gradients_and_calls(name, checkpointing=True)
+    assert set(calls.values()) == {1}
+    assert set(calls_with_checkpointing.values()) == {2}
+    assert same_weights(kept, recomputed)
+
+
+def gradients_and_calls(name: str, *, checkpointing: bool) -> tuple[dict[str, Any], Counter[str]]:
+    """Gradients by parameter, and how often each block of the encoder has run."""
+    model = network(name, checkpointing=checkpointing)
+    calls: Counter[str] = Counter()
+    for module_name, module in model.encoder.named_modules():
+        if type(module).__name__ in ("SwinBlock", "ResidualUnit", "Block"):
+            module.register_forward_pre_hook(lambda *_, key=module_name: calls.update([key]))
+    model(crops()).square().mean().backward()
+    return {n: p.grad for n, p in model.named_parameters()}, calls
 
 
 # --- as the scripts use them
@@ -295,16 +307,19 @@ def test_checkpointing_recomputes_the_blocks_and_changes_no_gradient(name: str) 
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     name: str, tiny: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:
-    straight = replace(
-        tiny(out=str(tmp_path / "a"), steps=3, recon="residual"), backbone=name, **TINY[name]
-    )
-    broken = replace(straight, out=str(tmp_path / "b"), stop_after=1)
-    for config in (straight, broken, replace(broken, stop_after=0, resume=True)):
+    options = {"backbone": name, **TINY[name]}
+    whole = replace(tiny(out=str(tmp_path / "a"), steps=3, recon="residual"), **options)
+    stopped = replace(whole, out=str(tmp_path / "b"), stop_after=1)
+    for config in (whole, stopped, replace(stopped, stop_after=0, resume=True)):
         pretrain(config)
-    a, b = (checkpoint.load(Path(config.out) / "last.pt") for config in (straight, broken))
-    assert same_weights(a["model"], b["model"]) and (a["step"], b["step"]) == (3, 3)
-    for one, two in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
-        assert all(torch.equal(one[key], two[key]) for key in one)
+
+    a = checkpoint.load(tmp_path / "a/last.pt")
+    b = checkpoint.load(tmp_path / "b/last.pt")
+    assert a["step"] == b["step"] == 3
+    assert same_weights(a["model"], b["model"])
+    states_of_b = b["optimizer"]["state"]
+    for parameter, state in a["optimizer"]["state"].items():
+        assert same_weights(state, states_of_b[parameter])
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +333,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pretrained(phantoms: Path, mynet: None) -> Callable[[str], Path]:
     """The checkpoint of two steps of pre-training with a backbone."""
 
-    def made(name: str) -> Path:
+    def checkpoint_of(name: str) -> Path:
         out = phantoms / name.replace(":", "_")
         if not out.exists():
             pretrain(
@@ -338,13 +353,13 @@ def pretrained(phantoms: Path, mynet: None) -> Callable[[str], Path]:
             )
         return out / "last.pt"
 
-    return made
+    return checkpoint_of
 
 
-def fine_tuning(phantoms: Path, given: Path, out: Path, **keys: Any) -> SegConfig:
+def fine_tuning(phantoms: Path, weights: Path, out: Path, **options: Any) -> SegConfig:
     return SegConfig(
         data=str(phantoms / "phantoms/ct_seg.json"),
-        pretrained=str(given),
+        pretrained=str(weights),
         out=str(out),
         overlap=0.0,
         cache_dir=str(phantoms / "cache"),
@@ -354,12 +369,12 @@ def fine_tuning(phantoms: Path, given: Path, out: Path, **keys: Any) -> SegConfi
         workers=0,
         device="cpu",
         amp="off",
-        **keys,
+        **options,
     )
 
 
 def named(name: str) -> dict[str, str]:
-    """Ours come with the checkpoint; one's own is named."""
+    """The checkpoint decides for a backbone of this repository; another one must be named."""
     return {"backbone": name} if name == MINE else {}
 
 
@@ -372,19 +387,20 @@ def test_what_is_pretrained_is_fine_tuned(
         phantoms, pretrained(name), tmp_path, transfer=parts, lr=0.0, **named(name)
     )
     fine_tune(config)
-    before, after = (
-        checkpoint.load(path)["model"] for path in (pretrained(name), tmp_path / "best.pt")
-    )
-    same = {n for n in before if torch.equal(before[n], after[n])}
-    assert same >= {
-        n
-        for n in before
-        if n.startswith("encoder.") or (parts == "both" and not n.startswith("head."))
-    }
-    drawn = {
-        n for n in before if before[n].ndim == 5 and not n.startswith("encoder.") and n not in same
-    }
-    assert (drawn == {"head.weight"}) == (parts == "both") and "head.weight" not in same
+    before = checkpoint.load(pretrained(name))["model"]
+    after = checkpoint.load(tmp_path / "best.pt")["model"]
+
+    transferred = {n for n in before if torch.equal(before[n], after[n])}
+    encoder = {n for n in before if n.startswith("encoder.")}
+    head = {n for n in before if n.startswith("head.")}
+    decoder = set(before) - encoder - head
+    kernels_of_decoder = {n for n in decoder if before[n].ndim == 5}
+    assert transferred >= encoder
+    assert "head.weight" not in transferred
+    if parts == "both":
+        assert transferred >= decoder
+    else:
+        assert not transferred & kernels_of_decoder
 
 
 @every
@@ -408,14 +424,15 @@ def test_and_predicts_and_is_scored(
         ScoreConfig(**common, predictions=str(tmp_path / "a"), out=str(tmp_path / "scores"))
     )
     rows = list(csv.DictReader((tmp_path / "scores/scores.csv").open()))
-    assert len(rows) == 7 and all(0 <= float(row["dice"]) <= 1 for row in rows)
+    assert len(rows) == 7
+    assert all(0 <= float(row["dice"]) <= 1 for row in rows)
 
 
-# --- what a reader gets wrong
+# --- mistakes
 
 
 @pytest.mark.parametrize(
-    "written, name, words",
+    "code, name, words",
     [
         ("", "unett", "unett: take swin_unetr, unet, vit_unetr, or your own as module:Class"),
         ("", "nomodule:Net", "--backbone nomodule:Net: No module named 'nomodule'"),
@@ -446,16 +463,14 @@ def test_and_predicts_and_is_scored(
     ],
 )
 def test_a_name_that_leads_to_no_backbone_is_one_line(
-    written: str,
+    code: str,
     name: str,
     words: str,
     tiny: Callable[..., PretrainConfig],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from dae.config.command_line import check_values
-
-    (tmp_path / "theirs.py").write_text(written)
+    (tmp_path / "theirs.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "theirs", raising=False)
     with pytest.raises(InputError) as error:
@@ -471,23 +486,21 @@ def test_code_is_never_imported_because_a_checkpoint_says_so(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = pretrained(MINE)
-    saved = checkpoint.load(given)
+    saved = checkpoint.load(pretrained(MINE))
     state = {**saved, "plan": {**saved["plan"], "backbone": "trap:Net"}}
     checkpoint.save(tmp_path / "trap.pt", state)
     (tmp_path / "trap.py").write_text("raise SystemExit('the checkpoint has run code')")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"
-    ):
+
+    line = r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"
+    with pytest.raises(InputError, match=line):
         fine_tune(fine_tuning(phantoms, tmp_path / "trap.pt", tmp_path / "run"))
-    with pytest.raises(
-        InputError, match=r"trap\.pt was made with trap:Net; name it: --backbone trap:Net$"
-    ):
+    with pytest.raises(InputError, match=line):
         evaluate.network_of(
             state["plan"], state["model"], torch.device("cpu"), PredictConfig(), "trap.pt"
         )
-    assert "trap" not in sys.modules and not (tmp_path / "run").exists()
+    assert "trap" not in sys.modules
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -530,7 +543,7 @@ def test_of_ours_the_checkpoint_decides() -> None:
 def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_for_resenc_l() -> (
     None
 ):
-    """102 M is nnU-Net's ResEnc L at six stages, whose convolutions have biases and whose decoder has more heads."""
+    """102 M is nnU-Net's ResEnc L at six stages, with biases and with more heads in the decoder."""
     widths, depths = (32, 64, 128, 256, 320, 320), (1, 3, 4, 6, 6, 6)
 
     def unit(c_in: int, c_out: int) -> int:
@@ -550,7 +563,10 @@ def test_the_u_net_has_as_many_parameters_as_counted_by_hand_and_as_published_fo
 def test_the_u_net_s_bottleneck_sees_as_far_as_its_kernels_reach(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stem 3, first block 7, strided block 9 and at twice the step 13, third block 21; without norms, which see all."""
+    """Stem 3, first block 7, strided block 9 and at twice the step 13, third block 21.
+
+    Without norms, which see all.
+    """
     monkeypatch.setattr(InstanceNorm, "forward", lambda self, x: x)
     model = UNet(1, 1, feature_size=4, depths=(1, 2))
     x = torch.randn(1, 1, 32, 32, 32, requires_grad=True)
@@ -568,10 +584,11 @@ def test_the_u_net_takes_two_to_seven_stages_and_stays_within_320_channels() -> 
             assert model.encoder.stages[-1][0].conv2.weight.shape[0] == min(320, 32 * model.divisor)
 
 
-def test_the_u_net_does_not_look_at_the_image() -> None:
+def test_the_u_net_does_not_use_the_image() -> None:
     model = network("unet")
     states = model.encode(model.tokenize(crops()))
-    assert torch.equal(model.decode(states, crops(seed=1)), model.decode(states, crops(seed=2)))
+    with_one_image = model.decode(states, crops(seed=1))
+    assert torch.equal(with_one_image, model.decode(states, crops(seed=2)))
 
 
 @pytest.mark.parametrize(
@@ -588,34 +605,34 @@ def test_the_u_net_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
 def test_unetr_has_the_published_number_of_parameters() -> None:
     """92.58 M (Table 4 of the paper) with learned positions, here fixed; and as counted by hand."""
     c, f = 768, 16
-    transformer = 12 * (3 * c * c + c * c + c + 8 * c * c + 5 * c + 4 * c) + (16**3 * c + c) + 2 * c
+    block_parameters = 3 * c * c + c * c + c + 8 * c * c + 5 * c + 4 * c
+    transformer = 12 * block_parameters + (16**3 * c + c) + 2 * c
 
     def residual(a: int, b: int) -> int:
         return 27 * a * b + 27 * b * b + (a * b if a != b else 0)
 
-    raised = sum(
-        8 * c * f * k + n * (8 * (f * k) ** 2 + residual(f * k, f * k))
-        for k, n in ((2, 2), (4, 1), (8, 0))
-    )
-    ups = sum(
-        8 * a * b + residual(2 * b, b)
-        for a, b in ((c, 8 * f), (8 * f, 4 * f), (4 * f, 2 * f), (2 * f, f))
-    )
+    upsampling = 0
+    for width, more_doublings in ((2 * f, 2), (4 * f, 1), (8 * f, 0)):
+        upsampling += 8 * c * width
+        upsampling += more_doublings * (8 * width**2 + residual(width, width))
+
+    ups = 0
+    for coarse, fine in pairwise((c, 8 * f, 4 * f, 2 * f, f)):
+        ups += 8 * coarse * fine + residual(2 * fine, fine)
+
     with torch.device("meta"):
         counted = sum(p.numel() for p in ViTUNETR(1, 14).parameters())
-    assert counted == transformer + raised + ups + residual(1, f) + 14 * f + 14
+    assert counted == transformer + upsampling + ups + residual(1, f) + 14 * f + 14
     assert abs(counted / 92.58e6 - 1) < 0.001
 
 
-def test_the_states_are_those_after_a_third_two_thirds_and_all_of_the_blocks_or_after_each_quarter() -> (
-    None
-):
+@pytest.mark.parametrize("patch, blocks", [(8, [4, 8, 12]), (16, [3, 6, 9, 12])])
+def test_the_states_are_those_after_each_third_or_quarter_of_the_blocks(
+    patch: int, blocks: list[int]
+) -> None:
     with torch.device("meta"):
-        taken = [
-            ViTEncoder(1, 24, depth=12, heads=2, patch=p, checkpointing=False).taken
-            for p in (8, 16)
-        ]
-    assert taken == [[4, 8, 12], [3, 6, 9, 12]]
+        encoder = ViTEncoder(1, 24, depth=12, heads=2, patch=patch, checkpointing=False)
+    assert encoder.state_after == blocks
 
 
 @pytest.mark.parametrize("patch", [8, 16])
@@ -623,28 +640,43 @@ def test_the_transformer_is_torch_s_own_on_the_same_weights(patch: int) -> None:
     model = network("vit_unetr", vit_patch=patch, vit_depth=4).eval()
     tokens = model.tokenize(crops(batch=1, size=(2 * patch, patch, 2 * patch)))
     x = tokens.flatten(2).transpose(1, 2) + position_embedding(tokens.shape[-3:], 24)
-    states = [s.flatten(2).transpose(1, 2) for s in model.encode(tokens)]
-    for n, block_ in enumerate(model.encoder.blocks, start=1):
-        layer = nn.TransformerEncoderLayer(
-            24, 2, 96, 0.0, "gelu", block_.norm1.eps, batch_first=True, norm_first=True
-        )
-        own = block_.state_dict()
-        own["attn.qkv.bias"] = torch.zeros(72)
-        names = {
-            "self_attn.in_proj_": "attn.qkv.",
-            "self_attn.out_proj.": "attn.proj.",
-            "linear1.": "mlp.fc1.",
-            "linear2.": "mlp.fc2.",
-            "norm1.": "norm1.",
-            "norm2.": "norm2.",
-        }
-        layer.load_state_dict(
-            {a + k: own[b + k] for a, b in names.items() for k in ("weight", "bias")}
-        )
-        x = layer.train()(x)
-        if n in model.encoder.taken[:-1]:
-            assert torch.allclose(states[model.encoder.taken.index(n)], x, atol=1e-5)
-    assert torch.allclose(states[-1], nn.functional.layer_norm(x, (24,)), atol=1e-5)
+    expected = []
+    for n, timm_block in enumerate(model.encoder.blocks, start=1):
+        x = torch_layer(timm_block).train()(x)
+        if n in model.encoder.state_after:
+            expected.append(x)
+    expected[-1] = nn.functional.layer_norm(x, (24,))
+
+    states = [state.flatten(2).transpose(1, 2) for state in model.encode(tokens)]
+    assert len(states) == len(expected)
+    for state, by_torch in zip(states, expected):
+        assert torch.allclose(state, by_torch, atol=1e-5)
+
+
+def torch_layer(timm_block: nn.Module) -> nn.Module:
+    """torch's own transformer layer with the weights of a timm block."""
+    names = {
+        "self_attn.in_proj_": "attn.qkv.",
+        "self_attn.out_proj.": "attn.proj.",
+        "linear1.": "mlp.fc1.",
+        "linear2.": "mlp.fc2.",
+        "norm1.": "norm1.",
+        "norm2.": "norm2.",
+    }
+    weights = timm_block.state_dict()
+    weights["attn.qkv.bias"] = torch.zeros(72)
+
+    state = {}
+    for torch_name, timm_name in names.items():
+        for part in ("weight", "bias"):
+            state[torch_name + part] = weights[timm_name + part]
+
+    eps = float(timm_block.norm1.eps)  # type: ignore[union-attr, arg-type]
+    layer = nn.TransformerEncoderLayer(
+        24, 2, 96, 0.0, "gelu", eps, batch_first=True, norm_first=True
+    )
+    layer.load_state_dict(state)
+    return layer
 
 
 def test_a_token_is_made_of_its_patch_and_every_state_of_all_patches() -> None:
@@ -652,23 +684,28 @@ def test_a_token_is_made_of_its_patch_and_every_state_of_all_patches() -> None:
     x = crops(batch=1, size=(16, 16, 24)).requires_grad_()
     tokens = model.tokenize(x)
     (gradient,) = torch.autograd.grad(tokens[0, :, 1, 0, 2].sum(), x, retain_graph=True)
-    where = gradient[0, 0].nonzero()
-    assert (where.amin(0).tolist(), where.amax(0).tolist()) == ([8, 0, 16], [15, 7, 23])
+    voxels = gradient[0, 0].nonzero()
+    assert voxels.amin(0).tolist() == [8, 0, 16]
+    assert voxels.amax(0).tolist() == [15, 7, 23]
     (gradient,) = torch.autograd.grad(model.encode(tokens)[0][0, 0, 0, 0, 0], x)
     assert bool((gradient != 0).all())
 
 
-def test_every_place_has_a_code_of_its_own_the_same_in_every_grid() -> None:
-    codes = position_embedding((5, 4, 6), 24)
-    assert codes.shape == (1, 120, 24) and len(codes[0].unique(dim=0)) == 120
-    assert torch.pdist(codes[0]).min() > 0.1
-    assert torch.equal(
-        codes[0, (2 * 4 + 1) * 6 + 3], position_embedding((3, 7, 5), 24)[0, (2 * 7 + 1) * 5 + 3]
-    )
+def test_every_position_has_an_embedding_of_its_own_the_same_in_every_grid() -> None:
+    embedding = position_embedding((5, 4, 6), 24)
+    in_other_grid = position_embedding((3, 7, 5), 24)
+    assert embedding.shape == (1, 120, 24)
+    assert torch.pdist(embedding[0]).min() > 0.1
+
+    d, h, w = 2, 1, 3
+    at_token = embedding[0, (d * 4 + h) * 6 + w]
+    assert torch.equal(at_token, in_other_grid[0, (d * 7 + h) * 5 + w])
 
 
-def test_a_code_is_sines_and_cosines_of_d_then_h_then_w() -> None:
-    by_hand = [wave(n / 100**k) for n in (2, 1, 3) for wave in (math.sin, math.cos) for k in (0, 1)]
+def test_an_embedding_is_sines_and_cosines_of_d_then_h_then_w() -> None:
+    by_hand = []
+    for n, wave, k in product((2, 1, 3), (math.sin, math.cos), (0, 1)):
+        by_hand.append(wave(n / 100**k))
     assert torch.allclose(position_embedding((3, 2, 4), 12)[0, -1], torch.tensor(by_hand))
 
 

@@ -4,78 +4,73 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from dae.pretext.contrast import cmcl, embed
 
 MODALITY = torch.tensor([0, 2, 0, 1, 2])
+STATE = torch.randn(5, 6, 2, 3, 2, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture
-def z() -> torch.Tensor:
-    return embed(torch.randn(5, 6, 2, 3, 2, generator=torch.Generator().manual_seed(0)))
-
-
-def cosine(a: list[float], b: list[float]) -> float:
-    return sum(x * y for x, y in zip(a, b)) / math.sqrt(
-        sum(x * x for x in a) * sum(y * y for y in b)
-    )
+def cosine(a: Tensor, b: Tensor) -> float:
+    product = sum(x * y for x, y in zip(a.tolist(), b.tolist()))
+    return product / math.sqrt(sum(x * x for x in a.tolist()) * sum(y * y for y in b.tolist()))
 
 
 def test_the_feature_is_the_mean_over_space_at_length_one() -> None:
-    state = torch.randn(2, 3, 2, 2, 2)
-    means = state.reshape(2, 3, 8).mean(-1)
-    assert torch.allclose(embed(state), means / means.norm(dim=1, keepdim=True), atol=1e-6)
+    means = STATE.reshape(5, 6, 12).mean(-1)
+    assert torch.allclose(embed(STATE), means / means.norm(dim=1, keepdim=True), atol=1e-6)
 
 
 def test_the_flat_feature_of_the_authors_keeps_every_value() -> None:
-    state = torch.randn(2, 3, 2, 2, 2)
-    assert torch.equal(embed(state, "flat"), state.reshape(2, 24))
+    assert torch.equal(embed(STATE, "flat"), STATE.reshape(5, 72))
 
 
-def test_eq_3_and_4_by_a_double_loop(z: torch.Tensor) -> None:
+def test_eq_3_and_4_by_a_double_loop() -> None:
+    z = embed(STATE)
     total = 0.0
     for i in range(5):
         for j in range(5):
-            similarity = cosine(z[i].tolist(), z[j].tolist()) * math.exp(0.07)
-            p = 1 / (1 + math.exp(-similarity))
+            z_sim = cosine(z[i], z[j]) * math.exp(0.07)
+            p = 1 / (1 + math.exp(-z_sim))
             total -= math.log(p if MODALITY[i] == MODALITY[j] else 1 - p)
     assert cmcl(z, MODALITY, temperature=0.07).item() == pytest.approx(total / 25, abs=1e-6)
 
 
-def test_softmax_form_by_a_double_loop(z: torch.Tensor) -> None:
+def test_softmax_form_by_a_double_loop() -> None:
+    z = embed(STATE)
     total = 0.0
     for i in range(5):
-        scores = [cosine(z[i].tolist(), z[j].tolist()) / 0.07 for j in range(5)]
-        log_sum = math.log(sum(math.exp(s) for s in scores))
+        scores = [cosine(z[i], z[j]) / 0.07 for j in range(5)]
+        log_sum = math.log(sum(math.exp(score) for score in scores))
         positives = [j for j in range(5) if MODALITY[i] == MODALITY[j]]
         total -= sum(scores[j] - log_sum for j in positives) / len(positives)
-    assert cmcl(z, MODALITY, temperature=0.07, form="softmax").item() == pytest.approx(
-        total / 5, abs=1e-5
-    )
+    loss = cmcl(z, MODALITY, temperature=0.07, form="softmax")
+    assert loss.item() == pytest.approx(total / 5, abs=1e-5)
 
 
 @pytest.mark.parametrize("pair, columns", [((1, 1), (0, 0)), ((0, 1), (0, 1)), ((4, 2), (1, 0))])
 def test_the_authors_form_takes_class_ranks_for_columns(
     pair: tuple[int, int], columns: tuple[int, int]
 ) -> None:
-    """For (flair, t2) it asks each sample to look like the other: a finding about their code, kept as an option."""
+    """For (flair, t2) it asks each sample to look like the other: a finding about their code."""
     z = torch.randn(2, 4)
     logits = (z @ z.T) * math.exp(0.5)
     by_hand = -sum(logits[i].log_softmax(0)[columns[i]] for i in range(2)) / 2
-    found = cmcl(z, torch.tensor(pair), temperature=0.5, form="ranks")
-    assert found.item() == pytest.approx(by_hand.item(), abs=1e-5)
+    loss = cmcl(z, torch.tensor(pair), temperature=0.5, form="ranks")
+    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["bce", "softmax"])
 def test_the_loss_falls_when_modalities_part(form: str) -> None:
     modality = torch.tensor([0, 0, 1, 1])
-    apart = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])
+    separated = torch.tensor([[1.0, 0], [1, 0], [-1, 0], [-1, 0]])
     mixed = torch.tensor([[1.0, 0], [-1, 0], [1, 0], [-1, 0]])
-    assert cmcl(apart, modality, form=form) < cmcl(mixed, modality, form=form)
+    assert cmcl(separated, modality, form=form) < cmcl(mixed, modality, form=form)
 
 
 def test_it_is_computed_in_float32_under_autocast() -> None:
-    state = torch.randn(5, 6, 2, 3, 2).bfloat16()
+    state = STATE.bfloat16()
     exact = cmcl(embed(state.float()), MODALITY)
     with torch.autocast("cpu", torch.bfloat16):
         assert embed(state).dtype == torch.float32

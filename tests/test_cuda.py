@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels chosen, waits, gradients against a CPU in float64. Skipped without one."""
+"""What only a GPU can show: kernels chosen, waits, gradients against a CPU in float64."""
 
 from typing import Any
 
@@ -45,24 +45,26 @@ def crops(batch: int = 2) -> Tensor:
 def test_training_takes_a_fused_kernel_in_every_block(
     amp: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taken = []
+    is_fused = []
     attend = F.scaled_dot_product_attention
 
-    def attend_and_tell(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+    def watched(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
         params = torch.backends.cuda.SDPAParams(q, k, v, attn_mask, 0.0, False, False)
-        taken.append(torch.backends.cuda.can_use_efficient_attention(params, debug=True))
+        is_fused.append(torch.backends.cuda.can_use_efficient_attention(params, debug=True))
         return attend(q, k, v, attn_mask=attn_mask)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", attend_and_tell)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     model = SwinUNETR(1, 1, **NETWORK).to(GPU)
     with torch.autocast("cuda", torch.bfloat16, enabled=amp is torch.bfloat16):
         model(crops())
-    assert taken == [True] * 4
+    assert is_fused == [True] * 4
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_never_waits_for_the_gpu(method: str) -> None:
-    net, x, modality = pretext(method), crops(), MODALITY.to(GPU)
+    net = pretext(method)
+    x = crops()
+    modality = MODALITY.to(GPU)
     optimizer = torch.optim.AdamW(net.parameters(), fused=True)
 
     def step() -> None:
@@ -86,22 +88,26 @@ def test_a_step_never_waits_for_the_gpu(method: str) -> None:
 def test_gradients_in_float32_are_those_of_a_cpu_in_float64(batch: int) -> None:
     torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
-    there, x = SwinUNETR(1, 1, **NETWORK).double(), crops(batch)
+    on_cpu = SwinUNETR(1, 1, **NETWORK).double()
     torch.manual_seed(0)
-    here = SwinUNETR(1, 1, **NETWORK).to(GPU)
-    lay_out(here, GPU, compiled=False)
+    on_gpu = SwinUNETR(1, 1, **NETWORK).to(GPU)
+    lay_out(on_gpu, GPU, compiled=False)
+
+    x = crops(batch)
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
-    (there(x.cpu().double()) * weight).sum().backward()
-    (here(x) * weight.to(GPU)).sum().backward()
-    for (name, a), b in zip(here.named_parameters(), there.parameters()):
+    (on_cpu(x.cpu().double()) * weight).sum().backward()
+    (on_gpu(x) * weight.to(GPU)).sum().backward()
+
+    for (name, a), b in zip(on_gpu.named_parameters(), on_cpu.parameters()):
         assert a.grad is not None and b.grad is not None
-        off = (a.grad.cpu().double() - b.grad).norm() / b.grad.norm()
-        assert off < check.ALLOWED[torch.float32], (name, float(off))
+        difference = (a.grad.cpu().double() - b.grad).norm() / b.grad.norm()
+        assert difference < check.ALLOWED[torch.float32], (name, float(difference))
 
 
 def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
-    """cuDNN's kernel has NaN there (pytorch issue 196678); the bias needs a gradient, which keeps it out."""
-    net, x = pretext(window=(4, 4, 4)), crops()
+    """cuDNN's kernel, which has NaN there (pytorch issue 196678), takes no bias with a gradient."""
+    net = pretext(window=(4, 4, 4))
+    x = crops()
     drawn = net.draw(x, [1, 2])
     with torch.autocast("cuda", torch.bfloat16):
         loss = net(x, MODALITY.to(GPU), drawn).loss
@@ -112,16 +118,17 @@ def test_bf16_gradients_of_windows_of_64_tokens_are_finite() -> None:
 @pytest.mark.slow
 def test_compiled_is_one_graph_and_gives_the_same_gradients() -> None:
     """As test_compile.py on a CPU; what it allows is explained there."""
-    losses, gradients = [], []
+    losses: list[float] = []
+    gradients: list[Tensor] = []
+    x = crops()
     for compiled in (False, True):
-        net, x = pretext(compiled=compiled), crops()
+        net = pretext(compiled=compiled)
         run = torch.compile(net, fullgraph=True) if compiled else net
         loss = run(x, MODALITY.to(GPU), net.draw(x, [1, 2])).loss
         loss.backward()
         losses.append(loss.item())
-        gradients.append(
-            torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
-        )
+        parts = [p.grad.flatten() for p in net.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 

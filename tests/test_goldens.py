@@ -1,12 +1,15 @@
-"""Outputs of MONAI 1.6.1 on weights that a recipe makes from the key names alone; MONAI itself is not needed."""
+"""Outputs of MONAI 1.6.1 on weights that a recipe makes from the key names alone, without MONAI."""
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import same_weights
+from torch import Tensor
 
 from dae.model import MONAI, SwinUNETR
 from dae.weights.layouts import from_monai, to_monai
@@ -31,81 +34,95 @@ CASES: list[tuple[str, dict[str, Any], int, int, tuple[int, int, int]]] = [
 ]
 
 
-def recipe(key: str, shape: tuple[int, ...]) -> torch.Tensor:
-    r = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape)
+def normal(seed: int, shape: Sequence[int]) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def recipe(key: str, shape: tuple[int, ...]) -> Tensor:
+    values = normal(zlib.crc32(key.encode()), shape)
     if "relative_position_bias_table" in key:
-        r *= 0.5
+        values *= 0.5
     elif len(shape) >= 2:
-        r /= np.sqrt(shape[0] if "transp_conv" in key else np.prod(shape[1:]))
+        fan_in = shape[0] if "transp_conv" in key else np.prod(shape[1:])
+        values /= np.sqrt(fan_in)
+    elif key.endswith("weight"):
+        values = 1 + 0.1 * values
     else:
-        r = 1 + 0.1 * r if key.endswith("weight") else 0.1 * r
-    return torch.from_numpy(r.astype(np.float32))
+        values = 0.1 * values
+    return torch.from_numpy(values.astype(np.float32))
 
 
-def monai_weights(model: SwinUNETR) -> dict[str, torch.Tensor]:
-    """MONAI's state dict at recipe values: its names and shapes are ours, translated."""
-    named = to_monai(model.state_dict())
-    return {k: v if k.endswith("_index") else recipe(k, tuple(v.shape)) for k, v in named.items()}
+def monai_weights(model: SwinUNETR) -> dict[str, Tensor]:
+    """MONAI's state dict at recipe values: its names and shapes are this model's, translated."""
+    weights = to_monai(model.state_dict())
+    for key, value in weights.items():
+        if not key.endswith("_index"):
+            weights[key] = recipe(key, tuple(value.shape))
+    return weights
 
 
-def moments(x: torch.Tensor) -> list[float]:
+def moments(x: Tensor) -> list[float]:
     x = x.double()
     return [x.mean().item(), x.std().item(), x.abs().max().item()]
 
 
-@pytest.mark.parametrize("k", range(len(CASES)), ids=[case[0] for case in CASES])
+def difference(values: Any, golden: np.ndarray) -> float:
+    return float(np.abs(np.asarray(values) - golden).max())
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=[case[0] for case in CASES])
 @torch.inference_mode()
-def test_logits_and_hidden_states_equal_monai(k: int) -> None:
-    name, options, c_in, c_out, size = CASES[k]
-    golden = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")
+def test_logits_and_hidden_states_equal_monai(number: int) -> None:
+    name, options, c_in, c_out, size = CASES[number]
     model = SwinUNETR(c_in, c_out, **SMALL, **options).eval()
     model.load_state_dict(from_monai(monai_weights(model)), strict=True)
-    x = torch.from_numpy(
-        np.random.default_rng(1000 + k).standard_normal((1, c_in, *size)).astype(np.float32)
-    )
 
+    x = torch.from_numpy(normal(1000 + number, (1, c_in, *size)).astype(np.float32))
     states = model.encode(model.tokenize(x))
     logits = model.decode(states, x)
 
-    def difference(found: Any, key: str) -> float:
-        return float(np.abs(np.asarray(found) - golden[f"{name}/{key}"]).max())
-
-    assert difference(logits[..., ::4, ::4, ::4], "logits_stride4") < 2e-4
-    assert difference(moments(logits), "logits_moments") < 2e-4
-    assert difference(states[4], "hidden4") < 2e-4
+    goldens = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")
+    assert difference(logits[..., ::4, ::4, ::4], goldens[f"{name}/logits_stride4"]) < 2e-4
+    assert difference(moments(logits), goldens[f"{name}/logits_moments"]) < 2e-4
+    assert difference(states[4], goldens[f"{name}/hidden4"]) < 2e-4
     for n, state in enumerate(states):
-        assert difference(moments(state), f"hidden{n}_moments") < 2e-4
+        assert difference(moments(state), goldens[f"{name}/hidden{n}_moments"]) < 2e-4
+
+
+def listed_shapes(layout: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of MONAI's tensors, as its own network gives them."""
+    shapes = {}
+    for line in (GOLDENS / f"keys_monai_swin_unetr_{layout}.tsv").read_text().splitlines():
+        name, shape = line.split("\t")
+        shapes[name] = tuple(int(n) for n in shape.split("x"))
+    return shapes
+
+
+def shapes_of(state: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 @pytest.mark.parametrize("layout, stage_conv", [("f48", False), ("v2_f48", True)])
 def test_our_names_translate_to_every_tensor_of_monai_and_back(
     layout: str, stage_conv: bool
 ) -> None:
-    lines = (GOLDENS / f"keys_monai_swin_unetr_{layout}.tsv").read_text().split("\n")
-    shapes = {
-        k: tuple(map(int, s.split("x"))) for k, s in (line.split("\t") for line in lines if line)
-    }
     with torch.device("meta"):
         ours = SwinUNETR(1, 14, stage_conv=stage_conv).state_dict()
     theirs = to_monai(ours)
-    assert {k: tuple(v.shape) for k, v in theirs.items()} == shapes
-    assert {k: v.shape for k, v in from_monai(theirs).items()} == {
-        k: v.shape for k, v in ours.items()
-    }
+    assert shapes_of(theirs) == listed_shapes(layout)
+    assert shapes_of(from_monai(theirs)) == shapes_of(ours)
 
 
 def test_to_monai_undoes_from_monai_key_by_key() -> None:
-    w = monai_weights(SwinUNETR(1, 2, **SMALL, stage_conv=True))
-    back = to_monai(from_monai(w))
-    assert back.keys() == w.keys()
-    assert all(torch.equal(back[k], w[k]) for k in w)
+    weights = monai_weights(SwinUNETR(1, 2, **SMALL, stage_conv=True))
+    assert same_weights(to_monai(from_monai(weights)), weights)
 
 
 def test_to_monai_finds_a_cubic_window_by_itself_and_refuses_three_stages() -> None:
     small = SwinUNETR(1, 2, **{**SMALL, "window": (4, 4, 4)})
-    assert to_monai(small.state_dict())[
-        "swinViT.layers1.0.blocks.0.attn.relative_position_index"
-    ].shape == (64, 64)
+    index = "swinViT.layers1.0.blocks.0.attn.relative_position_index"
+    assert to_monai(small.state_dict())[index].shape == (64, 64)
+
     three = SwinUNETR(1, 2, feature_size=12, depths=(1, 1, 1), heads=(3, 3, 3))
     with pytest.raises(ValueError, match="four stages"):
         to_monai(three.state_dict())

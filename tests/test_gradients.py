@@ -1,8 +1,8 @@
-"""The gradient proof: what the loops train on is the gradient of the loss they print, for every parameter.
+"""The gradients that the loops train on are those of the loss they print, for every parameter.
 
-torch has had kernels whose output is right and whose gradient is wrong for one layout, one batch size or
-one device. So every backbone and the whole `Pretext` are held, in float64, against three things that are
-not themselves: their samples one by one, finite differences, and the same network in explicit formulas.
+torch has had kernels whose output is right and whose gradient is wrong for one layout, one batch
+size or one device. So every backbone and the whole `Pretext` are compared, in float64, with three
+others: their samples one by one, finite differences, and the same network in explicit formulas.
 """
 
 from collections.abc import Callable
@@ -24,10 +24,10 @@ from dae.training.kernels import set_layout
 
 Gradients = dict[str, Tensor]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last_3d}
-# Voxels along d h w: tokens that fill whole windows, and an odd number of them along every axis of the
-# bottleneck, so that windows are padded, rolled and clipped.
+# Voxels along d h w: tokens that fill whole windows, and an odd number of them along every axis of
+# the bottleneck, so that windows are padded, rolled and clipped.
 GRIDS = {"even": (24, 24, 24), "odd": (8, 24, 16)}
-# One sample is a case of its own: the loops meet it as --batch-size 1, and as the last rank's share.
+# One sample is a case of its own: the loops see it with --batch-size 1, and in a last rank's share.
 BATCHES = [1, 2, 3]
 
 every = pytest.mark.parametrize("name", BACKBONES)
@@ -37,40 +37,52 @@ def network(
     name: str, *, layout: str = "channels_last", dtype: torch.dtype = torch.float64, **more: Any
 ) -> Any:
     torch.manual_seed(0)
-    made = BACKBONES[name](1, 2, **{**check.SMALL[name], **more}).to(dtype)
-    set_layout(made, LAYOUTS[layout])
-    return made
+    model = BACKBONES[name](1, 2, **{**check.SMALL[name], **more}).to(dtype)
+    set_layout(model, LAYOUTS[layout])
+    return model
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
 def crops(grid: str, batch: int) -> Tensor:
-    return torch.randn(
-        batch, 1, *GRIDS[grid], dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
+    return normal(1, batch, 1, *GRIDS[grid])
 
 
 def loss_of(model: nn.Module, x: Tensor) -> Tensor:
-    """A mean over samples that weighs every voxel of every channel in its own way."""
+    """A mean over samples in which every voxel of every channel has a weight of its own."""
     y = model(x)
-    weight = torch.randn(
-        y.shape[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(2)
-    )
+    weight = normal(2, *y.shape[1:])
     return (y * weight.to(y.dtype)).mean() + y.square().mean()
 
 
 def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> Gradients:
     model.zero_grad(set_to_none=True)
     loss().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    by_name = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            by_name[name] = parameter.grad.clone()
+    return by_name
 
 
-def worst(found: Gradients, expected: Gradients) -> float:
-    """The largest difference of any parameter's gradient, relative to its norm."""
+def mean_of(samples: list[Gradients]) -> Gradients:
+    mean = {}
+    for name in samples[0]:
+        mean[name] = torch.stack([sample[name] for sample in samples]).mean(dim=0)
+    return mean
+
+
+def largest_difference(found: Gradients, expected: Gradients) -> float:
+    """Of any parameter's gradient, relative to its norm; those that are 0 are left out."""
     assert found.keys() == expected.keys()
-    return max(
-        float((found[n] - expected[n]).norm() / expected[n].norm())
-        for n in found
-        if expected[n].any()
-    )
+    differences = []
+    for name, gradient in expected.items():
+        if gradient.any():
+            differences.append(float((found[name] - gradient).norm() / gradient.norm()))
+    return max(differences)
 
 
 # --- (a) the samples one by one
@@ -82,12 +94,12 @@ def worst(found: Gradients, expected: Gradients) -> float:
 def test_the_gradient_of_a_batch_is_the_mean_of_its_samples(
     name: str, grid: str, layout: str
 ) -> None:
-    model, x = network(name, layout=layout), crops(grid, 3)
-    alone = [gradients(model, partial(loss_of, model, one[None])) for one in x]
+    model = network(name, layout=layout)
+    x = crops(grid, 3)
+    of_samples = [gradients(model, partial(loss_of, model, sample[None])) for sample in x]
     for batch in BATCHES[1:]:
-        together = gradients(model, partial(loss_of, model, x[:batch]))
-        mean = {n: sum(one[n] for one in alone[:batch]) / batch for n in together}
-        assert worst(together, mean) < 1e-9, batch
+        of_batch = gradients(model, partial(loss_of, model, x[:batch]))
+        assert largest_difference(of_batch, mean_of(of_samples[:batch])) < 1e-9, batch
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -96,18 +108,20 @@ def test_the_gradient_of_a_pretext_is_the_mean_of_its_samples(method: str, recon
     """Without CMCL, which is the one term that compares samples."""
     options = PretextConfig(method=method, mask_block=8, recon=recon, alpha=0.0)
     torch.manual_seed(0)
-    net = Pretext(
-        BACKBONES["swin_unetr"](1, 1, **check.SMALL["swin_unetr"]), method, options
-    ).double()
-    x, modality, seeds = crops("odd", 3), torch.tensor([0, 1, 0]), [5, 6, 7]
+    backbone: Any = BACKBONES["swin_unetr"](1, 1, **check.SMALL["swin_unetr"])
+    net = Pretext(backbone, method, options).double()
+    x = crops("odd", 3)
+    modality = torch.tensor([0, 1, 0])
+    seeds = [5, 6, 7]
 
     def loss(part: slice) -> Tensor:
-        return net(x[part], modality[part], net.draw(x[part], seeds[part])).loss  # type: ignore[no-any-return]
+        drawn = net.draw(x[part], seeds[part])
+        return net(x[part], modality[part], drawn).loss  # type: ignore[no-any-return]
 
-    together = gradients(net, partial(loss, slice(None)))
-    alone = [gradients(net, partial(loss, slice(n, n + 1))) for n in range(3)]
+    of_batch = gradients(net, partial(loss, slice(None)))
+    of_samples = [gradients(net, partial(loss, slice(n, n + 1))) for n in range(3)]
     # The losses are float32 by design, so the gradients have its digits.
-    assert worst(together, {n: sum(one[n] for one in alone) / 3 for n in together}) < 1e-5
+    assert largest_difference(of_batch, mean_of(of_samples)) < 1e-5
 
 
 # --- (b) finite differences
@@ -118,24 +132,31 @@ def test_the_gradient_of_a_pretext_is_the_mean_of_its_samples(method: str, recon
 def test_the_gradient_of_every_parameter_is_that_of_finite_differences(
     name: str, batch: int
 ) -> None:
-    model, x = network(name), crops("odd", batch)
+    model = network(name)
+    x = crops("odd", batch)
     found = gradients(model, partial(loss_of, model, x))
-    step = 1e-7  # leaky ReLU has kinks: a larger step crosses more of them
     generator = torch.Generator().manual_seed(3)
     for parameter_name, parameter in model.named_parameters():
-        # Half along the gradient, half at random: neither vanishing nor blind to what is beside it.
+        # Half along the gradient, half at random: it neither vanishes nor misses what is beside it.
+        gradient = found[parameter_name]
         aside = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-        direction = found[parameter_name] / found[parameter_name].norm() + aside / aside.norm()
-        losses = []
-        with torch.no_grad():
-            before = parameter.clone()
-            for sign in (1, -1):
-                parameter.copy_(before + sign * step * direction)
-                losses.append(loss_of(model, x))
-            parameter.copy_(before)
-        slope = float(losses[0] - losses[1]) / (2 * step)
-        expected = float((found[parameter_name] * direction).sum())
+        direction = gradient / gradient.norm() + aside / aside.norm()
+
+        expected = float((gradient * direction).sum())
+        slope = slope_along(direction, parameter, partial(loss_of, model, x))
         assert slope == pytest.approx(expected, rel=1e-3, abs=1e-8), parameter_name
+
+
+@torch.no_grad()
+def slope_along(direction: Tensor, parameter: Tensor, loss: Callable[[], Tensor]) -> float:
+    step = 1e-7  # leaky ReLU has kinks: a larger step crosses more of them
+    before = parameter.clone()
+    parameter.copy_(before + step * direction)
+    loss_after = loss()
+    parameter.copy_(before - step * direction)
+    loss_before = loss()
+    parameter.copy_(before)
+    return float(loss_after - loss_before) / (2 * step)
 
 
 # --- (c) explicit formulas
@@ -143,7 +164,8 @@ def test_the_gradient_of_every_parameter_is_that_of_finite_differences(
 
 def instance_norm(self: InstanceNorm, x: Tensor) -> Tensor:
     centred = x - reduce(x, "b c d h w -> b c 1 1 1", "mean")
-    y = centred / (reduce(centred**2, "b c d h w -> b c 1 1 1", "mean") + 1e-5).sqrt()
+    variance = reduce(centred**2, "b c d h w -> b c 1 1 1", "mean")
+    y = centred / (variance + 1e-5).sqrt()
     if self.weight is None or self.bias is None:
         return y
     return y * rearrange(self.weight, "c -> c 1 1 1") + rearrange(self.bias, "c -> c 1 1 1")
@@ -165,18 +187,17 @@ def recomputed(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, window: Any, shift
     nd, nh, nw = q.shape[1:4]
     grid = (nd * window[0], nh * window[1], nw * window[2])
     mask = swin.attention_mask(grid, window, shift, q.device)
-    flat = "b nd nh nw heads i e -> b (nd nh nw) heads i e"
-    q, k, v = (rearrange(t, flat) for t in (q, k, v))
     if mask is not None:
         bias = bias.masked_fill(~mask[:, None], float("-inf"))
-    out = swin.attention_by_the_formula(q, k, v, bias)
-    return rearrange(out, "b (nd nh nw) heads i e -> b nd nh nw heads i e", nd=nd, nh=nh)
+        bias = rearrange(bias, "(nd nh nw) heads i j -> nd nh nw heads i j", nd=nd, nh=nh)
+    return swin.attention_by_the_formula(q, k, v, bias)
 
 
 def conv3d(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, *_: Any
 ) -> Tensor:
-    x = F.pad(x, [p for p in reversed(padding) for _ in range(2)])
+    d, h, w = padding
+    x = F.pad(x, (w, w, h, h, d, d))
     for axis in range(3):
         x = x.unfold(2 + axis, weight.shape[2 + axis], stride[axis])
     y = torch.einsum("bcdhwxyz,ocxyz->bodhw", x, weight)
@@ -196,7 +217,8 @@ def conv_transpose3d(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) ->
 def test_the_gradient_is_that_of_the_same_network_in_explicit_formulas(
     name: str, batch: int, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, x = network(name, checkpointing=checkpointing), crops("odd", batch)
+    model = network(name, checkpointing=checkpointing)
+    x = crops("odd", batch)
     found = gradients(model, partial(loss_of, model, x))
 
     plain = network(name, layout="contiguous")
@@ -206,22 +228,32 @@ def test_the_gradient_is_that_of_the_same_network_in_explicit_formulas(
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     monkeypatch.setattr(F, "conv3d", conv3d)
     monkeypatch.setattr(F, "conv_transpose3d", conv_transpose3d)
-    assert worst(found, gradients(plain, partial(loss_of, plain, x))) < 1e-9
+    expected = gradients(plain, partial(loss_of, plain, x))
+    assert largest_difference(found, expected) < 1e-9
 
 
 @every
 @pytest.mark.parametrize("batch", BATCHES)
 def test_float32_gradients_are_those_of_float64_to_three_digits(name: str, batch: int) -> None:
-    """Seen: 3e-7 to 3e-4 of the whole gradient's norm, and up to 1e-2 of a single small parameter's.
+    """Seen: 3e-7 to 3e-4 of the whole gradient's norm, and up to 1e-2 of a single small
+    parameter's.
 
-    Rounding moves a few activations across the kink of leaky ReLU, each of which changes its gradient.
+    Rounding moves a few activations across the kink of leaky ReLU, each of which changes its
+    gradient.
     """
-    exact, rough, x = network(name), network(name, dtype=torch.float32), crops("even", batch)
-    found = {n: g.double() for n, g in gradients(rough, lambda: loss_of(rough, x.float())).items()}
+    exact = network(name)
+    rough = network(name, dtype=torch.float32)
+    x = crops("even", batch)
+    found = gradients(rough, partial(loss_of, rough, x.float()))
     expected = gradients(exact, partial(loss_of, exact, x))
-    assert worst(found, expected) < 3e-2
-    off, whole = (torch.cat([g.flatten() for g in some.values()]) for some in (found, expected))
-    assert (off - whole).norm() < 1e-3 * whole.norm()
+
+    found = {name: gradient.double() for name, gradient in found.items()}
+    assert largest_difference(found, expected) < 3e-2
+    assert (whole(found) - whole(expected)).norm() < 1e-3 * whole(expected).norm()
+
+
+def whole(by_name: Gradients) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in by_name.values()])
 
 
 # --- the command
@@ -240,16 +272,15 @@ def test_the_check_of_a_machine_finds_a_wrong_gradient(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """torch's own instance norm, without what this package does about its gradient at batch 1."""
+
+    def torchs(self: InstanceNorm, x: Tensor) -> Tensor:
+        return F.instance_norm(x, None, None, self.weight, self.bias)
+
     monkeypatch.setattr("sys.argv", ["check", "--device", "cpu"])
-    monkeypatch.setattr(
-        InstanceNorm,
-        "forward",
-        lambda self, x: F.instance_norm(x, None, None, self.weight, self.bias),
-    )
-    right = check.main() == 0
-    wrong_in_this_torch = bool(torch_is_wrong_at_batch_1())
-    assert right != wrong_in_this_torch
-    assert capsys.readouterr().out.startswith("gradients right" if right else "gradients WRONG")
+    monkeypatch.setattr(InstanceNorm, "forward", torchs)
+    wrong = torch_is_wrong_at_batch_1()
+    assert check.main() == int(wrong)
+    assert capsys.readouterr().out.startswith("gradients WRONG" if wrong else "gradients right")
 
 
 def test_the_check_of_a_machine_takes_nan_for_wrong(
@@ -258,12 +289,12 @@ def test_the_check_of_a_machine_takes_nan_for_wrong(
     """As a bf16 kernel of torch 2.14 has made them; a comparison with NaN is never true."""
     right = check.gradients
 
-    def spoilt(model: nn.Module, x: Tensor) -> Gradients:
-        found = right(model, x)
-        next(iter(found.values())).fill_(torch.nan)
-        return found
+    def with_nan(model: nn.Module, x: Tensor) -> Gradients:
+        by_name = right(model, x)
+        first = next(iter(by_name))
+        return {**by_name, first: torch.full_like(by_name[first], torch.nan)}
 
-    monkeypatch.setattr(check, "gradients", spoilt)
+    monkeypatch.setattr(check, "gradients", with_nan)
     monkeypatch.setattr("sys.argv", ["check", "--device", "cpu"])
     assert check.main() == 1
     assert capsys.readouterr().out.startswith("gradients WRONG")
@@ -273,7 +304,6 @@ def torch_is_wrong_at_batch_1() -> bool:
     """Whether this torch still has the fault; once it is gone, so may be ContiguousGradient."""
     x = torch.randn(1, 4, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn_like(x).contiguous(memory_format=torch.channels_last_3d)
-    found = torch.autograd.grad(F.instance_norm(x), x, gradient)[0]
-    return not torch.allclose(
-        found, torch.autograd.grad(F.instance_norm(x), x, gradient.contiguous())[0]
-    )
+    (found,) = torch.autograd.grad(F.instance_norm(x), x, gradient)
+    (expected,) = torch.autograd.grad(F.instance_norm(x), x, gradient.contiguous())
+    return not torch.allclose(found, expected)

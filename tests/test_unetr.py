@@ -1,18 +1,20 @@
-"""dae/model/unetr.py: the three stages, the sizes they take, and what they refuse."""
+"""dae/model/unetr.py and conv.py: the three stages, the sizes they take, and what they refuse."""
 
 from typing import Any
 
 import pytest
 import torch
 from conftest import NETWORK
+from torch import Tensor
+from torch.nn import functional as F
 
 from dae.model import SwinUNETR, check_size
-from dae.model.conv import InstanceNorm
+from dae.model.conv import InstanceNorm, ResidualBlock
 
 
 def test_instance_norm_is_torchs() -> None:
     x = torch.randn(2, 5, 4, 3, 6)
-    assert torch.allclose(InstanceNorm(5)(x), torch.nn.functional.instance_norm(x), atol=1e-6)
+    assert torch.allclose(InstanceNorm(5)(x), F.instance_norm(x), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -23,17 +25,20 @@ def test_every_number_of_stages_gives_its_states_and_an_output_on_the_grid_of_th
     depths: tuple[int, ...], heads: tuple[int, ...], stem: Any
 ) -> None:
     model = SwinUNETR(2, 3, feature_size=4, depths=depths, heads=heads, window=(3, 3, 3), stem=stem)
-    size = (model.divisor, 2 * model.divisor, model.divisor)
-    x = torch.randn(1, 2, *size)
+    n = model.divisor
+    x = torch.randn(1, 2, n, 2 * n, n)
+
     tokens = model.tokenize(x)
-    assert tokens.shape == (1, 4, *(n // model.stride for n in size))
     states = model.encode(tokens)
-    halved = [
-        (1, 4 * 2**n, *(side // 2 ** (n + 1) for side in size)) for n in range(len(depths) + 1)
-    ]
-    assert [s.shape for s in states] == halved
-    assert model.decode(states, x).shape == (1, 3, *size)
-    assert torch.equal(model(x), model.decode(states, x))
+    assert states[0].shape == tokens.shape
+    assert len(states) == len(depths) + 1
+    for stage, state in enumerate(states):
+        side = n // 2 ** (stage + 1)
+        assert state.shape == (1, 4 * 2**stage, side, 2 * side, side)
+
+    y = model.decode(states, x)
+    assert y.shape == (1, 3, n, 2 * n, n)
+    assert torch.equal(model(x), y)
 
 
 def test_tokens_stay_channels_last_from_the_stem_to_the_decoder() -> None:
@@ -45,19 +50,22 @@ def test_tokens_stay_channels_last_from_the_stem_to_the_decoder() -> None:
 def test_gradients_reach_every_parameter() -> None:
     model = SwinUNETR(1, 2, **NETWORK, stage_conv=True)
     model(torch.randn(1, 1, 16, 16, 16)).square().mean().backward()
-    assert [
-        name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
-    ] == []
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.any(), name
 
 
 def test_checkpointing_changes_no_gradient() -> None:
-    gradients = []
+    ramp = torch.ones(1, 1, 16, 16, 16).cumsum(2)
+    gradients: list[list[Tensor | None]] = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = SwinUNETR(1, 1, **NETWORK, checkpointing=checkpointing)
-        model(torch.ones(1, 1, 16, 16, 16).cumsum(2)).square().mean().backward()
+        model(ramp).square().mean().backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+    for kept, recomputed in zip(*gradients):
+        assert kept is not None and recomputed is not None
+        assert torch.equal(kept, recomputed)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +97,13 @@ def test_arguments_that_contradict_each_other_are_refused(wrong: dict[str, Any])
 
 
 def test_bf16_gradients_of_a_bottleneck_two_voxels_deep_are_those_of_float32() -> None:
-    """A CPU kernel reads memory nobody wrote where the first axis has two voxels; the block steps round it."""
-    from dae.model.conv import ResidualBlock
-
+    """There a CPU kernel reads memory that was never written; the block avoids the kernel."""
     torch.manual_seed(0)
-    block, x = ResidualBlock(16, 16), torch.randn(2, 16, 2, 4, 4)
-    exact = torch.autograd.grad(block(x).square().mean(), block.conv1.weight)[0]
+    block = ResidualBlock(16, 16)
+    x = torch.randn(2, 16, 2, 4, 4)
+
+    (exact,) = torch.autograd.grad(block(x).square().mean(), block.conv1.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = torch.autograd.grad(block(x).float().square().mean(), block.conv1.weight)[0]
+        loss = block(x).float().square().mean()
+    (rough,) = torch.autograd.grad(loss, block.conv1.weight)
     assert torch.allclose(rough, exact, atol=0.05 * float(exact.abs().max()))

@@ -1,17 +1,18 @@
-"""Backbones: what DAE pre-trains. Each offers three methods and five facts, and nothing else is asked of it.
+"""Backbones: the networks that DAE pre-trains. Each offers three methods and five attributes.
 
     tokenize(x)            (b, in_channels, D, H, W) -> (b, embed_dim, d, h, w), with d = D / stride
-    encode(tokens)         (b, embed_dim, d, h, w) -> list of states, the last one the bottleneck (b, c, ...)
+    encode(tokens)         (b, embed_dim, d, h, w) -> list of states; the last is the bottleneck
     decode(states, image)  states, (b, in_channels, D, H, W) -> (b, out_channels, D, H, W)
 
     stride     voxels of a token along each axis
     divisor    what each side of the input must be a multiple of
     embed_dim  channels of a token, which local masking zeroes
-    encoder    the module whose weights tokenize and encode use: what a transfer of the encoder takes
+    encoder    the module whose weights tokenize and encode use: what --transfer encoder loads
     head       the last layer: zeroed for `--recon residual`, new for every task
 
-It is built as `Class(in_channels, out_channels, **options)`, with those of the run's options that its constructor
-names. A reader who wants the method on another network writes these and changes nothing else: docs/porting.md.
+A backbone is built as `Class(in_channels, out_channels, **options)`, with those options of the run
+that its constructor names. To put the method on another network, write these and change nothing
+else: docs/porting.md.
 """
 
 import importlib
@@ -44,6 +45,8 @@ __all__ = [
 
 @runtime_checkable
 class Backbone(Protocol):
+    """The three methods and five attributes as types; the top of this file describes them."""
+
     stride: int
     divisor: int
     embed_dim: int
@@ -63,40 +66,50 @@ BACKBONES: dict[str, type[nn.Module]] = {
 
 
 def backbone_named(name: str) -> type[nn.Module]:
-    """The class that --backbone names: ours, or module:Class from the folder where the command runs, or installed.
+    """The class that --backbone names: a key of BACKBONES, or module:Class.
 
-    Raises ValueError on a name that leads to no backbone.
+    The module is an installed one, or a file in the folder where the command runs. Raises
+    ValueError on a name that leads to no backbone.
     """
     if name in BACKBONES:
         return BACKBONES[name]
-    module, _, cls = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(
-            str(Path.cwd())
-        )  # a script's own folder is there, the one it is called from is not
+
+    # Python's path has the folder of the script, but not the one from which it is called.
+    working_folder = str(Path.cwd())
+    if working_folder not in sys.path:
+        sys.path.append(working_folder)
+
+    module_name, _, class_name = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), cls)
+        backbone = getattr(importlib.import_module(module_name), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"--backbone {name}: {error}") from error
-    methods = all(hasattr(found, method) for method in ("tokenize", "encode", "decode", "forward"))
-    if not (methods and inspect.isclass(found) and issubclass(found, nn.Module)):
+
+    is_module = inspect.isclass(backbone) and issubclass(backbone, nn.Module)
+    methods = ("tokenize", "encode", "decode", "forward")
+    if not is_module or not all(hasattr(backbone, method) for method in methods):
         raise ValueError(
-            f"--backbone {name}: must be an nn.Module class with tokenize, encode, decode and forward"
+            f"--backbone {name}: must be an nn.Module class with "
+            "tokenize, encode, decode and forward"
         )
-    return found
+    return backbone  # type: ignore[no-any-return]
 
 
 def check_backbone(network: Any, name: str, crop: Sequence[int]) -> None:
-    """Raises ValueError where a network that --backbone named lacks one of the five facts, or the crop does not fit."""
-    facts = ("stride", "divisor", "embed_dim", "encoder", "head")
-    if lacking := [fact for fact in facts if not hasattr(network, fact)]:
+    """Raises ValueError where a network lacks one of the five attributes, or the crop does not fit.
+
+    name: of the network, as --backbone gives it. crop: voxels along d h w.
+    """
+    attributes = ("stride", "divisor", "embed_dim", "encoder", "head")
+    missing = [attribute for attribute in attributes if not hasattr(network, attribute)]
+    if missing:
         raise ValueError(
-            f"--backbone {name}: the network has no {', '.join(lacking)}; see docs/porting.md"
+            f"--backbone {name}: the network has no {', '.join(missing)}; see docs/porting.md"
         )
     check_size(crop, network.divisor)
 
 
 def arguments_of(backbone: type[nn.Module], options: object) -> dict[str, Any]:
-    """The keyword arguments of a backbone's constructor that the run's options have a value for."""
+    """The arguments of a backbone's constructor for which the run's options have a value."""
     names = inspect.signature(backbone).parameters
     return {name: getattr(options, name) for name in names if hasattr(options, name)}

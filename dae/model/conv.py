@@ -1,4 +1,4 @@
-"""Residual convolutions in 3D, and the sizes that a network can halve: what all backbones are made of.
+"""The parts that all backbones share: residual convolutions in 3D, and the sizes that divide.
 
 Axis letters, the same in every module of this package:
 
@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class ContiguousGradient(torch.autograd.Function):
-    """The identity; its gradient is handed on contiguous in memory."""
+    """The identity; its gradient is passed on contiguous in memory."""
 
     @staticmethod
     def forward(context: Any, x: Tensor) -> Tensor:
@@ -62,8 +63,9 @@ def activation(x: Tensor) -> Tensor:
 def convolve(conv: nn.Conv3d, x: Tensor) -> Tensor:
     """`conv(x)`, in float32 where a CPU's bf16 kernel is wrong.
 
-    With two voxels along the first axis the weight gradient of torch 2.14's AVX512-BF16 kernel reads memory that
-    nobody has written: 20 of 20 gradients were wrong, some of them NaN. Such a grid is small; float32 costs nothing.
+    With two voxels along the first axis the weight gradient of torch 2.14's AVX512-BF16 kernel
+    reads memory that was never written: 20 of 20 gradients were wrong, several of them NaN. Such a
+    grid is small; float32 costs nothing.
     """
     if x.device.type == "cpu" and x.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
@@ -83,7 +85,8 @@ def in_layout_of(weight: Tensor, x: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """Two 3x3x3 convolutions around a shortcut. (b, c_in, d, h, w) -> (b, c_out, d, h, w).
 
-    The shortcut is the identity where the channels agree, else a 1x1x1 convolution with its own norm.
+    The shortcut is the identity where the channels agree, else a 1x1x1 convolution with its own
+    norm.
     """
 
     def __init__(self, c_in: int, c_out: int) -> None:
@@ -103,7 +106,10 @@ class ResidualBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Twice the grid, then merge with the skip: (b, c_in, d, h, w), (b, c_out, 2d, 2h, 2w) -> as the skip."""
+    """Twice the grid, then merge with the skip.
+
+    x (b, c_in, d, h, w), skip (b, c_out, 2d, 2h, 2w) -> as the skip.
+    """
 
     def __init__(self, c_in: int, c_out: int) -> None:
         super().__init__()
@@ -114,15 +120,28 @@ class UpBlock(nn.Module):
         return self.block(torch.cat([self.up(x), skip], dim=1))
 
 
+def apply_block(block: nn.Module, x: Tensor, *, recompute: bool) -> Tensor:
+    """`block(x)`; with `recompute` its values are made again in the backward pass, not kept."""
+    if recompute:
+        return checkpoint(block, x, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(x)
+
+
 def check_size(size: Sequence[int], divisor: int) -> None:
-    """Every axis a multiple of `divisor`, and more than one voxel at the bottleneck (a norm of one voxel is 0)."""
-    if all(n > 0 and n % divisor == 0 for n in size) and prod([n // divisor for n in size]) > 1:
+    """Raises ValueError where `size` (d, h, w) does not fit a network, with one that would fit.
+
+    Each axis must be a multiple of `divisor`, and the bottleneck more than one voxel: the norm of
+    one voxel is 0.
+    """
+    divides = all(n > 0 and n % divisor == 0 for n in size)
+    if divides and prod([n // divisor for n in size]) > 1:
         return
+
     fitting = [max(divisor, round(n / divisor) * divisor) for n in size]
     if prod([n // divisor for n in fitting]) == 1:
         fitting = [2 * divisor] * 3
-    asked, instead = (" ".join(map(str, s)) for s in (size, fitting))
+
     raise ValueError(
-        f"size {asked} does not fit the network: each side must be a multiple of {divisor}, "
-        f"one of them at least {2 * divisor}; {instead} would fit"
+        f"size {' '.join(map(str, size))} does not fit the network: each side must be a multiple "
+        f"of {divisor}, one of them at least {2 * divisor}; {' '.join(map(str, fitting))} would fit"
     )

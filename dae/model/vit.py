@@ -1,32 +1,31 @@
-"""UNETR (Hatamizadeh et al., WACV 2022): a plain vision transformer on timm's blocks, under a convolutional decoder.
+"""UNETR (Hatamizadeh et al., WACV 2022): a vision transformer with a convolutional decoder.
 
-All tokens attend to all; the grid stays that of the patches through every block. The decoder takes the stream at equal
-shares of its depth, the earlier the finer a grid it is brought to, and the image itself at full resolution.
+All tokens attend to all; the grid stays that of the patches through every block. The decoder takes
+the output of the transformer at equal parts of its depth, brings an earlier one to a finer grid,
+and takes the image itself at full resolution.
 
 Axis letters: b batch, c channels, D H W voxels, d h w patches.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from einops import rearrange
 from timm.layers import build_fourier_pos_embed
 from timm.models.vision_transformer import Block, init_weights_vit_timm
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from dae.model.conv import ResidualBlock, UpBlock, check_size
+from dae.model.conv import ResidualBlock, UpBlock, apply_block, check_size
 
-LEVELS = {
-    8: 3,
-    16: 4,
-}  # patch -> how often its side halves, and so how many states the decoder takes
+# Side of a patch -> how often it halves, and so how many states the decoder takes.
+LEVELS = {8: 3, 16: 4}
 
 
 def position_embedding(
     grid: Sequence[int], channels: int, device: torch.device | None = None
 ) -> Tensor:
-    """Where each token is: a third of the channels for each axis, sines and cosines of c / 6 frequencies.
+    """Sines and cosines of c / 6 frequencies for each axis, which tell where a token is.
 
     (d, h, w) -> (1, d h w, c), float32. UNETR learns a table for one grid; this serves every grid.
     """
@@ -37,60 +36,61 @@ def position_embedding(
 
 
 class ViTEncoder(nn.Module):
-    """Patches, their positions, a transformer, and a look at its stream after each of `levels` equal parts."""
+    """Patches, their positions, and a transformer that is read after equal parts of its depth."""
 
     def __init__(
         self, c_in: int, channels: int, *, depth: int, heads: int, patch: int, checkpointing: bool
     ) -> None:
         super().__init__()
         self.checkpointing = checkpointing
-        self.taken = [
-            depth * (n + 1) // LEVELS[patch] for n in range(LEVELS[patch])
-        ]  # 3, 6, 9, 12 of 12
+        levels = LEVELS[patch]
+        self.state_after = [depth * (n + 1) // levels for n in range(levels)]  # 3, 6, 9, 12 of 12
         self.patches = nn.Conv3d(c_in, channels, patch, stride=patch)
         self.blocks = nn.ModuleList(Block(channels, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(channels)
         self.blocks.apply(init_weights_vit_timm)
 
     def forward(self, tokens: Tensor) -> list[Tensor]:
-        """(b, c, d, h, w) -> as many states of the same shape as the patch has levels, the last one normed.
+        """(b, c, d, h, w) -> one state of the same shape for each of LEVELS, the last one normed.
 
-        Positions are added here, after the masking: a masked token loses its content, not its position.
+        Positions are added here, after masking: a masked token loses its content, not its position.
         """
         sizes = dict(zip("dhw", tokens.shape[-3:]))
         x = rearrange(tokens, "b c d h w -> b (d h w) c")
         x = x + position_embedding(tokens.shape[-3:], x.shape[-1], x.device)
+
         states = []
         for n, block in enumerate(self.blocks, start=1):
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.checkpointing and self.training
-                else block(x)
-            )
-            if n in self.taken:
+            x = apply_block(block, x, recompute=self.checkpointing and self.training)
+            if n in self.state_after:
                 states.append(x)
+
+        # The last block is always among them.
         states[-1] = self.norm(x)
         return [rearrange(x, "b (d h w) c -> b c d h w", **sizes) for x in states]
 
 
-class Raise(nn.Sequential):
-    """A hidden state brought to a finer grid, `times` doublings. (b, c_in, d, h, w) -> (b, c_out, d 2^times, ...)."""
+class Upsample(nn.Sequential):
+    """A state of the transformer, its grid doubled `times` times.
+
+    (b, c_in, d, h, w) -> (b, c_out, d 2^times, h 2^times, w 2^times).
+    """
 
     def __init__(self, c_in: int, c_out: int, times: int) -> None:
-        layers: list[nn.Module] = [nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False)]
+        super().__init__()
+        self.append(nn.ConvTranspose3d(c_in, c_out, 2, stride=2, bias=False))
         for _ in range(times - 1):
-            layers += [
-                nn.ConvTranspose3d(c_out, c_out, 2, stride=2, bias=False),
-                ResidualBlock(c_out, c_out),
-            ]
-        super().__init__(*layers)
+            self.append(nn.ConvTranspose3d(c_out, c_out, 2, stride=2, bias=False))
+            self.append(ResidualBlock(c_out, c_out))
 
 
 class ViTUNETR(nn.Module):
     """UNETR: (b, in_channels, D, H, W) -> (b, out_channels, D, H, W), no activation at the end.
 
-    feature_size: channels of the decoder at full resolution; doubled with every halving. UNETR's is 16.
-    vit_channels, vit_depth, vit_heads: of the transformer. vit_patch: voxels of a patch along each axis, 8 or 16.
+    feature_size: channels of the decoder at full resolution; doubled with every halving.
+    vit_channels: channels of a token; a multiple of 6, for the positions, and of vit_heads.
+    vit_depth, vit_heads: blocks of the transformer, attention heads of a block.
+    vit_patch: voxels of a patch along each axis, 8 or 16.
     checkpointing: recompute the transformer's blocks in the backward pass; less memory, more time.
     """
 
@@ -118,30 +118,41 @@ class ViTUNETR(nn.Module):
             patch=vit_patch,
             checkpointing=checkpointing,
         )
+
         levels = LEVELS[vit_patch]
         widths = [feature_size * 2**n for n in range(levels)]  # at full resolution, half of it, ...
         self.image_block = ResidualBlock(in_channels, feature_size)
-        self.raises = nn.ModuleList(
-            Raise(vit_channels, c, levels - n) for n, c in enumerate(widths[1:], start=1)
-        )
-        coarser = [vit_channels, *reversed(widths[1:])]
-        self.up_blocks = nn.ModuleList(
-            UpBlock(c, fine) for c, fine in zip(coarser, reversed(widths))
-        )
+
+        # The name is that of the tensors in checkpoints.
+        self.raises = nn.ModuleList()
+        for n in range(1, levels):
+            self.raises.append(Upsample(vit_channels, widths[n], times=levels - n))
+
+        # From the patches up to full resolution.
+        self.up_blocks = nn.ModuleList()
+        for coarse, fine in pairwise([vit_channels, *reversed(widths)]):
+            self.up_blocks.append(UpBlock(coarse, fine))
+
         self.head = nn.Conv3d(feature_size, out_channels, 1)
 
     def tokenize(self, x: Tensor) -> Tensor:
-        """(b, in_channels, D, H, W) -> (b, vit_channels, D/patch, H/patch, W/patch). Refuses broken patches."""
+        """(b, in_channels, D, H, W) -> (b, vit_channels, D/patch, H/patch, W/patch).
+
+        Raises ValueError on a size that is not whole patches.
+        """
         check_size(x.shape[-3:], self.divisor)
         return self.encoder.patches(x)  # type: ignore[no-any-return]
 
     def encode(self, tokens: Tensor) -> list[Tensor]:
-        """(b, c, d, h, w) -> states of the same shape: z3, z6, z9, z12 of 12 blocks and patches of 16."""
+        """(b, c, d, h, w) -> states of the same shape; z3, z6, z9, z12 in UNETR's notation."""
         return self.encoder(tokens)  # type: ignore[no-any-return]
 
     def decode(self, states: Sequence[Tensor], image: Tensor) -> Tensor:
         """States from `encode` and the image at full resolution -> (b, out_channels, D, H, W)."""
-        skips = [self.image_block(image), *(up(state) for up, state in zip(self.raises, states))]
+        skips = [self.image_block(image)]
+        for upsample, state in zip(self.raises, states):
+            skips.append(upsample(state))
+
         y = states[-1]
         for up, skip in zip(self.up_blocks, reversed(skips)):
             y = up(y, skip)
@@ -152,13 +163,16 @@ class ViTUNETR(nn.Module):
 
 
 def check_arguments(channels: int, depth: int, heads: int, patch: int) -> None:
+    """Raises ValueError on arguments that make no network."""
     if patch not in LEVELS:
         raise ValueError(f"vit patch {patch}: take 8 or 16")
     if heads < 1 or channels < 1 or channels % heads or channels % 6:
         raise ValueError(
-            f"vit channels {channels}: take a multiple of 6 (for the positions) and of {heads} (heads)"
+            f"vit channels {channels}: take a multiple of 6 (for the positions) "
+            f"and of {heads} (heads)"
         )
     if depth < LEVELS[patch]:
         raise ValueError(
-            f"vit depth {depth}: the decoder takes {LEVELS[patch]} states; give at least as many blocks"
+            f"vit depth {depth}: the decoder takes {LEVELS[patch]} states; "
+            "give at least as many blocks"
         )

@@ -1,10 +1,14 @@
-"""Cross-modal contrastive learning, eq. 3 and 4: features of one modality together, of two apart.
+"""Cross-modal contrastive learning (CMCL), eq. 3 and 4.
 
-Axis letters: b batch, c channels, d h w grid, n samples of the batch over all ranks.
-All of it in float32, whatever autocast says: similarities of bf16 features lose the digits that separate modalities.
+Features of the same modality become similar, features of two modalities become dissimilar.
+Everything here is float32, also under autocast: in bf16 the similarities lose the digits that
+separate the modalities.
+
+Axis letters: b batch, c channels, d h w grid, n (and m) the samples of all ranks.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +19,106 @@ from torch.nn import functional as F
 
 
 def embed(state: Tensor, z: str = "pooled") -> Tensor:
-    """z_i of eq. 3 from the bottleneck state. (b, c, d, h, w) -> (b, c), of length 1.
+    """z_i of eq. 3: the feature of each sample, from the bottleneck state (b, c, d, h, w).
 
-    The paper says "cosine similarity" and no more. `flat` is the authors': every value, (b, c d h w), not normalised.
+    pooled  the mean over space, at length 1 ("cosine similarity"): (b, c)
+    flat    the authors' code: every value, not normalised: (b, c d h w)
     """
+    state = state.float()
     if z == "flat":
-        return rearrange(state.float(), "b c d h w -> b (c d h w)")
-    return F.normalize(reduce(state.float(), "b c d h w -> b c", "mean"), dim=-1)
+        return rearrange(state, "b c d h w -> b (c d h w)")
+    return F.normalize(reduce(state, "b c d h w -> b c", "mean"), dim=-1)
+
+
+def cmcl(z: Tensor, modality: Tensor, *, temperature: float = 0.07, form: str = "bce") -> Tensor:
+    """CE(z_sim, z_label) of eq. 4, without its alpha: a scalar.
+
+    z (n, c) and modality (n,) are those of all ranks; form is a key of FORMS; temperature is t.
+    """
+    return FORMS[form](z, modality, temperature)
+
+
+def binary_cross_entropy(z: Tensor, modality: Tensor, temperature: float) -> Tensor:
+    """Eq. 4 as written: the binary cross-entropy of the label matrix, mean over n x n entries.
+
+    "Across each axis" changes nothing: z_sim is symmetric, so both axes give the same number.
+    """
+    z_sim = similarity(z, temperature)
+    z_label = same_modality(modality)
+    return F.binary_cross_entropy_with_logits(z_sim, z_label)
+
+
+def softmax(z: Tensor, modality: Tensor, temperature: float) -> Tensor:
+    """Similarities divided by t; the positives of a row share its probability evenly."""
+    logits = inner_products(z) / temperature
+    z_label = same_modality(modality)
+    shares = z_label / z_label.sum(1, keepdim=True)
+    return cross_entropy_along_both_axes(logits, shares)
+
+
+def ranks(z: Tensor, modality: Tensor, temperature: float) -> Tensor:
+    """The authors' code: cross-entropy with a *column* as the target of each sample.
+
+    It is the rank of the sample's modality among those present.
+    """
+    z_sim = similarity(z, temperature)
+    _, columns = torch.unique(modality, return_inverse=True)
+    return cross_entropy_along_both_axes(z_sim, columns)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "bce": binary_cross_entropy,
+    "softmax": softmax,
+    "ranks": ranks,
+}
+
+
+def similarity(z: Tensor, temperature: float) -> Tensor:
+    """z_sim = z z^T exp(t), eq. 3: (n, n). With t = 0.07 the factor is 1.07, not 1 / 0.07."""
+    return inner_products(z) * math.exp(temperature)
+
+
+def inner_products(z: Tensor) -> Tensor:
+    """z z^T: (n, c) -> (n, n). Cosines where z has length 1."""
+    with torch.autocast(z.device.type, enabled=False):
+        return z @ rearrange(z, "n c -> c n")
+
+
+def same_modality(modality: Tensor) -> Tensor:
+    """z_label of eq. 4: 1 where two samples share their modality, else 0. (n,) -> (n, n).
+
+    A sample shares it with itself, so the diagonal is 1.
+    """
+    return (rearrange(modality, "n -> n 1") == rearrange(modality, "m -> 1 m")).float()
+
+
+def cross_entropy_along_both_axes(logits: Tensor, target: Tensor) -> Tensor:
+    """The mean of the cross-entropy of rows and of columns.
+
+    logits (n, m); target: a column for each row (n,), or shares of probability (n, m).
+    """
+    of_rows = F.cross_entropy(logits, target)
+    of_columns = F.cross_entropy(rearrange(logits, "n m -> m n"), target)
+    return (of_rows + of_columns) / 2
+
+
+# --- over several ranks
+
+
+def gather(z: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
+    """The features (with gradient) and modalities of all ranks, in order of rank: (n, c), (n,)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return z, modality
+    all_z: Tensor = GatherWithGradient.apply(z)
+    all_modalities: Tensor = GatherWithGradient.apply(modality)
+    return all_z, all_modalities
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """The tensors of all ranks, one below the other. A gather without gradient gives the right loss and, over W ranks,
-    1/W of its gradient: every rank's loss depends on every rank's features, so backward sums over the ranks.
+    """The tensors of all ranks, concatenated along the batch.
+
+    A gather without gradient gives the right loss and, over W ranks, 1/W of its gradient: the loss
+    of every rank depends on the features of every rank, so backward sums over the ranks.
     """
 
     @staticmethod
@@ -37,46 +129,6 @@ class GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Tensor:
-        everyone = gradients[0].clone()
-        dist.all_reduce(everyone)
-        return everyone.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def gather(z: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
-    """The features (with gradient) and modalities of all ranks, in the order of the ranks: (n, c), (n,)."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return z, modality
-    features: Tensor = GatherWithGradient.apply(z)
-    return features, GatherWithGradient.apply(modality)
-
-
-def similarity(z: Tensor, temperature: float) -> Tensor:
-    """z_sim = z z^T exp(t), eq. 3: (n, n). With t = 0.07 the factor is 1.07, not 1 / 0.07."""
-    with torch.autocast(z.device.type, enabled=False):
-        return z @ rearrange(z, "n c -> c n") * math.exp(temperature)
-
-
-def same_modality(modality: Tensor) -> Tensor:
-    """z_label of eq. 4: 1 where two samples (or a sample and itself) share their modality, else 0. (n,) -> (n, n)."""
-    return (rearrange(modality, "n -> n 1") == rearrange(modality, "m -> 1 m")).float()
-
-
-def cmcl(z: Tensor, modality: Tensor, *, temperature: float = 0.07, form: str = "bce") -> Tensor:
-    """CE(z_sim, z_label) of eq. 4, without its alpha. z (n, c) and modality (n,), of all ranks -> a scalar.
-
-    bce      binary cross-entropy of the label matrix, mean over its n x n entries. z_sim is symmetric, so "across
-             each axis" is the same number twice.
-    softmax  each row's positives share its probability, similarities divided by t; rows and columns averaged.
-    ranks    the authors': cross-entropy with the rank of a sample's modality among those present as its *column*.
-    """
-    z_sim, z_label = similarity(z, temperature), same_modality(modality)
-    if form == "bce":
-        return F.binary_cross_entropy_with_logits(z_sim, z_label)
-    if form == "softmax":
-        logits = similarity(z, 0.0) / temperature
-        share = z_label / z_label.sum(1, keepdim=True)
-    else:
-        logits, share = z_sim, torch.unique(modality, return_inverse=True)[1]
-    return (
-        F.cross_entropy(logits, share) + F.cross_entropy(rearrange(logits, "n m -> m n"), share)
-    ) / 2
+        summed = gradients[0].clone()
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,8 +1,8 @@
-"""The disruptions of section 2: noise (eq. 1), downsampling (eq. 2), local masking, and MAE's token masking.
+"""The disruptions of section 2: noise (eq. 1), downsampling (eq. 2), local masking, token masking.
 
-Drawn comes first and apart: `draw_noise`, `draw_channels` and `draw_cubes` take one generator per
-sample, so that a sample meets the same noise and the same mask on any number of ranks and in any
-batch. The disruptions themselves are pure functions of tensors, which torch.compile takes whole.
+Chance comes first: `draw_noise`, `draw_channels` and `draw_cubes` take one generator per sample, so
+that a sample meets the same noise and the same mask in any batch and on any number of ranks. The
+disruptions themselves are pure functions of tensors, which torch.compile takes whole.
 
 Axis letters: b batch, c channels, d h w grid.
 """
@@ -15,101 +15,128 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 
-def generators(seeds: Sequence[int], device: torch.device) -> list[Generator]:
+def sample_generators(seeds: Sequence[int], device: torch.device) -> list[Generator]:
     """One generator per sample, from that sample's seed, on the device of the tensors."""
     return [Generator(device).manual_seed(seed) for seed in seeds]
 
 
-# --- what is drawn
+# --- what is drawn at random
 
 
-def draw_noise(shape: Sequence[int], draw: Sequence[Generator]) -> Tensor:
-    """Standard normal noise, fresh for every voxel: (b, *shape), float32."""
-    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in draw])
+def draw_noise(shape: Sequence[int], generators: Sequence[Generator]) -> Tensor:
+    """Standard normal noise, fresh for every voxel of every sample: (b, *shape), float32."""
+    return torch.stack([torch.randn(*shape, generator=g, device=g.device) for g in generators])
 
 
 def draw_channels(
     channels: int,
     grid: Sequence[int],
-    draw: Sequence[Generator],
+    generators: Sequence[Generator],
     *,
     ratio: Sequence[float],
     scope: str = "sample",
     along: str = "channels",
 ) -> Tensor:
-    """What local masking zeroes: round(r c) of the c embedding channels ("X channels out of C", section 2).
+    """The mask of local masking: "X channels out of C" (section 2), with X = round(r C).
 
-    -> bool, of a shape that broadcasts to tokens (b, c, d, h, w).
+    Returns bool, True where masked, of a shape that broadcasts to tokens (b, c, d, h, w).
 
-    scope: one set of channels per `sample`, one per `token`, or one for the `batch`: each rank's own
-    micro-batch, so that it alone depends on the number of ranks.
-    along: `channels`, or `planes` of the first grid axis, which is what the authors' layout bug masks.
+    scope: one set of channels per `sample`, one per `token`, or one for the `batch`. A batch is the
+    micro-batch of one rank, so `batch` alone depends on the number of ranks.
+    along: `channels`, or `planes` of the first grid axis, which the authors' layout bug masks.
     """
+    d, h, w = grid
+
+    shape, dim = (channels, 1, 1, 1), 0
+    if scope == "token":
+        shape, dim = (channels, d, h, w), 0
     if along == "planes":
-        shape, dim = (1, grid[0], 1, 1), 1
-    elif scope == "token":
-        shape, dim = (channels, grid[0], grid[1], grid[2]), 0
-    else:
-        shape, dim = (channels, 1, 1, 1), 0
+        shape, dim = (1, d, 1, 1), 1
+
     if scope == "batch":
-        draw = draw[:1]
-    return torch.stack([masked_share(shape, dim, ratio, g) for g in draw])
+        generators = generators[:1]
+    return torch.stack([masked_share(shape, dim, ratio, g) for g in generators])
 
 
 def draw_cubes(
-    grid: Sequence[int], draw: Sequence[Generator], *, ratio: Sequence[float], block: int
+    grid: Sequence[int], generators: Sequence[Generator], *, ratio: Sequence[float], block: int
 ) -> Tensor:
-    """What masked image modelling hides: a share of the cubes of block^3 tokens. -> (b, 1, d, h, w), bool."""
-    d, h, w = (-(-n // block) for n in grid)
-    masked = torch.stack([masked_share((d * h * w,), 0, ratio, g) for g in draw])
-    cubes = "b (d h w) -> b 1 (d bd) (h bh) (w bw)"
-    masked = repeat(masked, cubes, d=d, h=h, bd=block, bh=block, bw=block)
-    return masked[..., : grid[0], : grid[1], : grid[2]]
+    """The mask of masked image modelling: a share of the cubes of block^3 tokens.
 
-
-def masked_share(shape: Sequence[int], dim: int, ratio: Sequence[float], g: Generator) -> Tensor:
-    """True for a random share of the places along `dim`, drawn for every place of the other axes: bool.
-
-    ratio: the share, or the two ends of a range from which it is drawn evenly.
+    Returns bool, True where masked: (b, 1, d, h, w).
     """
-    share = torch.full((), ratio[0], dtype=torch.float64, device=g.device)
+    # Cubes along each axis; the last one may reach past the grid.
+    d, h, w = (-(-n // block) for n in grid)
+    cubes = torch.stack([masked_share((d * h * w,), 0, ratio, g) for g in generators])
+
+    to_tokens = "b (d h w) -> b 1 (d bd) (h bh) (w bw)"
+    tokens = repeat(cubes, to_tokens, d=d, h=h, bd=block, bh=block, bw=block)
+    return tokens[..., : grid[0], : grid[1], : grid[2]]
+
+
+def masked_share(
+    shape: Sequence[int], dim: int, ratio: Sequence[float], generator: Generator
+) -> Tensor:
+    """True for a random share of the entries along `dim`, fresh for every index of the other axes.
+
+    ratio: the share, or the two ends of a range from which it is drawn evenly. Returns bool.
+    """
+    device = generator.device
+
+    # In float64: 0.6 of 1000 entries are 600. On the device: nothing waits for its value.
+    share = torch.full((), ratio[0], dtype=torch.float64, device=device)
     if len(ratio) > 1:
-        share = share + torch.rand((), generator=g, device=g.device).double() * (
-            ratio[1] - ratio[0]
-        )
+        position = torch.rand((), generator=generator, device=device).double()
+        share = share + position * (ratio[1] - ratio[0])
 
-    # The nearest number of places; never all, for there would be nothing to reconstruct from.
-    count = (share * shape[dim]).round().clamp(max=shape[dim] - 1)
+    # The nearest number of entries; never all, because nothing would be left to reconstruct from.
+    entries = shape[dim]
+    count = (share * entries).round().clamp(max=entries - 1)
 
-    order = torch.rand(*shape, generator=g, device=g.device).argsort(dim).argsort(dim)
-    return order < count
+    return random_order(shape, dim, generator) < count
+
+
+def random_order(shape: Sequence[int], dim: int, generator: Generator) -> Tensor:
+    """0, 1, ..., n - 1 along `dim`, shuffled afresh for every index of the other axes: int64."""
+    scores = torch.rand(*shape, generator=generator, device=generator.device)
+    order = scores.argsort(dim)
+
+    # The inverse of that permutation: where each entry stands among the sorted scores.
+    return order.argsort(dim)
 
 
 # --- what is done with it
 
 
 def add_noise(x: Tensor, noise: Tensor, *, std: float, mean: float = 0.0) -> Tensor:
-    """x_hat = x + N(mu, sigma), eq. 1. `std` is sigma as a standard deviation, in units of x.
+    """x_hat = x + N(mu, sigma), eq. 1.
 
-    noise: standard normal, of the shape of x.
+    noise: standard normal, of the shape of x. mean is mu and std is sigma, read as a standard
+    deviation; both in units of x.
     """
     return x + mean + std * noise.to(x.dtype)
 
 
 def downsample(x: Tensor, factor: float, mode: str = "trilinear") -> Tensor:
-    """x_hat = D(x, epsilon), eq. 2: down by `factor` and up again to the grid of x. (b, c, d, h, w) -> the same."""
-    small = [max(1, round(n / factor)) for n in x.shape[-3:]]
-    aligned = False if mode == "trilinear" else None
-    low = F.interpolate(x, small, mode=mode, align_corners=aligned)
-    back = "nearest" if mode == "area" else mode
-    return F.interpolate(low, x.shape[-3:], mode=back, align_corners=aligned)
+    """x_hat = D(x, epsilon), eq. 2: down by `factor`, and up again to the grid of x.
+
+    (b, c, d, h, w) -> the same shape. mode: `trilinear`, `nearest` or `area` (the mean of a block,
+    which comes back by `nearest`).
+    """
+    coarse_grid = [max(1, round(n / factor)) for n in x.shape[-3:]]
+    align_corners = False if mode == "trilinear" else None
+    low = F.interpolate(x, coarse_grid, mode=mode, align_corners=align_corners)
+
+    mode_up = "nearest" if mode == "area" else mode
+    return F.interpolate(low, x.shape[-3:], mode=mode_up, align_corners=align_corners)
 
 
-def local_mask(tokens: Tensor, masked: Tensor) -> Tensor:
-    """Zero the masked channels (section 2, "Local Masking"). (b, c, d, h, w), mask -> (b, c, d, h, w)."""
-    return tokens.masked_fill(masked, 0.0)
+def local_mask(tokens: Tensor, mask: Tensor) -> Tensor:
+    """Section 2, "Local Masking": masked channels become 0. (b, c, d, h, w) -> the same shape."""
+    return tokens.masked_fill(mask, 0.0)
 
 
-def token_mask(tokens: Tensor, masked: Tensor, mask_token: Tensor) -> Tensor:
-    """Masked image modelling: `mask_token` (c,) in place of the masked tokens, all c channels of them."""
-    return torch.where(masked, rearrange(mask_token, "c -> 1 c 1 1 1").to(tokens.dtype), tokens)
+def token_mask(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """Masked image modelling: `mask_token` (c,) replaces masked tokens, all c channels of them."""
+    replacement = rearrange(mask_token, "c -> 1 c 1 1 1").to(tokens.dtype)
+    return torch.where(mask, replacement, tokens)

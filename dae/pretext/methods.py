@@ -1,8 +1,11 @@
-"""METHODS: one function for each row of Table 5, over one shared signature; `dae` is the paper's.
+"""Figure 1 is `Pretext.forward`; Table 5 is METHODS.
 
-Read `dae` beside section 2: its lines are the method. `Pretext` holds what a method needs beside the backbone, and its
-`forward` is what DDP and torch.compile wrap: calling the backbone's own methods behind DDP would leave every rank with
-gradients of its own, without an error.
+Read `forward` beside section 2 of the paper: its lines are the method, in the order of Figure 1 and
+in the paper's symbols. DDP and torch.compile wrap `forward` as a whole. Calling the methods of the
+backbone outside of it would leave every rank with gradients of its own, without an error.
+
+To add a method, write what happens to the volume and to its tokens, and give METHODS a row; if that
+needs random numbers, DRAWS says which. A loss or a head of its own is one more line of `forward`.
 
 Axis letters: b batch, c channels, d h w grid.
 """
@@ -13,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import reduce
 from timm.layers import trunc_normal_
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from dae.config.pretrain import PretextConfig
 from dae.model import Backbone
@@ -24,32 +27,110 @@ from dae.pretext.disrupt import (
     draw_channels,
     draw_cubes,
     draw_noise,
-    generators,
     local_mask,
+    sample_generators,
     token_mask,
 )
 
+Change = Callable[..., Tensor]  # of a volume or of its tokens; the shape stays
+
 
 class Drawn(NamedTuple):
-    """What is drawn for one forward pass; None where the method has no use for it."""
+    """The random numbers of one forward pass; None where the method does not need them."""
 
     noise: Tensor | None = None  # (b, c, d, h, w), standard normal, for eq. 1
-    mask: Tensor | None = None  # bool, broadcasts to the tokens: channels zeroed, or tokens hidden
+    mask: Tensor | None = None  # bool, True where masked; broadcasts to the tokens
 
 
 class Output(NamedTuple):
-    """What one forward pass of a method gives."""
+    """The result of one forward pass."""
 
     loss: Tensor  # l1 + alpha * cmcl, eq. 5; float32
     l1: Tensor  # in the units of --l1-units
-    cmcl: Tensor
-    x_hat: Tensor  # (b, c, d, h, w), disrupted
-    x_rec: Tensor  # (b, c, d, h, w), reconstructed
+    cmcl: Tensor  # without alpha
+    x_hat: Tensor  # (b, c, d, h, w), the disrupted volume
+    x_rec: Tensor  # (b, c, d, h, w), the reconstructed volume
+
+
+# --- Table 5
+
+
+def unchanged(x: Tensor, *unused: Any) -> Tensor:
+    return x
+
+
+def noise_and_coarse(x: Tensor, noise: Tensor, options: PretextConfig) -> Tensor:
+    """Eq. 1, then eq. 2 of its result; or (--order sum) "the two perturbations" of x added."""
+    if options.order == "sum":
+        return coarse_alone(x, noise, options) + (noise_alone(x, noise, options) - x)
+    return coarse_alone(noise_alone(x, noise, options), noise, options)
+
+
+def noise_alone(x: Tensor, noise: Tensor, options: PretextConfig) -> Tensor:
+    """Eq. 1."""
+    return add_noise(x, noise, std=options.noise_std, mean=options.noise_mean)
+
+
+def coarse_alone(x: Tensor, noise: Tensor | None, options: PretextConfig) -> Tensor:
+    """Eq. 2, which is not random: the noise is not used."""
+    return downsample(x, options.downsample_factor, options.downsample_mode)
+
+
+def some_channels(tokens: Tensor, mask: Tensor, mask_token: None) -> Tensor:
+    """Local masking: r c of the c embedding channels become 0."""
+    return local_mask(tokens, mask)
+
+
+def some_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
+    """Masked image modelling: a share r of the tokens becomes a learned one (section 3.3)."""
+    return token_mask(tokens, mask, mask_token)
+
+
+# What happens to the volume, and what happens to its tokens. ("mae" is a row of Table 4 as well.)
+METHODS: dict[str, tuple[Change, Change]] = {
+    "dae": (noise_and_coarse, some_channels),
+    "noise": (noise_alone, unchanged),
+    "downsample": (coarse_alone, unchanged),
+    "local_mask": (unchanged, some_channels),
+    "mae": (unchanged, some_tokens),
+}
+
+
+# --- the forms of x_rec
+
+
+def standardized(x_hat: Tensor) -> Tensor:
+    """Each channel of each crop at mean 0 and standard deviation 1."""
+    return (x_hat - mean(x_hat)) / std(x_hat)
+
+
+def rescaled(y: Tensor, x_hat: Tensor) -> Tensor:
+    return std(x_hat) * y + mean(x_hat)
+
+
+def added_to_x_hat(y: Tensor, x_hat: Tensor) -> Tensor:
+    return std(x_hat) * y + x_hat
+
+
+# --recon: how x_hat is normalized for the network, and how its output y becomes x_rec.
+#
+# Every path through the decoder ends in an instance norm, so the output alone (`plain`) cannot
+# carry the mean and the scale of a crop; the other forms take them from x_hat.
+RECON: dict[str, tuple[Change, Change]] = {
+    "plain": (unchanged, unchanged),
+    "scaled": (standardized, rescaled),
+    "output": (unchanged, rescaled),
+    "residual": (unchanged, added_to_x_hat),
+}
+
+
+# --- Figure 1
 
 
 class Pretext(nn.Module):
-    """A backbone and a method. Its own parameters (a mask token) are saved apart from the backbone's.
+    """A backbone, and the method that pre-trains it.
 
+    A method may have parameters of its own (a mask token), saved apart from the backbone's.
     Raises ValueError where the options contradict each other.
     """
 
@@ -57,184 +138,162 @@ class Pretext(nn.Module):
         self, backbone: Backbone, method: str = "dae", options: PretextConfig | None = None
     ) -> None:
         super().__init__()
+        options = options or PretextConfig()
+        check_options(options)
+
         self.backbone: Any = backbone  # a Backbone and a Module
-        self.method, self.options = METHODS[method], options or PretextConfig()
-        self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim)) if method == "mae" else None
-        if self.mask_token is not None:
+        self.options = options
+        self.disrupt, self.mask = METHODS[method]
+        self.normalize, self.restore = RECON[options.recon]
+
+        self.mask_token = None
+        if self.mask is some_tokens:
+            self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
             trunc_normal_(self.mask_token, std=0.02)
-        check_options(self.options)
-        self.input_is_target = method in ("local_mask", "mae")
-        if self.options.recon == "residual":
-            if self.input_is_target:
+
+        # Where x_hat is the target, the skip at full resolution would hand it to the last layers.
+        input_is_target = self.disrupt is unchanged
+        zero_by_itself = options.skip == "auto" and input_is_target
+        self.skip_is_zero = options.skip == "zeros" or zero_by_itself
+
+        # L1 in raw intensities, as the paper writes it, trains MR and neglects CT, whose values lie
+        # closer together; in units of the crop's standard deviation it weighs them alike.
+        crop_units_by_itself = options.l1_units == "auto" and options.recon != "plain"
+        self.l1_in_crop_units = options.l1_units == "crop" or crop_units_by_itself
+
+        if options.recon == "residual":
+            if input_is_target:
                 raise ValueError(
-                    f"--recon residual: with --method {method} x_hat is the target; take plain or scaled"
+                    f"--recon residual: with --method {method} x_hat is the target; "
+                    "take plain or scaled"
                 )
-            for parameter in (
-                backbone.head.parameters()
-            ):  # x_rec starts as x_hat: training starts from doing nothing
+            # With a head of zeros x_rec is x_hat: training starts from doing nothing.
+            for parameter in backbone.head.parameters():
                 nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
+        """Figure 1. x (b, c, d, h, w): clean crops; modality (b,), int64; drawn: from `draw`."""
+        options = self.options
+
+        x_hat = self.disrupt(x, drawn.noise, options)  # eq. 1 and 2: noise, then down and up
+        image = self.normalize(x_hat)  # x_hat itself, except for --recon scaled
+
+        tokens = self.backbone.tokenize(image)  # (b, c, d, h, w)
+        tokens = self.mask(tokens, drawn.mask, self.mask_token)  # r c of the c channels become 0
+        states = self.backbone.encode(tokens)  # of each stage; the last is the bottleneck
+
+        skip = torch.zeros_like(image) if self.skip_is_zero else image  # at full resolution
+        y = self.backbone.decode(states, skip).float()
+        x_rec = self.restore(y, x_hat)  # y itself for --recon plain
+
+        unit = std(x_hat) if self.l1_in_crop_units else None
+        l1 = l1_of(x_rec, x, unit).mean()  # L_1
+
+        # z_i of eq. 3, of all ranks; but the authors' form compares the samples of one rank, and
+        # validation gives ranks different numbers of crops.
+        z = embed(states[-1], options.z)
+        if self.training and options.cmcl != "ranks":
+            z, modality = gather(z, modality)
+        contrast = cmcl(z, modality, temperature=options.temperature, form=options.cmcl)  # eq. 3, 4
+
+        loss = l1 + options.alpha * contrast  # eq. 5
+        return Output(loss, l1.detach(), contrast.detach(), x_hat, x_rec)
 
     def draw(self, x: Tensor, seeds: Sequence[int]) -> Drawn:
         """Noise and mask for crops x (b, c, d, h, w), from one seed per sample.
 
-        Apart from `forward`, so that torch.compile sees tensors only and makes one graph.
+        Not in `forward`, so that torch.compile sees nothing but tensors and makes one graph.
         """
-        o, draw = self.options, generators(seeds, x.device)
-        noise = draw_noise(x.shape[1:], draw) if self.method in (dae, noise_alone) else None
+        draw_for_volume = DRAWS.get(self.disrupt, draw_nothing)
+        draw_for_tokens = DRAWS.get(self.mask, draw_nothing)
 
-        grid = [n // self.backbone.stride for n in x.shape[2:]]
-        mask = None
-        if self.method in (dae, local_masking):
-            mask = draw_channels(
-                self.backbone.embed_dim,
-                grid,
-                draw,
-                ratio=o.mask_ratio,
-                scope=o.mask_scope,
-                along=o.mask_along,
-            )
-        elif self.method is mae:
-            block = max(1, o.mask_block // self.backbone.stride)
-            mask = draw_cubes(grid, draw, ratio=o.mask_ratio, block=block)
+        # In this order: the noise and the mask of a sample come from the same generator.
+        generators = sample_generators(seeds, x.device)
+        noise = draw_for_volume(self, x, generators)
+        mask = draw_for_tokens(self, x, generators)
         return Drawn(noise, mask)
 
-    def forward(self, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-        """x (b, c, d, h, w) clean crops, modality (b,) int64, what `draw` gave for them."""
-        return self.method(self, x, modality, drawn)
-
     def own_state(self) -> dict[str, Tensor]:
-        """What the method has learned beside the backbone."""
-        return {
-            name: value
-            for name, value in self.state_dict().items()
-            if not name.startswith("backbone.")
-        }
+        """The tensors that the method has learned, without those of the backbone."""
+        tensors = self.state_dict()
+        return {name: tensors[name] for name in tensors if not name.startswith("backbone.")}
 
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
 
-    def shown(self, x_hat: Tensor) -> Tensor:
-        """What the network is shown of x_hat: all of it, or (--recon scaled) each crop at mean 0 and std 1."""
-        return (x_hat - mean(x_hat)) / std(x_hat) if self.options.recon == "scaled" else x_hat
 
-    def decode(self, states: Sequence[Tensor], x_hat: Tensor) -> Tensor:
-        """States -> x_rec in the intensities of x.
-
-        Every path through the decoder ends in an instance norm, so its output alone (`plain`) cannot carry the mean
-        and the scale of a crop; the other forms take them from x_hat.
-        """
-        blind = self.options.skip == "zeros" or (
-            self.options.skip == "auto" and self.input_is_target
-        )
-        image = self.shown(x_hat)
-        y = self.backbone.decode(states, torch.zeros_like(image) if blind else image).float()
-        if self.options.recon == "plain":
-            return y
-        return std(x_hat) * y + (x_hat if self.options.recon == "residual" else mean(x_hat))
-
-    def losses(
-        self, x: Tensor, x_hat: Tensor, x_rec: Tensor, states: Sequence[Tensor], modality: Tensor
-    ) -> Output:
-        """L_pretrain = L_1 + alpha * CE(z_sim, z_label), eq. 4 and 5."""
-        o = self.options
-        l1 = l1_of(x_rec, x, unit=std(x_hat) if in_crop_units(o) else None).mean()
-        z = embed(states[-1], o.z)
-        # The authors' form sees one rank's batch; and validation gives ranks different numbers of crops.
-        if self.training and o.cmcl != "ranks":
-            z, modality = gather(z, modality)
-        contrast = cmcl(z, modality, temperature=o.temperature, form=o.cmcl)
-        return Output(l1 + o.alpha * contrast, l1.detach(), contrast.detach(), x_hat, x_rec)
-
-
-def check_options(o: PretextConfig) -> None:
+def check_options(options: PretextConfig) -> None:
     """Raises ValueError where options mean nothing together."""
-    if len(o.mask_ratio) > 2:
+    if len(options.mask_ratio) > 2:
         raise ValueError("--mask-ratio: give one number, or the two ends of a range")
-    if o.mask_along == "planes" and o.mask_scope == "token":
+    if options.mask_along == "planes" and options.mask_scope == "token":
         raise ValueError("--mask-scope token: a plane has many tokens; take --mask-along channels")
-    if o.cmcl == "softmax" and o.temperature <= 0:
+    if options.cmcl == "softmax" and options.temperature <= 0:
         raise ValueError("--temperature: --cmcl softmax divides by it; take more than 0")
-    if o.cmcl != "softmax" and abs(o.temperature) > 80:
+    if options.cmcl != "softmax" and abs(options.temperature) > 80:
         raise ValueError(
-            f"--temperature {o.temperature:g}: float32 has no exp(t); the paper's is 0.07"
+            f"--temperature {options.temperature:g}: float32 has no exp(t); the paper's is 0.07"
         )
+
+
+def l1_of(x_rec: Tensor, x: Tensor, unit: Tensor | None = None) -> Tensor:
+    """L_1 of eq. 5, mean over the voxels of each sample. (b, c, d, h, w) twice -> (b,), float32.
+
+    unit: (b, c, 1, 1, 1), what counts as an error of 1; else errors are in intensities.
+    """
+    error = (x_rec.float() - x.float()).abs()
+    if unit is not None:
+        error = error / unit
+    return reduce(error, "b c d h w -> b", "mean")
 
 
 def mean(x: Tensor) -> Tensor:
-    """Of each sample and channel: (b, c, d, h, w) -> (b, c, 1, 1, 1)."""
+    """The mean of each channel of each sample: (b, c, d, h, w) -> (b, c, 1, 1, 1)."""
     return reduce(x, "b c d h w -> b c 1 1 1", "mean")
 
 
 def std(x: Tensor) -> Tensor:
-    """As `mean`; at least 0.01, for crops of nothing but air."""
-    return reduce((x - mean(x)) ** 2, "b c d h w -> b c 1 1 1", "mean").sqrt().clamp(min=0.01)
+    """The standard deviation, as `mean`; at least 0.01, for crops of nothing but air."""
+    variance = reduce((x - mean(x)) ** 2, "b c d h w -> b c 1 1 1", "mean")
+    return variance.sqrt().clamp(min=0.01)
 
 
-def l1_of(x_rec: Tensor, x: Tensor, unit: Tensor | None = None) -> Tensor:
-    """L_1 of eq. 5, mean over voxels, in intensities or in multiples of `unit`. (b, c, d, h, w) twice -> (b,)."""
-    error = (x_rec.float() - x.float()).abs()
-    return reduce(error if unit is None else error / unit, "b c d h w -> b", "mean")
+# --- the random numbers of a method
 
 
-def in_crop_units(o: PretextConfig) -> bool:
-    """Raw units train MR and neglect CT, whose values lie closer together; yet they are what the paper writes."""
-    return o.l1_units == "crop" or (o.l1_units == "auto" and o.recon != "plain")
+def draw_nothing(net: Pretext, x: Tensor, generators: Sequence[Generator]) -> None:
+    return None
 
 
-def disrupt(x: Tensor, noise: Tensor, o: PretextConfig) -> Tensor:
-    """Eq. 1, then eq. 2 of its result; or (--order sum) the two perturbations of x added."""
-    noisy = add_noise(x, noise, std=o.noise_std, mean=o.noise_mean)
-    if o.order == "sum":
-        return downsample(x, o.downsample_factor, o.downsample_mode) + (noisy - x)
-    return downsample(noisy, o.downsample_factor, o.downsample_mode)
+def draw_voxel_noise(net: Pretext, x: Tensor, generators: Sequence[Generator]) -> Tensor:
+    return draw_noise(x.shape[1:], generators)
 
 
-def dae(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-    """Disruptive autoencoder: reconstruct the volume from noisy, coarse, locally masked tokens (section 2, Fig. 1)."""
-    assert drawn.noise is not None and drawn.mask is not None
-    x_hat = disrupt(x, drawn.noise, net.options)  # eq. 1, eq. 2: noise, then down and up again
-    tokens = net.backbone.tokenize(net.shown(x_hat))  # (b, c, d, h, w)
-    tokens = local_mask(tokens, drawn.mask)  # r c of the c embedding channels are zero
-    states = net.backbone.encode(tokens)
-    x_rec = net.decode(states, x_hat)
-    return net.losses(x, x_hat, x_rec, states, modality)  # eq. 3-5
+def draw_channel_mask(net: Pretext, x: Tensor, generators: Sequence[Generator]) -> Tensor:
+    return draw_channels(
+        net.backbone.embed_dim,
+        token_grid(net, x),
+        generators,
+        ratio=net.options.mask_ratio,
+        scope=net.options.mask_scope,
+        along=net.options.mask_along,
+    )
 
 
-def noise_alone(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-    """Table 5, "Noise": eq. 1 alone."""
-    assert drawn.noise is not None
-    x_hat = add_noise(x, drawn.noise, std=net.options.noise_std, mean=net.options.noise_mean)
-    states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
-    return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
+def draw_cube_mask(net: Pretext, x: Tensor, generators: Sequence[Generator]) -> Tensor:
+    """Cubes of --mask-block voxels, in tokens."""
+    block = max(1, net.options.mask_block // net.backbone.stride)
+    return draw_cubes(token_grid(net, x), generators, ratio=net.options.mask_ratio, block=block)
 
 
-def downsampling(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-    """Table 5, "Downsampling": eq. 2 alone."""
-    x_hat = downsample(x, net.options.downsample_factor, net.options.downsample_mode)
-    states = net.backbone.encode(net.backbone.tokenize(net.shown(x_hat)))
-    return net.losses(x, x_hat, net.decode(states, x_hat), states, modality)
+def token_grid(net: Pretext, x: Tensor) -> list[int]:
+    return [n // net.backbone.stride for n in x.shape[2:]]
 
 
-def local_masking(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-    """Table 5, "Local Masking" alone. x_hat is the target here, so the full-resolution skip is fed zeros."""
-    assert drawn.mask is not None
-    tokens = local_mask(net.backbone.tokenize(net.shown(x)), drawn.mask)
-    states = net.backbone.encode(tokens)
-    return net.losses(x, x, net.decode(states, x), states, modality)
-
-
-def mae(net: Pretext, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
-    """Tables 4 and 5, "MAE": whole tokens give way to a learned one (section 3.3); the skip is fed zeros here too."""
-    assert drawn.mask is not None and net.mask_token is not None
-    tokens = token_mask(net.backbone.tokenize(net.shown(x)), drawn.mask, net.mask_token)
-    states = net.backbone.encode(tokens)
-    return net.losses(x, x, net.decode(states, x), states, modality)
-
-
-METHODS: dict[str, Callable[[Pretext, Tensor, Tensor, Drawn], Output]] = {
-    "dae": dae,
-    "noise": noise_alone,
-    "downsample": downsampling,
-    "local_mask": local_masking,
-    "mae": mae,
+# What is drawn for a column of METHODS; nothing for those that are not here.
+DRAWS: dict[Change, Callable[[Pretext, Tensor, Sequence[Generator]], Tensor | None]] = {
+    noise_and_coarse: draw_voxel_noise,
+    noise_alone: draw_voxel_noise,
+    some_channels: draw_channel_mask,
+    some_tokens: draw_cube_mask,
 }

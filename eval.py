@@ -1,7 +1,7 @@
 """Predict, score, tune and compare segmentations, and put folds together.
 
 python eval.py predict --checkpoint runs/seg/best.pt --data list.json --split test --out predictions
-python eval.py predict --checkpoint fold*/best.pt --images scan.nii.gz folder --tta --out predictions
+python eval.py predict --checkpoint fold*/best.pt --images scan.nii folder --tta --out predictions
 python eval.py score   --predictions predictions --data list.json --split test --out scores
 python eval.py tune    --predictions predictions --data list.json --split validation --out plan
 python eval.py compare scores_a scores_b --out comparison
@@ -11,26 +11,12 @@ Each command has its own --help.
 """
 
 import sys
+from collections.abc import Sequence
 
 from dae.config.command_line import from_command_line, run_or_explain, with_tuples
 from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.errors import InputError
 
-# What all checkpoints of an ensemble must agree on.
-SHARED = (
-    "classes",
-    "in_channels",
-    "spacing",
-    "crop",
-    "ct_window",
-    "mr_intensity",
-    "foreground_crop",
-    "flip_axes",
-    "swap",
-    "swap_axes",
-)
-# What prediction has no use for, and what is large: a checkpoint has three times the size of its network.
-LARGE = ("model", "optimizer", "scaler", "rng")
 CONFIGS = {
     "predict": PredictConfig,
     "score": ScoreConfig,
@@ -38,33 +24,46 @@ CONFIGS = {
     "compare": CompareConfig,
     "folds": FoldsConfig,
 }
+# Flags whose names may be left out: `compare a b` is `compare --a a --b b`.
+POSITIONAL = {"compare": ("--a", "--b"), "folds": ("--scores",)}
 
 
 def read_command() -> tuple[str, object]:
-    """The command and its configuration, from this process's arguments; without torch."""
+    """The command and its configuration, from this process's arguments."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__.strip())
         sys.exit(0)
-    command, *rest = arguments
+
+    command = arguments[0]
     if command not in CONFIGS:
         raise InputError(f"{command}: not a command; take one of {', '.join(CONFIGS)}")
-    for flag, at in {"compare": (("--a", 0), ("--b", 2)), "folds": (("--scores", 0),)}.get(
-        command, ()
-    ):
-        if len(rest) > at and not rest[at].startswith("-"):
-            rest.insert(at, flag)
-    return command, from_command_line(
-        CONFIGS[command], prog=f"eval.py {command}", description=__doc__, arguments=rest
+    config: object = from_command_line(
+        CONFIGS[command],
+        prog=f"eval.py {command}",
+        description=__doc__,
+        arguments=with_names(arguments[1:], POSITIONAL.get(command, ())),
     )
+    return command, config
 
 
+def with_names(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The arguments, with the name of a flag before each of the first ones that have none."""
+    named = list(arguments)
+    for n, name in enumerate(names):
+        position = 2 * n  # after the names and values of the flags before
+        if position < len(named) and not named[position].startswith("-"):
+            named.insert(position, name)
+    return named
+
+
+# The command line is read before torch is imported: --help and mistakes need not wait for it.
 if __name__ == "__main__":
-    COMMAND: list[tuple[str, object]] = []
-    run_or_explain(lambda: COMMAND.append(read_command()), "eval.py")
+    COMMAND, CONFIG = run_or_explain(read_command, "eval.py")
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,8 +82,8 @@ from dae.data.sides import AXES, flips_of, in_words, likely_pairs
 from dae.evaluation import cases as scoring
 from dae.evaluation import postprocess, report, statistics
 from dae.evaluation.metrics import Labels
-from dae.evaluation.native_grid import in_place, label_map, save_like
-from dae.evaluation.windows import sliding_window
+from dae.evaluation.native_grid import label_map, paste, save_like
+from dae.evaluation.windows import Predict, sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
 from dae.training.distributed import start
 from dae.training.kernels import choose_kernels, lay_out
@@ -92,270 +91,253 @@ from dae.training.precision import autocast, autocast_type
 from dae.weights import checkpoint
 from dae.weights.plan import backbone_of
 
+# --- the five commands
+
 
 def predict(config: PredictConfig) -> list[Path]:
     """One label map for each image, on the image's own grid, as <case>.nii.gz. Returns their paths.
 
-    Cases that are in --out already, of the same checkpoints, settings and images, are not predicted again. A case that
-    cannot be predicted does not keep the others from it. Raises InputError at the end, which names all such cases.
+    Cases that are in --out already, of the same checkpoints, settings and images, are not predicted
+    again. A case that cannot be predicted does not keep the others from it: InputError at the end
+    names all such cases.
     """
-    out = folder(config)
+    out = output_folder(config)
     if config.images and config.data:
         raise InputError("--images: not beside --data; give one of them")
     device = start(config.device).device
     choose_kernels(device, tf32=False)
-    saved, networks = members_of(config, device)
-    plan = saved[0]["plan"]
-    dtype = autocast_type(config.amp, device)
-    steps = postprocess.load(Path(config.postprocess)) if config.postprocess else {}
-    if strange := [label for label in steps if str(label) not in plan["classes"]]:
-        raise InputError(
-            f"--postprocess {config.postprocess}: label {strange[0]} is no class of the checkpoint"
-        )
+
+    # The networks: what they were trained with, and whom they were trained on.
+    saved, networks = load_ensemble(config, device)
+    model = model_of(config, saved[0]["plan"], networks, device)
     seen, unknown = leaks.seen_of(saved, config.checkpoint)
-    if config.images:
-        items: Sequence[Item] = images_of(config, plan)
-    else:
-        listed, items = cases_of(config, config.modality, seen, unknown)
-        check_classes(listed.labels, plan, config.data)
+
+    # The images: whether these networks can predict them, and may.
+    items = items_to_predict(config, model.plan, seen, unknown)
     for item in items:
         check_intensity(item, [state["plan"] for state in saved])
     names = scoring.case_names([item.image[0] for item in items])
-    before = leaks.read_record(out)  # that it can be added to is known before anything is predicted
-    trained = known_cases(config, items, names, seen, unknown)
-    written, settings = Written(out), settings_of(config, dtype)
-    check_targets(written, dict(zip(names, items)), settings)
+    before = leaks.read_record(out)  # found damaged now, and not after hours of prediction
+    trained = trained_cases(config, items, names, seen, unknown)
+
+    # The folder: label maps replace nothing there, and all of them are made in one way.
+    written = Written(out)
+    check_targets(written, dict(zip(names, items)), model.settings)
     written.check([leaks.RECORD])
+    record = Record(written, config, seen, before, trained)
     print(
-        f"{counted(items, 'image')}, {counted(networks, 'checkpoint')}, {averaging(config, plan)}"
+        f"{counted(len(items), 'image')}, {counted(len(networks), 'checkpoint')}, "
+        f"{averaging(config, model.plan)}"
     )
 
-    recipe = Recipe(
-        tuple(plan["spacing"]),
-        tuple(plan["ct_window"]),
-        plan["mr_intensity"],
-        plan["foreground_crop"],
-    )
-    predictors = [predictor(network, dtype, device) for network in networks]
+    results = predict_cases(items, names, model, record)
 
-    def keep_record() -> None:
-        split = "" if config.images else config.split
-        make = partial(
-            leaks.write_record,
-            seen=seen,
-            before=before,
-            split=split,
-            cases=now,
-            trained=sorted(trained),
-        )
-        written.write(leaks.RECORD, make)
-
-    made, now, kept, failed = list[Path](), list[str](), 0, list[str]()
-    for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
-        file = f"{name}.nii.gz"
-        try:
-            source = source_of(item)
-            if is_finished(written, file, source):
-                kept += 1
-                if written.last(file).get("trained"):
-                    trained.add(name)
-            else:
-                volume = read_channels(item.image)
-                if leaks.is_trained(volume.data, seen):
-                    if not config.images and not config.allow_trained:
-                        leaks.refuse_trained([name], str(item.image[0]), "predict")
-                    trained.add(name)
-                labels = predicted(item, volume, predictors, plan, recipe, config, device, steps)
-                facts = {"settings": settings, "source": source, "trained": name in trained}
-                written.write(file, partial(save_like, item.image[0], labels), **facts)
-                now.append(name)
-                if name in trained:
-                    keep_record()  # at once: a run that is stopped must not leave a trained case unmarked
-            made.append(out / file)
-        # What is wrong with one image, or with its size, is not wrong with the next; a full disk is.
-        except (InputError, ValueError, RuntimeError, MemoryError) as error:
-            if os.environ.get("DAE_DEBUG") == "1":
-                raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            failed.append(reason if str(item.image[0]) in reason else f"{item.image[0]}: {reason}")
-    print(f"{counted(made, 'label map')} in {out}" + f", {kept} of them from before" * (kept > 0))
-    if made:
-        keep_record()
-    if known := sorted(trained) if config.images else []:
-        say(
-            f"warning: the network was trained on {counted(known, 'image')} of these, as {known[0]}; score refuses them"
-        )
-    if failed:
+    from_before = f", {results.kept} of them from before" if results.kept else ""
+    print(f"{counted(len(results.label_maps), 'label map')} in {out}{from_before}")
+    if results.label_maps:
+        record.write()
+    if config.images:
+        warn(about_trained(record.trained))
+    if results.failed:
         raise InputError(
-            f"{len(failed)} of {len(items)} cases could not be predicted: {'; '.join(failed)}"
+            f"{len(results.failed)} of {len(items)} cases could not be predicted: "
+            f"{'; '.join(results.failed)}"
         )
-    return made
+    return results.label_maps
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
-    """scores.csv, summary.json, figures/ and report.html, of predictions against labels on the labels' own grids."""
-    written = Written(folder(config))
-    classes, pairs, images, by_class, ignore = truths_of(config)
-    inputs = [path for pair in pairs for path in (pair.prediction, pair.label)] + [
-        *images.values(),
-        Path(config.data),
-    ]
+    """scores.csv, summary.json, figures/ and report.html: predictions against labels, each pair on
+    the label's own grid. Returns the summary.
+    """
+    written = Written(output_folder(config))
+    truths = truths_of(config)
+    # Before hours of scoring: results can be written, and replace nothing that is read.
+    inputs = [Path(config.data), *truths.images.values()]
+    for pair in truths.pairs:
+        inputs += [pair.prediction, pair.label]
     written.check(("scores.csv", "summary.json", "report.html", "figures/distribution.png"), inputs)
-    tolerance = (
-        {label: by_class.get(label, config.tolerance) for label in classes}
-        if by_class
-        else config.tolerance
+
+    tolerance = tolerance_of(config, truths)
+    rows, diagonals, labels = scoring.score(
+        truths.pairs,
+        truths.classes,
+        tolerance=tolerance,
+        definition=config.definition,
+        ignore=truths.ignore,
     )
-    how: dict[str, Any] = {
-        "tolerance": tolerance,
-        "definition": config.definition,
-        "ignore": ignore,
-    }
-    rows, diagonals, labels = scoring.score(pairs, classes, **how)
-    summary = statistics.summarise(rows, policy=config.policy, diagonals=diagonals, **how) | {
-        "labels": labels
-    }
-    pictures = report.figures(rows, pairs, images=images, ignore=ignore)
+    summary = statistics.summarise(
+        rows,
+        policy=config.policy,
+        diagonals=diagonals,
+        tolerance=tolerance,
+        definition=config.definition,
+        ignore=truths.ignore,
+    )
+    summary["labels"] = labels
+    pictures = report.figures(rows, truths.pairs, images=truths.images, ignore=truths.ignore)
+
+    # Which cases are the worst, and have a picture, is known only now.
     written.check(f"figures/{name}.png" for name in pictures)
     written.write("scores.csv", partial(scoring.write_scores, rows))
     written.write("summary.json", partial(report.write_summary, summary))
     for name, picture in pictures.items():
         written.write(f"figures/{name}.png", partial(Path.write_bytes, data=picture))
     page = written.write("report.html", partial(report.write_page, rows, summary, pictures))
+
     dice = summary["mean_of_cases"]["dice"]
-    cases = f"{dice['n']} case{'s' * (dice['n'] != 1)}"
-    print(f"mean Dice {dice['mean']:.4f} over {cases}, {len(classes)} classes; see {page}")
+    print(
+        f"mean Dice {dice['mean']:.4f} over {counted(dice['n'], 'case')}, "
+        f"{len(truths.classes)} classes; see {page}"
+    )
     return summary
 
 
-def tune(config: TuneConfig) -> postprocess.Plan:
-    """postprocess.json: for each class the steps that raise the Dice of validation cases, and no others."""
-    written = Written(folder(config))
-    classes, pairs, _, _, ignore = truths_of(config)
+def tune(config: TuneConfig) -> postprocess.Steps:
+    """postprocess.json: the steps of each class that raise the Dice of validation cases."""
+    written = Written(output_folder(config))
+    truths = truths_of(config)
     written.check(["postprocess.json"], [Path(config.data)])
-    cases = [
-        scoring.read_case(pair.prediction, pair.label, classes, ignore=ignore) for pair in pairs
-    ]
-    plan, table = postprocess.choose(cases, classes)
-    written.write("postprocess.json", partial(postprocess.save, plan))
+
+    # All cases at once: every step is tried on all of them.
+    cases = []
+    for pair in truths.pairs:
+        case = scoring.read_case(pair.prediction, pair.label, truths.classes, ignore=truths.ignore)
+        cases.append(case)
+    steps, table = postprocess.choose(cases, truths.classes)
+
+    written.write("postprocess.json", partial(postprocess.save, steps))
     print(postprocess.as_text(table))
-    return plan
+    return steps
 
 
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
-    """Paired tests of two sets of scores, per class and overall; printed, and written where --out says."""
-    files = [scores_file(name) for name in (config.a, config.b)]
+    """Paired tests of two sets of scores, per class and overall: printed, and written to --out."""
+    file_a = scores_file(config.a)
+    file_b = scores_file(config.b)
     written = tables_in(config.out, "compare")
-    say(
-        report.check_terms(
-            [(name, report.terms_of(file)) for name, file in zip((config.a, config.b), files)]
-        )
+
+    # Scores of different definitions, tolerances or labels are not compared.
+    terms = [(config.a, report.terms_of(file_a)), (config.b, report.terms_of(file_b))]
+    warn(report.check_terms(terms))
+    lines = statistics.compare(
+        scoring.read_scores(file_a), scoring.read_scores(file_b), seed=config.seed
     )
-    a, b = (scoring.read_scores(file) for file in files)
-    found = statistics.compare(a, b, seed=config.seed)
+
     if written:
-        write_tables(written, found, "compare")
-    print(report.comparison_text(found, a=config.a, b=config.b))
-    return found
+        write_tables(written, lines, "compare")
+    print(report.comparison_text(lines, a=config.a, b=config.b))
+    return lines
 
 
 def folds(config: FoldsConfig) -> list[dict[str, Any]]:
-    """A table over folds, or over seeds: printed, and written where --out says."""
+    """One table over folds, or over seeds: printed, and written to --out."""
+    # Each run is called by the folder of its scores.
     files = [scores_file(name) for name in config.scores or ("",)]
     names = scoring.case_names([file.absolute().parent for file in files])
     written = tables_in(config.out, "folds")
-    say(report.check_terms([(name, report.terms_of(file)) for name, file in zip(names, files)]))
+
+    warn(report.check_terms([(name, report.terms_of(file)) for name, file in zip(names, files)]))
     runs = [(name, scoring.read_scores(file)) for name, file in zip(names, files)]
-    table = statistics.fold_table(runs, seed=config.seed)
+    lines = statistics.fold_table(runs, seed=config.seed)
+
     if written:
-        write_tables(written, table, "folds")
-    print(report.fold_text(table))
-    return table
+        write_tables(written, lines, "folds")
+    print(report.fold_text(lines))
+    return lines
 
 
-# --- what the commands are made of
+# --- predict: the networks
 
 
-def folder(config: CasesConfig) -> Path:
-    """Where results go, if they can. It is made with its first file: what is refused leaves nothing behind."""
-    if not config.out:
-        raise InputError("--out: name a folder for what is made")
-    checkpoint.check_out_folder(Path(config.out), resume=True)
-    return Path(config.out)
+@dataclass(frozen=True)
+class Model:
+    """All that makes a label map of an image."""
+
+    config: PredictConfig
+    plan: Mapping[str, Any]  # of the checkpoints: how the networks were built and trained
+    predictors: Sequence[Predict]  # the networks
+    steps: postprocess.Steps  # of --postprocess
+    settings: Mapping[str, Any]  # all of these in short, for written.jsonl
+    device: torch.device
 
 
-def tables_in(out: str, name: str) -> Written | None:
-    """Where the tables of `compare` and `folds` go, if they are written at all."""
-    if not out:
-        return None
-    checkpoint.check_out_folder(Path(out), resume=True)
-    written = Written(Path(out))
-    written.check((f"{name}.csv", f"{name}.json"))
-    return written
+# What all checkpoints of an ensemble must agree on.
+SHARED = (
+    "classes",
+    "in_channels",
+    "spacing",
+    "crop",
+    "ct_window",
+    "mr_intensity",
+    "foreground_crop",
+    "flip_axes",
+    "swap",
+    "swap_axes",
+)
+# What prediction has no use for. A checkpoint is three times as large as its network.
+LARGE = ("model", "optimizer", "scaler", "rng")
 
 
-def write_tables(written: Written, lines: Sequence[dict[str, Any]], name: str) -> None:
-    written.write(f"{name}.csv", partial(report.write_table, lines))
-    written.write(f"{name}.json", partial(report.write_lines, lines))
-
-
-def say(warning: str) -> None:
-    if warning:
-        print(warning, file=sys.stderr)
-
-
-def counted(things: Sequence[object], name: str) -> str:
-    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
-
-
-# --- predict: checkpoints
-
-
-def members_of(
+def load_ensemble(
     config: PredictConfig, device: torch.device
 ) -> tuple[list[dict[str, Any]], list[nn.Module]]:
-    """What each checkpoint says of itself, and its network. Raises InputError where they make no ensemble."""
-    saved, networks = list[dict[str, Any]](), list[nn.Module]()
+    """What each checkpoint says of itself, and its network. Raises InputError where they cannot
+    predict together.
+    """
+    saved: list[dict[str, Any]] = []
+    networks: list[nn.Module] = []
     for name in config.checkpoint:
-        state, network = member(name, saved[0]["plan"] if saved else None, config, device)
+        first = saved[0]["plan"] if saved else None
+        state, network = load_member(name, first, config, device)
         saved.append(state)
         networks.append(network)
+
     if not saved:
         raise InputError("--checkpoint: give the best.pt of a fine-tuning run, or several")
     return saved, networks
 
 
-def member(
+def load_member(
     name: str, first: Mapping[str, Any] | None, config: PredictConfig, device: torch.device
 ) -> tuple[dict[str, Any], nn.Module]:
-    """A checkpoint without what is LARGE in it, and its network. `first` is the plan that it must agree with."""
+    """A checkpoint without what is LARGE in it, and its network. `first` is the plan that it must
+    agree with.
+    """
     state = checkpoint.load(Path(name))
-    if first is None and not state["plan"]["classes"]:
-        raise InputError(f"--checkpoint {name}: names no classes; fine-tune it with train_seg.py")
     plan = trained_plan(state)
-    for fact in SHARED:
-        if first is not None and plan.get(fact) != first.get(fact):
-            raise InputError(
-                f"--checkpoint {name}: its {fact} differs from that of {config.checkpoint[0]}"
-            )
+    if first is None and not plan["classes"]:
+        raise InputError(f"--checkpoint {name}: names no classes; fine-tune it with train_seg.py")
+    if first is not None:
+        check_agreement(plan, first, name, config)
+
+    # The state goes when this function returns: twenty members would hold twenty optimisers.
     network = network_of(plan, state["model"], device, config, name)
-    return {key: value for key, value in state.items() if key not in LARGE} | {
-        "plan": plan
-    }, network
+    metadata = {key: value for key, value in state.items() if key not in LARGE}
+    return metadata | {"plan": plan}, network
 
 
 def trained_plan(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The plan of a checkpoint, with what older ones leave to its configuration."""
-    plan, config = dict(state["plan"]), state.get("config", {})
-    plan.setdefault("flip_axes", ())
-    flips = flips_of(plan, config)
-    cut = plan.get("foreground_crop", config.get("foreground_crop", False))
-    return plan | {
-        "foreground_crop": cut,
-        "flip_axes": flips.axes,
-        "swap": flips.swap,
-        "swap_axes": flips.swap_axes,
+    """The plan of a checkpoint. Older ones have some of it in the run's configuration."""
+    config = state.get("config", {})
+    plan = {
+        "foreground_crop": config.get("foreground_crop", False),
+        "flip_axes": (),  # a pre-trained network has none, and is refused
+        **state["plan"],
     }
+    flips = flips_of(plan, config)
+    return plan | {"flip_axes": flips.axes, "swap": flips.swap, "swap_axes": flips.swap_axes}
+
+
+def check_agreement(
+    plan: Mapping[str, Any], first: Mapping[str, Any], name: str, config: PredictConfig
+) -> None:
+    """Raises InputError where a checkpoint was trained otherwise than the first of its ensemble."""
+    for key in SHARED:
+        if plan.get(key) != first.get(key):
+            raise InputError(
+                f"--checkpoint {name}: its {key} differs from that of {config.checkpoint[0]}"
+            )
 
 
 def network_of(
@@ -365,55 +347,145 @@ def network_of(
     config: PredictConfig,
     name: str,
 ) -> nn.Module:
+    """The network of a checkpoint, ready to predict. Raises InputError where it cannot be built."""
     path = Path(name)
+    backbone = backbone_of(plan, config, path)
     try:
-        network = backbone_of(plan, config, path)(
+        network = backbone(
             plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
         )
     except TypeError as error:  # a network of the user's own, changed since
         raise InputError(
             f"{path}: {plan['backbone']} does not take its options any more ({error})"
         ) from error
+
     checkpoint.load_weights(network, weights, path)
     network = network.to(device).eval()
     lay_out(network, device, compiled=False)
     return network
 
 
+def model_of(
+    config: PredictConfig,
+    plan: Mapping[str, Any],
+    networks: Sequence[nn.Module],
+    device: torch.device,
+) -> Model:
+    """The networks with what the flags say of --amp and --postprocess. Raises InputError."""
+    dtype = autocast_type(config.amp, device)  # as in training, unless --amp says otherwise
+    return Model(
+        config=config,
+        plan=plan,
+        predictors=[partial(forward, network, dtype, device) for network in networks],
+        steps=steps_of(config, plan),
+        settings=settings_of(config, dtype),
+        device=device,
+    )
+
+
+def forward(
+    network: nn.Module, dtype: torch.dtype | None, device: torch.device, x: Tensor
+) -> Tensor:
+    """The network's output in its autocast type."""
+    with autocast(dtype, device):
+        return network(x)  # type: ignore[no-any-return]
+
+
+def steps_of(config: PredictConfig, plan: Mapping[str, Any]) -> postprocess.Steps:
+    """The steps of --postprocess, if any. Raises InputError on a label that the network has not."""
+    if not config.postprocess:
+        return {}
+    steps = postprocess.load(Path(config.postprocess))
+    for label in steps:
+        if str(label) not in plan["classes"]:
+            raise InputError(
+                f"--postprocess {config.postprocess}: label {label} is no class of the checkpoint"
+            )
+    return steps
+
+
+def settings_of(config: PredictConfig, dtype: torch.dtype | None) -> dict[str, Any]:
+    """All that decides a label map beside its image, by flag."""
+    steps_hash = sha256_of([Path(config.postprocess)])[:16] if config.postprocess else ""
+    return {
+        "checkpoint": [checkpoint.seal_of(Path(name))[:16] for name in config.checkpoint],
+        "tta": config.tta,
+        "overlap": config.overlap,
+        "ensemble": config.ensemble,
+        "amp": str(dtype),
+        "postprocess": steps_hash,
+    }
+
+
 def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
-    """Which flips --tta averages over, and what is known to be wrong with the network's own, in words."""
-    names = {int(label): name for label, name in plan["classes"].items()}
-    mixed = (
-        [] if plan["swap"] or "flips" in plan or 0 not in plan["flip_axes"] else likely_pairs(names)
-    )
-    doubt = (
-        f"; trained with left-right flips, so {in_words(mixed, names)} may be taken for each other"
-        if mixed
-        else ""
-    )
+    """In words: which flips --tta averages over, and what was wrong with those of the training."""
+    names = {int(label): name for label, name in plan["classes"].items()}  # JSON has text
+    doubt = doubt_about_sides(plan, names)
     if not config.tta:
         return f"no flips{doubt}"
     if not plan["flip_axes"]:
         return "no flips: --tta takes those of the training, which had none"
+
     axes = ", ".join(f"{axis} ({AXES[axis]})" for axis in plan["flip_axes"])
-    exchange = f", {in_words(plan['swap'], names)} change places" if plan["swap"] else ""
-    return f"averaged over flips along axes {axes}{exchange}{doubt}"
+    swap = f", {in_words(plan['swap'], names)} change places" if plan["swap"] else ""
+    return f"averaged over flips along axes {axes}{swap}{doubt}"
 
 
-def predictor(
-    network: nn.Module, dtype: torch.dtype | None, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        with autocast(dtype, device):
-            return network(x)  # type: ignore[no-any-return]
+def doubt_about_sides(plan: Mapping[str, Any], names: Mapping[int, str]) -> str:
+    """A warning, or nothing, on a network that was trained with left-right flips but no `swap`.
 
-    return forward
+    Newer training does that only where it is safe, and says in the plan's "flips" why.
+    """
+    if plan["swap"] or "flips" in plan or 0 not in plan["flip_axes"]:
+        return ""
+    pairs = likely_pairs(names)
+    if not pairs:
+        return ""
+    return (
+        f"; trained with left-right flips, so {in_words(pairs, names)} may be taken for each other"
+    )
+
+
+# --- predict: the images
+
+
+def items_to_predict(
+    config: PredictConfig, plan: Mapping[str, Any], seen: leaks.Seen, unknown: Sequence[str]
+) -> Sequence[Item]:
+    """The images of --images, or the items of --split of the list. Raises InputError."""
+    if config.images:
+        return images_of(config, plan)
+    items, chosen = cases_of(config, config.modality, seen, unknown)
+    check_classes(items.labels, plan, config.data)
+    return chosen
+
+
+def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
+    """Single files and folders of them, without labels, as items of the checkpoint's modality."""
+    modality = config.modality
+    if not modality and len(plan["modalities"]) == 1:
+        modality = plan["modalities"][0]
+    intensity = known_intensity(modality, plan, f"--modality {modality or '(none)'}")
+
+    files: list[Path] = []
+    for name in config.images:
+        path = Path(name)
+        if not path.exists():
+            raise InputError(f"--images {path}: no such file")
+        inside = scoring.volumes_in(path) if path.is_dir() else [path]
+        if not inside:
+            raise InputError(f"--images {path}: no .nii or .nii.gz files in it")
+        files += inside
+
+    channels = tuple(modality.split("+"))
+    return [Item((file,), channels, intensity, file.name) for file in files]
 
 
 def cases_of(
     config: CasesConfig, modality: str, seen: leaks.Seen, unknown: Sequence[str] = ()
 ) -> tuple[DataList, Sequence[Item]]:
-    """The list, and its items of --split; `validation` is what the fine-tuning run held out, as far as it is `seen`.
+    """The list, and its items of --split. `validation` is what the fine-tuning run held out, as far
+    as `seen` tells.
 
     `unknown` are checkpoints of older versions, which drew five folds otherwise. Raises InputError.
     """
@@ -430,64 +502,19 @@ def cases_of(
         )
         if items.notes:
             print("; ".join(items.notes))
+
     chosen: Sequence[Item] = getattr(items, config.split)
     if not chosen:
         raise InputError(f"--split {config.split}: {config.data} has no such items")
     return items, chosen
 
 
-def known_cases(
-    config: PredictConfig,
-    items: Sequence[Item],
-    names: Sequence[str],
-    seen: leaks.Seen,
-    unknown: Sequence[str],
-) -> set[str]:
-    """Cases whose subject the checkpoints were trained on; refused without --allow-trained. Raises InputError."""
-    if unknown:
-        print(
-            f"warning: {unknown[0]}: an older version wrote it, which does not say whom it was trained on"
-        )
-    if config.images:
-        return set()  # a file has no subject; its voxels are looked at
-    trained = [names[n] for n in leaks.trained_among(items, seen)]
-    if not config.allow_trained:
-        leaks.refuse_trained(trained, f"--data {config.data}", "predict")
-    return set(trained)
-
-
-# --- predict: images
-
-
-def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
-    """Single files and folders of them, without labels, as items of the checkpoint's modality."""
-    kinds = plan["modalities"]
-    kind = config.modality or (kinds[0] if len(kinds) == 1 else "")
-    intensity = known_intensity(kind, plan, f"--modality {kind or '(none)'}")
-    found: list[Path] = []
-    for name in config.images:
-        path = Path(name)
-        if not path.exists():
-            raise InputError(f"--images {path}: no such file")
-        inside = scoring.volumes_in(path) if path.is_dir() else [path]
-        if not inside:
-            raise InputError(f"--images {path}: no .nii or .nii.gz files in it")
-        found += inside
-    return [Item((path,), tuple(kind.split("+")), intensity, path.name) for path in found]
-
-
-def known_intensity(kind: str, plan: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """How the network's training normalised a modality. Raises InputError on one that it never met."""
-    known = plan["intensity"]
-    if kind not in known:
-        raise InputError(f"{where}: the network knows {', '.join(known)}; name the images' own")
-    return tuple(known[kind])
-
-
 def check_classes(labels: Mapping[int, str], plan: Mapping[str, Any], data: str) -> None:
-    """Raises InputError where the list gives a label of the checkpoint another name: it is another task's."""
+    """Raises InputError where the list gives a label of the checkpoint another name: that is
+    another task.
+    """
     for label, name in labels.items():
-        known = plan["classes"].get(str(label), name)
+        known = plan["classes"].get(str(label), name)  # a label of the list alone is no matter
         if label != 0 and known.casefold() != name.casefold():
             raise InputError(
                 f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint"
@@ -495,23 +522,209 @@ def check_classes(labels: Mapping[int, str], plan: Mapping[str, Any], data: str)
 
 
 def check_intensity(item: Item, plans: Sequence[Mapping[str, Any]]) -> None:
-    """Raises InputError unless every network has met the item's modality, normalised as the item is."""
+    """Raises InputError unless every network was trained on the item's modality, normalised as the
+    item is.
+    """
+    file = item.image[0]
+    modality = item.modality_name
     for plan in plans:
-        known = known_intensity(
-            item.modality_name, plan, f"{item.image[0]}: modality {item.modality_name}"
-        )
-        names = {"mr": plan["mr_intensity"]}
-        here = "+".join(names.get(how, how) for how in item.intensity)
-        there = "+".join(names.get(how, how) for how in known)
-        if here != there:
+        known = known_intensity(modality, plan, f"{file}: modality {modality}")
+        of_item = intensity_in_words(item.intensity, plan)
+        of_training = intensity_in_words(known, plan)
+        if of_item != of_training:
             raise InputError(
-                f"{item.image[0]}: intensity {here}, but the network was trained on {item.modality_name} by {there}; "
-                "change it in the list"
+                f"{file}: intensity {of_item}, but the network was trained on {modality} by "
+                f"{of_training}; change it in the list"
             )
 
 
+def known_intensity(modality: str, plan: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """How the network's training normalised a modality. Raises InputError on an unknown one."""
+    known = plan["intensity"]
+    if modality not in known:
+        raise InputError(f"{where}: the network knows {', '.join(known)}; name the images' own")
+    return tuple(known[modality])
+
+
+def intensity_in_words(intensity: Sequence[str], plan: Mapping[str, Any]) -> str:
+    """One normalisation for each channel. "mr" stands for the one that the run chose for MR."""
+    return "+".join(plan["mr_intensity"] if how == "mr" else how for how in intensity)
+
+
+def trained_cases(
+    config: PredictConfig,
+    items: Sequence[Item],
+    names: Sequence[str],
+    seen: leaks.Seen,
+    unknown: Sequence[str],
+) -> set[str]:
+    """Cases whose subject the networks were trained on. Raises InputError where there are some and
+    --allow-trained is not set.
+    """
+    if unknown:
+        print(
+            f"warning: {unknown[0]}: an older version wrote it, "
+            "which does not say whom it was trained on"
+        )
+    # A file has no subject. Its voxels are looked at when it is read.
+    if config.images:
+        return set()
+
+    trained = [names[n] for n in leaks.trained_among(items, seen)]
+    if not config.allow_trained:
+        leaks.refuse_trained(trained, f"--data {config.data}", "predict")
+    return set(trained)
+
+
+# --- predict: the output folder
+
+
+def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping[str, Any]) -> None:
+    """Raises InputError where label maps would replace inputs, or come into one folder with
+    those of other settings or images.
+    """
+    # Label maps in the folder of the scans would be taken for scans by the next command.
+    inputs: list[Path] = []
+    for item in items.values():
+        inputs += item.image
+        if item.label:
+            inputs.append(item.label)
+    check_apart(written.folder, inputs)
+    written.check((f"{name}.nii.gz" for name in items), inputs)
+
+    # All label maps that are there, those of other cases as well.
+    predicted_before = {line["file"] for line in written.lines if "settings" in line}
+    for file in sorted(predicted_before):
+        if (written.folder / file).exists():
+            case = scoring.case_name(Path(file))
+            check_label_map(written, file, items.get(case), settings)
+
+
+def check_label_map(
+    written: Written, file: str, item: Item | None, settings: Mapping[str, Any]
+) -> None:
+    """Raises InputError if a label map in the folder was made with other settings, or from another
+    image than the item of that name.
+    """
+    line = written.last(file)
+    where = f"--out {written.folder}: {file}"
+    for flag, value in settings.items():
+        before = line["settings"].get(flag)
+        if before != value:
+            raise InputError(
+                f"{where} was predicted with another --{flag} ({before}); name another folder"
+            )
+    if item and is_another_image(item, line["source"]):
+        raise InputError(
+            f"{where} was predicted from {line['source']['images'][0]}; name another folder"
+        )
+
+
+def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
+    """Whether an item has other files than a label map was made from, with other bytes in them."""
+    # A file that has changed since is the same image: it is predicted again.
+    if [str(path.absolute()) for path in item.image] == source["images"]:
+        return False
+    if not all(path.is_file() for path in item.image):
+        return True
+    same_bytes: bool = sha256_of(item.image) == source["sha256"]
+    return not same_bytes
+
+
+@dataclass
+class Record:
+    """predicted.json beside the label maps: which cases the networks were trained on."""
+
+    written: Written
+    config: PredictConfig
+    seen: leaks.Seen  # whom the networks were trained on
+    before: Mapping[str, Any]  # the record of earlier runs into this folder
+    trained: set[str]  # cases known so far, grows with each that is found
+    predicted: list[str] = field(default_factory=list)  # cases, by this run
+
+    def write(self) -> None:
+        make = partial(
+            leaks.write_record,
+            seen=self.seen,
+            before=self.before,
+            split="" if self.config.images else self.config.split,
+            cases=self.predicted,
+            trained=sorted(self.trained),
+        )
+        self.written.write(leaks.RECORD, make)
+
+
+# --- predict: case by case
+
+
+class Results(NamedTuple):
+    """What became of all cases."""
+
+    label_maps: list[Path]
+    kept: int  # of them, from an earlier run
+    failed: list[str]  # why the others could not be predicted
+
+
+def predict_cases(
+    items: Sequence[Item], names: Sequence[str], model: Model, record: Record
+) -> Results:
+    """A label map for each item. One that cannot be predicted does not keep the others from it."""
+    label_maps: list[Path] = []
+    kept = 0
+    failed: list[str] = []
+    for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
+        try:
+            was_there = predict_case(item, name, model, record)
+        # An image, or its size, may be wrong and the next one right. A full disk stays full, and
+        # its OSError ends the run.
+        except (InputError, ValueError, RuntimeError, MemoryError) as error:
+            if os.environ.get("DAE_DEBUG") == "1":
+                raise
+            failed.append(reason_of(error, item))
+            continue
+
+        label_maps.append(record.written.folder / f"{name}.nii.gz")
+        if was_there:
+            kept += 1
+    return Results(label_maps, kept, failed)
+
+
+def predict_case(item: Item, name: str, model: Model, record: Record) -> bool:
+    """Write <name>.nii.gz, and note what it was made from. Returns whether it was there already."""
+    file = f"{name}.nii.gz"
+    source = source_of(item)
+    # A run that was stopped goes on where it was.
+    if is_finished(record.written, file, source):
+        if record.written.last(file).get("trained"):
+            record.trained.add(name)
+        return True
+
+    # Its subject or its path may be new, and its voxels those of a training image.
+    volume = read_channels(item.image)
+    if leaks.is_trained(volume.data, record.seen):
+        config = model.config
+        if not config.images and not config.allow_trained:
+            leaks.refuse_trained([name], str(item.image[0]), "predict")
+        record.trained.add(name)
+
+    labels = predicted(item, volume, model)
+    record.written.write(
+        file,
+        partial(save_like, item.image[0], labels),
+        settings=model.settings,
+        source=source,
+        trained=name in record.trained,
+    )
+    record.predicted.append(name)
+
+    # At once: a run that is stopped must not leave a trained case unmarked.
+    if name in record.trained:
+        record.write()
+    return False
+
+
 def source_of(item: Item) -> dict[str, Any]:
-    """What a label map was made from. Raises InputError where a file is not there."""
+    """What a label map is made from. Raises InputError where a file is not there."""
     for path in item.image:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
@@ -524,92 +737,70 @@ def source_of(item: Item) -> dict[str, Any]:
 
 
 def is_finished(written: Written, file: str, source: Mapping[str, Any]) -> bool:
-    """Whether a label map of this very image is there. Where the image lies does not matter."""
-    then = written.last(file).get("source", {})
-    same = all(then.get(fact) == source[fact] for fact in ("sha256", "modality", "intensity"))
-    return same and written.is_whole(file)
+    """Whether a label map of this very image is there, whatever the path to the image."""
+    made_from = written.last(file).get("source", {})
+    for key in ("sha256", "modality", "intensity"):
+        if made_from.get(key) != source[key]:
+            return False
+    return written.is_whole(file)
 
 
-def settings_of(config: PredictConfig, dtype: torch.dtype | None) -> dict[str, Any]:
-    """All that decides a label map beside its image, by flag."""
-    return {
-        "checkpoint": [checkpoint.seal_of(Path(name))[:16] for name in config.checkpoint],
-        "tta": config.tta,
-        "overlap": config.overlap,
-        "ensemble": config.ensemble,
-        "amp": str(dtype),
-        "postprocess": sha256_of([Path(config.postprocess)])[:16] if config.postprocess else "",
-    }
-
-
-def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping[str, Any]) -> None:
-    """Raises InputError where label maps would replace inputs, or lie among those of other settings or images."""
-    inputs = [path for item in items.values() for path in item.image]
-    inputs += [item.label for item in items.values() if item.label]
-    check_apart(written.folder, inputs)
-    written.check((f"{name}.nii.gz" for name in items), inputs)
-
-    for file in sorted({line["file"] for line in written.lines if "settings" in line}):
-        if not (written.folder / file).exists():
-            continue
-        then, where = written.last(file), f"--out {written.folder}: {file}"
-        for flag, value in settings.items():
-            if then["settings"].get(flag) != value:
-                was = then["settings"].get(flag)
-                raise InputError(
-                    f"{where} was predicted with another --{flag} ({was}); name another folder"
-                )
-        item, source = items.get(scoring.case_name(Path(file))), then["source"]
-        if item and is_another_image(item, source):
-            raise InputError(
-                f"{where} was predicted from {source['images'][0]}; name another folder"
-            )
-
-
-def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
-    """Whether an item has other files than a label map was made from, and they hold other bytes as well."""
-    if [str(path.absolute()) for path in item.image] == source["images"]:
-        return False  # a file that has changed in its place is predicted again
-    return (
-        not all(path.is_file() for path in item.image) or sha256_of(item.image) != source["sha256"]
-    )
-
-
-def predicted(
-    item: Item,
-    volume: Volume,
-    predictors: Sequence[Callable[[Tensor], Tensor]],
-    plan: Mapping[str, Any],
-    recipe: Recipe,
-    config: PredictConfig,
-    device: torch.device,
-    steps: postprocess.Plan,
-) -> Labels:
+def predicted(item: Item, volume: Volume, model: Model) -> Labels:
     """The label map of one image (d, h, w), on the image's own grid. Raises InputError."""
+    plan = model.plan
+    recipe = Recipe(
+        tuple(plan["spacing"]),
+        tuple(plan["ct_window"]),
+        plan["mr_intensity"],
+        plan["foreground_crop"],
+    )
     prepared = normalise(volume, item, recipe)
     if len(prepared.data) != plan["in_channels"]:
         raise InputError(
-            f"{item.image[0]}: {len(prepared.data)} channels, the network takes {plan['in_channels']}"
+            f"{item.image[0]}: {len(prepared.data)} channels, "
+            f"the network takes {plan['in_channels']}"
         )
+
+    # The network knows a class by its index, the file by its label.
     classes = [int(label) for label in plan["classes"]]
     slabs = sliding_window(
         prepared.data,
-        predictors,
+        model.predictors,
         window=tuple(plan["crop"]),
         classes=len(classes),
-        overlap=config.overlap,
-        batch=config.batch,
-        device=device,
+        overlap=model.config.overlap,
+        batch=model.config.batch,
+        device=model.device,
         background=prepared.background.tolist(),
-        flips=plan["flip_axes"] if config.tta else (),
-        combine=config.ensemble,
+        flips=plan["flip_axes"] if model.config.tta else (),
+        combine=model.config.ensemble,
         swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]],
         swap_axes=plan["swap_axes"],
     )
-    slabs = in_place(slabs, prepared.box, prepared.grid) if prepared.box else slabs
-    places = label_map(slabs, prepared.grid, volume.data.shape[1:])
-    labels: Labels = np.array(classes, dtype=np.uint8)[places]
-    return postprocess.apply(labels, steps, volume.spacing) if steps else labels
+    # With --foreground-crop only the box of the patient was predicted.
+    if prepared.box:
+        slabs = paste(slabs, prepared.box, prepared.grid)
+
+    class_index = label_map(slabs, prepared.grid, volume.data.shape[1:])
+    labels: Labels = np.array(classes, dtype=np.uint8)[class_index]
+    return postprocess.apply(labels, model.steps, volume.spacing)
+
+
+def reason_of(error: Exception, item: Item) -> str:
+    """Why a case could not be predicted, on one line that names its file."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    file = str(item.image[0])
+    return reason if file in reason else f"{file}: {reason}"
+
+
+def about_trained(trained: set[str]) -> str:
+    """A warning, or nothing, on images that the networks were trained on."""
+    if not trained:
+        return ""
+    return (
+        f"warning: the network was trained on {counted(len(trained), 'image')} of these, "
+        f"as {min(trained)}; score refuses them"
+    )
 
 
 # --- score and tune: predictions and labels
@@ -621,12 +812,12 @@ class Truths(NamedTuple):
     classes: dict[int, str]  # without the background and what is ignored
     pairs: list[scoring.Pair]
     images: dict[str, Path]  # by case, where known
-    tolerance: dict[int, float]  # of NSD in mm, where the list says so
+    tolerance: dict[int, float]  # of NSD in mm, for classes to which the list gives one
     ignore: int | None
 
 
 def truths_of(config: TruthsConfig) -> Truths:
-    """The files of every case and what they hold, of a list or of two folders. Raises InputError."""
+    """The files of every case, of a list or of two folders, and the classes. Raises InputError."""
     if not config.predictions or not Path(config.predictions).is_dir():
         raise InputError(f"--predictions {config.predictions or '(none)'}: no such folder")
     if config.ignore == 0:
@@ -637,42 +828,104 @@ def truths_of(config: TruthsConfig) -> Truths:
         raise InputError(
             "--labels: not beside --data, whose list names the labels; give one of them"
         )
+
     record = leaks.read_record(Path(config.predictions))
-    if config.labels:
-        pairs, images = (
-            scoring.pair(Path(config.predictions), Path(config.labels)),
-            dict[str, Path](),
-        )
-        tolerance, ignore = dict[int, float](), config.ignore
-        named = scoring.classes_in(pair.label for pair in pairs)
-    else:
-        items, cases = cases_of(
-            config, "mr", record
-        )  # scoring reads no intensity; a list that names no modality will do
-        names = scoring.case_names([item.image[0] for item in cases])
-        pairs = scoring.pair(
-            Path(config.predictions), [(name, item.label) for name, item in zip(names, cases)]
-        )
-        images = {name: item.image[0] for name, item in zip(names, cases)}
-        named, tolerance = items.labels, items.tolerance
-        ignore = items.ignore if config.ignore is None else config.ignore
+    truths = truths_of_folder(config) if config.labels else truths_of_list(config, record)
+
     if not config.allow_trained:
-        trained = [pair.case for pair in pairs if pair.case in record.get("trained", ())]
+        known = record.get("trained", ())
+        trained = [pair.case for pair in truths.pairs if pair.case in known]
         leaks.refuse_trained(trained, f"--predictions {config.predictions}", "score")
-    classes = {label: name for label, name in named.items() if label not in (0, ignore)}
-    if not classes:
+    if not truths.classes:
         raise InputError(
-            f"{config.labels or config.data}: names no class to score but background and what is ignored"
+            f"{config.labels or config.data}: names no class to score but background "
+            "and what is ignored"
         )
-    return Truths(classes, pairs, images, tolerance, ignore)
+    return truths
+
+
+def truths_of_folder(config: TruthsConfig) -> Truths:
+    """Label maps of the same names as the predictions. Every label in them is a class."""
+    pairs = scoring.pair(Path(config.predictions), Path(config.labels))
+    names = scoring.classes_in(pair.label for pair in pairs)
+    return Truths(scored(names, config.ignore), pairs, {}, {}, config.ignore)
+
+
+def truths_of_list(config: TruthsConfig, record: leaks.Seen) -> Truths:
+    """The labels of --split of the list. `record` is what predict left beside the predictions."""
+    # Scoring reads no intensity, so that a list that names no modality will do.
+    items, chosen = cases_of(config, "mr", record)
+    cases = scoring.case_names([item.image[0] for item in chosen])
+    labels = [(case, item.label) for case, item in zip(cases, chosen)]
+    pairs = scoring.pair(Path(config.predictions), labels)
+
+    images = {case: item.image[0] for case, item in zip(cases, chosen)}
+    ignore = items.ignore if config.ignore is None else config.ignore
+    return Truths(scored(items.labels, ignore), pairs, images, items.tolerance, ignore)
+
+
+def scored(names: Mapping[int, str], ignore: int | None) -> dict[int, str]:
+    """The classes that count: all but the background and what is ignored."""
+    return {label: name for label, name in names.items() if label not in (0, ignore)}
+
+
+def tolerance_of(config: ScoreConfig, truths: Truths) -> float | dict[int, float]:
+    """Of NSD in mm: --tolerance, or one for each class where the list has some of its own."""
+    if not truths.tolerance:
+        return config.tolerance
+    return {label: truths.tolerance.get(label, config.tolerance) for label in truths.classes}
+
+
+# --- compare and folds: tables
 
 
 def scores_file(name: str) -> Path:
+    """The scores.csv, or that in a folder. Raises InputError where it is not there."""
     path = Path(name)
-    path = path / "scores.csv" if path.is_dir() else path
+    if path.is_dir():
+        path = path / "scores.csv"
     if not name or not path.is_file():
         raise InputError(f"{name or '(none)'}: no scores.csv there; eval.py score writes one")
     return path
+
+
+def tables_in(out: str, name: str) -> Written | None:
+    """The folder for the tables of `compare` and `folds`. None where they are only printed."""
+    if not out:
+        return None
+    checkpoint.check_out_folder(Path(out), resume=True)
+    written = Written(Path(out))
+    written.check((f"{name}.csv", f"{name}.json"))
+    return written
+
+
+def write_tables(written: Written, lines: Sequence[dict[str, Any]], name: str) -> None:
+    written.write(f"{name}.csv", partial(report.write_table, lines))
+    written.write(f"{name}.json", partial(report.write_lines, lines))
+
+
+# --- all commands
+
+
+def output_folder(config: CasesConfig) -> Path:
+    """Where results go. Raises InputError where they cannot.
+
+    The folder is made with its first file, so that a command that is refused leaves nothing behind.
+    """
+    if not config.out:
+        raise InputError("--out: name a folder for what is made")
+    checkpoint.check_out_folder(Path(config.out), resume=True)
+    return Path(config.out)
+
+
+def warn(warning: str) -> None:
+    """Print a warning, if there is one."""
+    if warning:
+        print(warning, file=sys.stderr)
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 COMMANDS: dict[str, Callable[[Any], object]] = {
@@ -684,4 +937,4 @@ COMMANDS: dict[str, Callable[[Any], object]] = {
 }
 
 if __name__ == "__main__":
-    run_or_explain(lambda: COMMANDS[COMMAND[0][0]](COMMAND[0][1]), f"eval.py {COMMAND[0][0]}")
+    run_or_explain(lambda: COMMANDS[COMMAND](CONFIG), f"eval.py {COMMAND}")

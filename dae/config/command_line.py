@@ -174,15 +174,12 @@ def from_command_line(
     cls: type[C], *, prog: str, description: str, arguments: Sequence[str] | None = None
 ) -> C:
     """`parse` of this process's arguments; answers --dry-run, and a mistake with one line and exit code 2."""
-    configs: list[C] = []
-    given = sys.argv[1:] if arguments is None else arguments
-    run_or_explain(
-        lambda: configs.append(parse(cls, given, prog=prog, description=description)), prog
-    )
-    if getattr(configs[0], "dry_run", False):
-        print(json.dumps(to_json(configs[0]), indent=1))
+    argv = sys.argv[1:] if arguments is None else arguments
+    config = run_or_explain(lambda: parse(cls, argv, prog=prog, description=description), prog)
+    if getattr(config, "dry_run", False):
+        print(json.dumps(to_json(config), indent=1))
         sys.exit(0)
-    return configs[0]
+    return config
 
 
 def run_or_explain(main: Callable[[], T], prog: str) -> T:

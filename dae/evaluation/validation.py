@@ -1,4 +1,4 @@
-"""Validation of a segmentation: Dice over whole held-out volumes, as prepared, by sliding window."""
+"""Validation of fine-tuning: Dice over whole held-out volumes, as prepared, by sliding window."""
 
 import math
 import time
@@ -17,6 +17,8 @@ from dae.figures import Segmented
 from dae.training.distributed import Ranks, gather_objects
 from dae.training.losses import dice_per_class
 
+PICTURES = 3  # volumes to draw, of each rank
+
 
 def dice_of_volumes(
     predict: Callable[[Tensor], Tensor],
@@ -28,14 +30,18 @@ def dice_of_volumes(
     ranks: Ranks,
     ignore: int | None = None,
 ) -> tuple[dict[str, Any], list[Segmented]]:
-    """Mean Dice over cases for each class, then over classes; and this rank's first volumes as pictures."""
-    started, found, pictures = (
-        time.perf_counter(),
-        list[tuple[int, list[float]]](),
-        list[Segmented](),
-    )
+    """Mean Dice over cases for each class, then over classes; and the first volumes, to draw.
+
+    The ranks share the volumes, and every rank gets the Dice of all of them. A voxel whose label is
+    `ignore` counts for nothing.
+    """
+    started = time.perf_counter()
+
+    dice_of_case: dict[int, list[float]] = {}
+    pictures: list[Segmented] = []
     for n in range(ranks.rank, len(volumes), ranks.world):
-        image = volumes[n].array().astype(np.float32)
+        volume = volumes[n]
+        image = volume.array().astype(np.float32)
         slabs = sliding_window(
             image,
             predict,
@@ -43,35 +49,37 @@ def dice_of_volumes(
             classes=len(classes),
             overlap=overlap,
             device=ranks.device,
-            background=volumes[n].background,
+            background=volume.background,
         )
         prediction = torch.cat([slab.max(0).indices.to(torch.uint8).cpu() for slab in slabs])
-        label = torch.from_numpy(class_index(volumes[n].label(), list(classes), ignore))
-        found.append((n, dice_per_class(prediction, label, len(classes))))
-        if len(pictures) < 3:
-            pictures.append(
-                Segmented(
-                    volumes[n].path.name, image[0], label.clamp(min=0).numpy(), prediction.numpy()
-                )
-            )
-    cases = [
-        dice
-        for _, dice in sorted(
-            (one for part in gather_objects(found) for one in part), key=lambda one: one[0]
-        )
-    ]
-    means = [nan_mean([case[k] for case in cases]) for k in range(len(classes) - 1)]
-    by_class = dict(zip(list(classes.values())[1:], means))
-    seconds = time.perf_counter() - started
-    return {
+        label = torch.from_numpy(class_index(volume.label(), list(classes), ignore))
+        dice_of_case[n] = dice_per_class(prediction, label, len(classes))
+
+        if len(pictures) < PICTURES:
+            drawn_label = label.clamp(min=0).numpy()  # what is ignored, -1, is drawn as background
+            pictures.append(Segmented(volume.path.name, image[0], drawn_label, prediction.numpy()))
+
+    # The order of the cases decides the last bit of a mean, and must not depend on the ranks.
+    of_all_ranks: dict[int, list[float]] = {}
+    for of_one_rank in gather_objects(dice_of_case):
+        of_all_ranks |= of_one_rank
+    cases = [of_all_ranks[n] for n in sorted(of_all_ranks)]
+
+    names = list(classes.values())[1:]  # without the background
+    means = []
+    for k in range(len(names)):
+        means.append(nan_mean([case[k] for case in cases]))
+
+    metadata = {
         "dice": nan_mean(means),
-        "dice_by_class": by_class,
+        "dice_by_class": dict(zip(names, means)),
         "cases": len(cases),
-        "seconds": seconds,
-    }, pictures
+        "seconds": time.perf_counter() - started,
+    }
+    return metadata, pictures
 
 
 def nan_mean(values: Sequence[float]) -> float:
-    """Of those that are numbers: a class that no case holds has no Dice."""
+    """The mean of those that are numbers: a class that no case holds has no Dice."""
     numbers = [value for value in values if not math.isnan(value)]
     return sum(numbers) / len(numbers) if numbers else math.nan

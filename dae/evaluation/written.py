@@ -1,19 +1,21 @@
 """What eval.py wrote into a folder, and what it may write there.
 
-A file is replaced only if this program wrote it and nobody has changed it since. Every folder that eval.py writes into
-holds written.jsonl: an object a line for every file, with its name, the SHA-256 of its bytes, the time, and what it was
-made from. The line is written before the file takes its name, so that a run that is cut short knows its own files.
+A file is replaced only if this program wrote it and nobody has changed it since. Every folder that
+eval.py writes into holds written.jsonl: a JSON object a line for every file, with its name, the
+SHA-256 of its bytes, the time, and what it was made from. The line is written before the file takes
+its name, so that a run that is cut short knows its own files.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dae.errors import InputError
+from dae.files import write_atomic
 
 LEDGER = "written.jsonl"
 
@@ -26,100 +28,117 @@ class Written:
         self.lines = read_lines(folder / LEDGER)
 
     def last(self, name: str) -> Mapping[str, Any]:
-        """What was noted when the file was written last; nothing if it never was."""
-        return next((line for line in reversed(self.lines) if line["file"] == name), {})
+        """The line of the file as it was written last. Empty if it never was."""
+        for line in reversed(self.lines):
+            if line["file"] == name:
+                return line
+        return {}
 
     def is_whole(self, name: str) -> bool:
         """Whether the file is there as it was written last."""
+        line = self.last(name)
         path = self.folder / name
-        return (
-            bool(self.last(name))
-            and path.is_file()
-            and sha256_of([path]) == self.last(name)["sha256"]
-        )
+        return bool(line) and path.is_file() and sha256_of([path]) == line["sha256"]
 
     def check(self, names: Iterable[str], inputs: Iterable[Path] = ()) -> None:
-        """Raises InputError if these files would replace an input, or what is not this program's."""
-        read = {place_of(path): path for path in inputs if path.exists()}
-        elsewhere = "move it away, or name another folder"
+        """Raises InputError if these files would replace an input, or a file that is not this
+        program's as it wrote it.
+        """
+        read = {identity_of(path) for path in inputs if path.exists()}
         for name in names:
             path = self.folder / name
-            if not path.exists():
-                continue
-            where = f"--out {self.folder}: {path}"
-            if place_of(path) in read:
-                raise InputError(f"{where} is an input and would be replaced; name another folder")
-            known = [line["sha256"] for line in self.lines if line["file"] == name]
-            if not known:
-                raise InputError(
-                    f"{where} is there already, and {LEDGER} does not list it as this program's; {elsewhere}"
-                )
-            if not path.is_file() or sha256_of([path]) not in known:
-                raise InputError(f"{where} was changed since it was written; {elsewhere}")
+            if path.exists():
+                self.check_file(name, path, is_input=identity_of(path) in read)
 
-    def write(self, name: str, make: Callable[[Path], object], **facts: Any) -> Path:
-        """Have `make` write the file whole, under a name of its own until it is; `facts` go into its line.
+    def check_file(self, name: str, path: Path, *, is_input: bool) -> None:
+        """`check` of a file that is there."""
+        where = f"--out {self.folder}: {path}"
+        if is_input:
+            raise InputError(f"{where} is an input and would be replaced; name another folder")
+
+        # Any line of the file will do: a run that was cut short has noted what it did not write.
+        hashes = [line["sha256"] for line in self.lines if line["file"] == name]
+        remedy = "move it away, or name another folder"
+        if not hashes:
+            raise InputError(
+                f"{where} is there already, and {LEDGER} does not list it as this program's; "
+                f"{remedy}"
+            )
+        if not path.is_file() or sha256_of([path]) not in hashes:
+            raise InputError(f"{where} was changed since it was written; {remedy}")
+
+    def write(self, name: str, make: Callable[[Path], object], **metadata: Any) -> Path:
+        """Write a file atomically: `make` gets the path to write to, `metadata` goes into the line.
 
         Raises InputError as `check` does.
         """
         self.check([name])
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(
-            f".{os.getpid()}.{path.name}"
-        )  # with the ending, by which nibabel chooses the format
-        try:
-            make(aside)
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            self.note({"file": name, "sha256": sha256_of([aside]), "time": now, **facts})
-            aside.replace(path)
-        finally:
-            aside.unlink(missing_ok=True)
+        write_atomic(path, partial(self.make_and_note, name, make, metadata))
         return path
 
+    def make_and_note(
+        self, name: str, make: Callable[[Path], object], metadata: dict[str, Any], path: Path
+    ) -> None:
+        """Make the file under a temporary path, and note what it holds before it gets its name."""
+        make(path)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.note({"file": name, "sha256": sha256_of([path]), "time": now, **metadata})
+
     def note(self, line: dict[str, Any]) -> None:
-        """Add a line at the end. Two processes may add lines to one file."""
+        """Add a line to written.jsonl. Two processes may add lines to one file."""
         ledger = self.folder / LEDGER
-        torn = (
-            ledger.is_file()
-            and not ledger.read_bytes().endswith(b"\n")
-            and ledger.stat().st_size > 0
-        )
+        text = json.dumps(line) + "\n"
+        if has_torn_end(ledger):
+            text = "\n" + text
+
         with ledger.open("a", encoding="utf-8") as file:
-            file.write("\n" * torn + json.dumps(line) + "\n")
+            file.write(text)
         self.lines.append(line)
 
 
+def has_torn_end(ledger: Path) -> bool:
+    """Whether a run was killed while it wrote the last line."""
+    if not ledger.is_file():
+        return False
+    content = ledger.read_bytes()
+    return len(content) > 0 and not content.endswith(b"\n")
+
+
 def read_lines(ledger: Path) -> list[dict[str, Any]]:
-    """The lines that are whole: of a run that was killed the last one may not be."""
-    found = []
-    for text in (
-        ledger.read_text(encoding="utf-8", errors="replace").splitlines()
-        if ledger.is_file()
-        else ()
-    ):
+    """The lines that are whole. Of a run that was killed the last one may not be."""
+    if not ledger.is_file():
+        return []
+
+    lines = []
+    for text in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
         if isinstance(line, dict) and {"file", "sha256"} <= line.keys():
-            found.append(line)
-    return found
+            lines.append(line)
+    return lines
 
 
 def check_apart(out: Path, inputs: Sequence[Path]) -> None:
-    """Raises InputError if `out` is a folder of `inputs`: what is written beside scans is soon taken for one."""
+    """Raises InputError if `out` is a folder of `inputs`: label maps among scans are easily taken
+    for scans.
+    """
+    if not out.is_dir():
+        return
     for path in inputs:
-        if out.is_dir() and path.parent.is_dir() and place_of(out) == place_of(path.parent):
+        if path.parent.is_dir() and identity_of(out) == identity_of(path.parent):
             raise InputError(
                 f"--out {out}: is the folder of {path}, which is read; name another folder"
             )
 
 
-def place_of(path: Path) -> tuple[int, int]:
-    """What two names of one file or folder have in common, by whatever links."""
-    found = path.stat()
-    return found.st_dev, found.st_ino
+def identity_of(path: Path) -> tuple[int, int]:
+    """Device and inode: what two names of one file or folder share, links included."""
+    status = path.stat()
+    return status.st_dev, status.st_ino
 
 
 def sha256_of(paths: Iterable[Path]) -> str:

@@ -1,6 +1,18 @@
-"""A frozen dataclass in, a command line out."""
+"""A frozen dataclass in, a command line out.
+
+    @dataclass(frozen=True, kw_only=True)
+    class RunConfig:
+        \"\"\"run\"\"\"
+
+        steps: int = opt(20_000, "optimiser steps; sec. 3.2", low=1)
+        amp: Literal["auto", "off"] = opt("auto", "autocast")
+
+becomes --steps N and --amp {auto,off}, in a group called "run". A class that inherits from several
+others has the flags of all of them.
+"""
 
 import argparse
+import inspect
 import json
 import math
 import os
@@ -23,27 +35,70 @@ from dae.errors import InputError
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-
-Size3 = tuple[int, int, int]
-
-Presets = dict[str, dict[str, Any]]
-
-
-def opt(
-    default: Any,
-    help: str,
-    *,
-    choices: Sequence[str] = (),
-    low: float | None = None,
-    high: float | None = None,
-) -> Any:
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "low": low, "high": high}
-    )
-
-
 C = TypeVar("C", bound="DataclassInstance")
 T = TypeVar("T")
+
+Size3 = tuple[int, int, int]  # along d h w
+Presets = dict[str, dict[str, Any]]  # name -> the values that it sets
+
+
+def opt(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field with a flag. Its type says what the flag takes; `low` and `high` bound a number."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high})
+
+
+# --- from the command line to a configuration
+
+
+def from_command_line(
+    cls: type[C], *, prog: str, description: str, arguments: Sequence[str] | None = None
+) -> C:
+    """The configuration of this process's arguments. A mistake becomes one line and exit code 2.
+
+    With --dry-run the configuration is printed and the process ends.
+    """
+    argv = sys.argv[1:] if arguments is None else arguments
+    config = run_or_explain(lambda: parse(cls, argv, prog=prog, description=description), prog)
+    if getattr(config, "dry_run", False):
+        print(json.dumps(to_json(config), indent=1))
+        sys.exit(0)
+    return config
+
+
+def run_or_explain(main: Callable[[], T], prog: str) -> T:
+    """What `main` returns. A mistake of the user becomes one line on stderr and exit code 2.
+
+    A mistake is an InputError, or a file that cannot be read or written. DAE_DEBUG=1 shows the
+    traceback.
+    """
+    try:
+        return main()
+    except (InputError, OSError) as error:
+        if os.environ.get("DAE_DEBUG") == "1":
+            raise
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
+    """The defaults, then the preset's values, then the flags. Raises InputError."""
+    presets: Presets = getattr(cls, "presets", {})
+    parser = _Parser(
+        prog=prog,
+        usage=f"{prog} [flag ...]",
+        description=description,
+        formatter_class=_Help,
+        allow_abbrev=False,  # the next flag could change what an abbreviation means
+    )
+    _add_flags(parser, cls, presets)
+    flags = vars(parser.parse_args(argv))
+
+    values = {**presets.get(flags.get("preset", ""), {}), **flags}
+    if any(f.name == "set_flags" for f in fields(cls)):
+        values["set_flags"] = tuple(values)
+    config = cls(**values)
+    check_values(config)
+    return config
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -56,111 +111,116 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see --help")
 
 
-def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:
-    """Command line -> configuration: the defaults, then the preset's values, then the flags. Raises InputError."""
-    presets: Presets = getattr(cls, "presets", {})
-    parser = _Parser(
-        prog=prog,
-        usage=f"{prog} [flag ...]",
-        description=description,
-        formatter_class=_Help,
-        allow_abbrev=False,
-    )
-    hints = get_type_hints(cls)
-    own_fields, known = {f.name: f for f in fields(cls)}, set[str]()
-    for base in reversed(cls.__mro__[:-1]):
-        # A class may give a field of an earlier one another default; the field stays in the group it came from.
-        names = [name for name in vars(base).get("__annotations__", ()) if name in own_fields]
-        group = parser.add_argument_group(base.__doc__) if set(names) - known else None
-        for own in (
-            own_fields[name] for name in names if name not in known and own_fields[name].metadata
-        ):
-            choices = tuple(presets) if own.name == "preset" else own.metadata["choices"]
-            _add_flag(group, own, hints[own.name], choices)
-        known |= set(names)
-    given = vars(parser.parse_args(argv))
-    chosen = {**presets.get(given.get("preset", ""), {}), **given}
-    config = cls(**chosen, **({"set_flags": tuple(chosen)} if "set_flags" in own_fields else {}))
-    check_values(config)
-    return config
-
-
-def _add_flag(group: Any, f: Field[Any], hint: Any, choices: Sequence[str]) -> None:
-    keys: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f)}
-    hint = str if get_origin(hint) is Literal else hint  # its values stand in choices as well
-    hint = next(
-        (part for part in get_args(hint) if type(None) in get_args(hint)), hint
-    )  # int | None -> int
-    if hint is bool:
-        keys["action"] = argparse.BooleanOptionalAction
-    elif get_origin(hint) is tuple:
-        parts = get_args(hint)
-        fixed = Ellipsis not in parts
-        keys |= {"type": parts[0], "nargs": len(parts) if fixed else "+", "action": _Tuple}
-        keys["metavar"] = ("D", "H", "W") if fixed else "N"
-    else:
-        keys |= {
-            "type": os.path.expanduser if hint is str else hint,
-            "metavar": f.name.upper() if hint is str else "N",
-        }
-    if choices:
-        keys |= {"choices": choices, "metavar": "{" + ",".join(choices) + "}"}
-    group.add_argument("--" + f.name.replace("_", "-"), **keys)
-
-
 class _Tuple(argparse.Action):
+    """argparse collects several values in a list; a configuration is frozen and holds tuples."""
+
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
     ) -> None:
         setattr(namespace, self.dest, tuple(values))
 
 
+def _add_flags(parser: _Parser, cls: type, presets: Presets) -> None:
+    """A group of flags for each class that `cls` inherits from, and for `cls` itself."""
+    types = get_type_hints(cls)
+    own = {f.name: f for f in fields(cls)}
+    seen = set[str]()
+    for base in reversed(cls.__mro__[:-1]):
+        # A class may give an inherited field another default. The flag stays in the group where
+        # the field comes from, and says the new default.
+        names = [name for name in inspect.get_annotations(base) if name in own and name not in seen]
+        seen.update(names)
+        if not names:
+            continue
+
+        group = parser.add_argument_group(base.__doc__)
+        for name in names:
+            if name == "preset":
+                _add_flag(group, own[name], Literal[*presets])
+            elif own[name].metadata:
+                _add_flag(group, own[name], types[name])
+
+
+def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
+    """Tell argparse what a field of this type takes."""
+    # A flag that is not given must not appear in the result: the preset's value would be lost.
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(f)}
+
+    parts = get_args(hint)
+    if type(None) in parts:  # int | None, None until it is given
+        hint = parts[0]
+
+    if get_origin(hint) is Literal:
+        options |= {"choices": parts, "metavar": "{" + ",".join(parts) + "}"}
+    elif get_origin(hint) is tuple and Ellipsis in parts:
+        options |= {"type": parts[0], "nargs": "+", "metavar": "N", "action": _Tuple}
+    elif get_origin(hint) is tuple:
+        options |= {"type": parts[0], "nargs": 3, "metavar": ("D", "H", "W"), "action": _Tuple}
+    elif hint is bool:
+        options |= {"action": argparse.BooleanOptionalAction}
+    elif hint is str:
+        options |= {"type": os.path.expanduser, "metavar": f.name.upper()}
+    else:
+        options |= {"type": hint, "metavar": "N"}
+
+    group.add_argument(_flag(f), **options)
+
+
+def _flag(f: Field[Any]) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
 def _help(f: Field[Any]) -> str:
-    default = " ".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
-    return f"{f.metadata['help']} (default: {default if default not in ('', None) else 'none'})"
+    default = f.default
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    if default in ("", None):
+        default = "none"
+    return f"{f.metadata['help']} (default: {default})"
 
 
 def check_values(config: "DataclassInstance") -> None:
-    """Every number finite and within the range its field declares; raises InputError with the flag's name."""
-    for group in type(config).__mro__:
-        if "check" in vars(group):
-            vars(group)["check"](config)
-    for f in (f for f in fields(config) if f.metadata):
-        value, low, high = getattr(config, f.name), f.metadata["low"], f.metadata["high"]
+    """Raises InputError, with the flag's name, where a value cannot be used.
+
+    Every number must be finite and within the range of its field, and the `check` of every class
+    must pass.
+    """
+    for base in type(config).__mro__:
+        if "check" in vars(base):
+            vars(base)["check"](config)
+
+    for f in fields(config):
+        if not f.metadata:
+            continue
+        value = getattr(config, f.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if number is None:
-                continue
-            if isinstance(number, float) and not math.isfinite(number):
-                raise InputError(f"--{f.name.replace('_', '-')} {number}: must be a number")
-            if (low is not None and number < low) or (high is not None and number > high):
-                bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
-                raise InputError(f"--{f.name.replace('_', '-')} {number:g}: must be {bounds}")
+            if number is not None:
+                _check_number(f, number)
+
+
+def _check_number(f: Field[Any], number: Any) -> None:
+    low, high = f.metadata["low"], f.metadata["high"]
+    if isinstance(number, float) and not math.isfinite(number):
+        raise InputError(f"{_flag(f)} {number}: must be a number")
+
+    too_low = low is not None and number < low
+    too_high = high is not None and number > high
+    if too_low or too_high:
+        bounds = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
+        raise InputError(f"{_flag(f)} {number:g}: must be {bounds}")
+
+
+# --- what others ask of a configuration
 
 
 def to_json(config: "DataclassInstance") -> dict[str, Any]:
-    values = {name: value for name, value in asdict(config).items() if name != "set_flags"}
-    return {
-        name: list(value) if isinstance(value, tuple) else value for name, value in values.items()
-    }
-
-
-def was_set(config: "DataclassInstance", name: str) -> bool:
-    """Whether a preset, a flag or the code that made the configuration has set this; else nobody minds its default."""
-    default = next(f.default for f in fields(config) if f.name == name)
-    return name in getattr(config, "set_flags", ()) or getattr(config, name) != default
-
-
-def value_if_set(config: "DataclassInstance", name: str) -> Any:
-    """The value, or None where nobody has set it: for flags that are refused where they can do nothing."""
-    return getattr(config, name) if was_set(config, name) else None
-
-
-def from_json(cls: type[C], values: Mapping[str, Any]) -> C:
-    """The inverse of `to_json`. Raises InputError on a name that the configuration does not have."""
-    known = {f.name for f in fields(cls)}
-    if unknown := set(values) - known:
-        raise InputError(f"configuration has unknown entries: {', '.join(sorted(unknown))}")
-    return cls(**with_tuples(values))
+    """Names and values as JSON has them: lists in place of tuples."""
+    values = asdict(config)
+    values.pop("set_flags", None)
+    for name, value in values.items():
+        if isinstance(value, tuple):
+            values[name] = list(value)
+    return values
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,27 +230,15 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def from_command_line(
-    cls: type[C], *, prog: str, description: str, arguments: Sequence[str] | None = None
-) -> C:
-    """`parse` of this process's arguments; answers --dry-run, and a mistake with one line and exit code 2."""
-    argv = sys.argv[1:] if arguments is None else arguments
-    config = run_or_explain(lambda: parse(cls, argv, prog=prog, description=description), prog)
-    if getattr(config, "dry_run", False):
-        print(json.dumps(to_json(config), indent=1))
-        sys.exit(0)
-    return config
+def was_set(config: "DataclassInstance", name: str) -> bool:
+    """Whether a preset or a flag has set this, or its value is not the default.
 
-
-def run_or_explain(main: Callable[[], T], prog: str) -> T:
-    """Call `main`; an InputError, or a file that can't be read or written, becomes one line on stderr and exit code 2.
-
-    DAE_DEBUG=1 shows the traceback.
+    What nobody has set may come from a checkpoint instead.
     """
-    try:
-        return main()
-    except (InputError, OSError) as error:
-        if os.environ.get("DAE_DEBUG") == "1":
-            raise
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    default = next(f.default for f in fields(config) if f.name == name)
+    return name in getattr(config, "set_flags", ()) or getattr(config, name) != default
+
+
+def value_if_set(config: "DataclassInstance", name: str) -> Any:
+    """The value, or None where nobody has set it: for flags that may be without any effect."""
+    return getattr(config, name) if was_set(config, name) else None

@@ -1,9 +1,10 @@
 """Command lines of eval.py."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from dae.config.command_line import opt
+from dae.config.shared import Amp, DeviceName
 
 Policy = Literal["exclude", "diagonal"]
 
@@ -18,9 +19,7 @@ class CasesConfig:
 
     data: str = opt("", "data list (JSON), or an nnU-Net raw folder")
     data_root: str = opt("", "folder that the list's paths start from; else the list's own")
-    split: str = opt(
-        "validation", "which items of the list", choices=("training", "validation", "test")
-    )
+    split: Literal["training", "validation", "test"] = opt("validation", "which items of the list")
     fold: int | None = opt(
         None,
         "held-out fold, where the list has no validation; else the one that the checkpoint "
@@ -51,13 +50,11 @@ class PredictConfig(CasesConfig):
     modality: str = opt("", "modality of --images, if the checkpoint knows several")
     overlap: float = opt(0.5, "of the windows", low=0, high=0.9)
     tta: bool = opt(False, "average over the flips that the network was trained with")
-    ensemble: Ensemble = opt(
-        "softmax", "what is averaged over checkpoints", choices=("softmax", "logits")
-    )
+    ensemble: Ensemble = opt("softmax", "what is averaged over checkpoints")
     postprocess: str = opt("", "plan of `eval.py tune`")
     batch: int = opt(4, "windows at once", low=1)
-    device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
-    amp: str = opt("auto", "autocast, as in training", choices=("auto", "bf16", "fp16", "off"))
+    device: DeviceName = opt("auto", "cpu, cuda, or auto")
+    amp: Amp = opt("auto", "autocast, as in training")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +78,9 @@ class ScoreConfig(TruthsConfig):
         1.0, "of NSD, in mm, for the classes that have none in the list's tolerance_mm", low=0
     )
     policy: Policy = opt(
-        "exclude",
-        "distances of a missed class: left out and counted, or the image's diagonal",
-        choices=get_args(Policy),
+        "exclude", "distances of a missed class: left out and counted, or the image's diagonal"
     )
-    definition: DefinitionName = opt(
-        "default", "whose surfaces and percentiles", choices=get_args(DefinitionName)
-    )
+    definition: DefinitionName = opt("default", "whose surfaces and percentiles")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,41 +1,30 @@
 """Command line of train_pretrain.py."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
 
-if TYPE_CHECKING:
-    pass
-
-
-METHOD_NAMES = ("dae", "noise", "downsample", "local_mask", "mae")
+Method = Literal["dae", "noise", "downsample", "local_mask", "mae"]
+METHOD_NAMES = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretextConfig:
     """disruption and losses"""
 
-    method: str = opt(
-        "dae",
-        "row of Tables 4 and 5; dae: noise, downsampling, local masking",
-        choices=METHOD_NAMES,
-    )
+    method: Method = opt("dae", "row of Tables 4 and 5; dae: noise, downsampling, local masking")
     noise_mean: float = opt(0.0, "mu of eq. 1")
     noise_std: float = opt(
         0.1, "sigma of eq. 1, a standard deviation; sec. 3.2 (App. G calls it a variance)", low=0
     )
     downsample_factor: float = opt(4.0, "epsilon of eq. 2; sec. 3.2", low=1)
-    downsample_mode: str = opt(
-        "trilinear",
-        "interpolation D of eq. 2, both ways; the authors' code: nearest",
-        choices=("trilinear", "nearest", "area"),
+    downsample_mode: Literal["trilinear", "nearest", "area"] = opt(
+        "trilinear", "interpolation D of eq. 2, both ways; the authors' code: nearest"
     )
-    order: str = opt(
-        "chain",
-        "chain: noise, then down and up; sum: D(x) + noise (sec. 2, 'add the two')",
-        choices=("chain", "sum"),
+    order: Literal["chain", "sum"] = opt(
+        "chain", "chain: noise, then down and up; sum: D(x) + noise (sec. 2, 'add the two')"
     )
     mask_ratio: tuple[float, ...] = opt(
         (0.6,),
@@ -44,53 +33,44 @@ class PretextConfig:
         low=0,
         high=0.99,
     )
-    mask_scope: str = opt(
-        "sample",
-        "local masking draws a set of channels per sample, per batch or per token",
-        choices=("sample", "batch", "token"),
+    mask_scope: Literal["sample", "batch", "token"] = opt(
+        "sample", "local masking draws a set of channels per sample, per batch or per token"
     )
-    mask_along: str = opt(
-        "channels",
-        "what local masking zeroes, sec. 2; planes: what the authors' layout bug zeroes",
-        choices=("channels", "planes"),
+    mask_along: Literal["channels", "planes"] = opt(
+        "channels", "what local masking zeroes, sec. 2; planes: what the authors' layout bug zeroes"
     )
     mask_block: int = opt(16, "side of mae's masked blocks, in voxels", low=1)
-    recon: str = opt(
+    recon: Literal["plain", "scaled", "output", "residual"] = opt(
         "plain",
         "x_rec is the output as it is (sec. 2); rescaled by x_hat's mean and std, which also "
         "standardise the input (scaled) or do not (output); or added to x_hat (residual)",
-        choices=("plain", "scaled", "output", "residual"),
     )
-    skip: str = opt(
+    skip: Literal["auto", "input", "zeros"] = opt(
         "auto",
         "what the skip at full resolution sees; auto: x_hat, or zeros where x_hat is the target",
-        choices=("auto", "input", "zeros"),
     )
-    l1_units: str = opt(
-        "auto",
-        "L1 trains in raw intensities or in units of the crop's std; auto: raw for plain",
-        choices=("auto", "raw", "crop"),
+    l1_units: Literal["auto", "raw", "crop"] = opt(
+        "auto", "L1 trains in raw intensities or in units of the crop's std; auto: raw for plain"
     )
     alpha: float = opt(0.05, "weight of CMCL, eq. 4; 0 turns it off; sec. 2", low=0)
-    cmcl: str = opt(
+    cmcl: Literal["bce", "softmax", "ranks"] = opt(
         "bce",
-        "binary cross-entropy on the label matrix (eq. 3-4), softmax over positives, or class ranks "
-        "as columns (the authors' code)",
-        choices=("bce", "softmax", "ranks"),
+        "binary cross-entropy on the label matrix (eq. 3-4), softmax over positives, or class "
+        "ranks as columns (the authors' code)",
     )
     temperature: float = opt(
         0.07, "t of eq. 3: similarities times exp(t); for softmax divided by t; sec. 2"
     )
-    z: str = opt(
+    z: Literal["pooled", "flat"] = opt(
         "pooled",
         "feature of eq. 3: bottleneck, mean over space, L2-normalised; flat: the authors' code",
-        choices=("pooled", "flat"),
     )
 
 
-PAPER: dict[str, Any] = {}  # the defaults are the text's
+# The defaults are the numbers of the paper's text.
+PAPER: dict[str, Any] = {}
 
-
+# What the authors' code does otherwise: docs/paper-vs-code.md.
 OFFICIAL: dict[str, Any] = {
     "noise_std": 0.1**0.5,
     "mask_ratio": (28 / 48,),
@@ -115,7 +95,7 @@ OFFICIAL: dict[str, Any] = {
     "amp": "off",
 }
 
-
+# Phantoms, a small network and few steps: minutes on two CPU cores.
 DEMO: dict[str, Any] = {
     "out": "runs/demo",
     "crop": (48, 48, 48),
@@ -149,10 +129,8 @@ class PretrainConfig(RunConfig, OptimConfig, NetworkConfig, PretextConfig, DataC
     validate_crops: int = opt(
         16, "fixed crops to validate on, spread over the held-out volumes", low=1
     )
-    channels: str = opt(
-        "together",
-        "all of an image are seen at once, or each apart, as a volume of its own",
-        choices=("together", "apart"),
+    channels: Literal["together", "apart"] = opt(
+        "together", "all of an image are seen at once, or each apart, as a volume of its own"
     )
 
     presets: ClassVar[Presets] = {"paper": PAPER, "official": OFFICIAL, "demo": DEMO}

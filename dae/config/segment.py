@@ -1,7 +1,7 @@
 """Command line of train_seg.py."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
@@ -16,24 +16,19 @@ class TransferConfig:
         "weights of train_pretrain.py, or any others that `python -m dae.weights inspect` reads; "
         "network, crop, spacing and intensities come with them where no flag differs",
     )
-    transfer: str = opt(
-        "both",
-        "what is taken of it; the head is always new; sec. 3.2",
-        choices=("encoder", "decoder", "both"),
+    transfer: Literal["encoder", "decoder", "both"] = opt(
+        "both", "what is taken of it; the head is always new; sec. 3.2"
     )
     from_scratch: bool = opt(
         False, "the same run without the weights: the network of --pretrained, newly drawn"
     )
-    schedule: str = opt(
+    schedule: Literal["warmup", "plain", "frozen-encoder", "decoder-first"] = opt(
         "warmup",
         "learning rates over the run: warm-up then cosine, cosine alone, the encoder never "
         "moved, or the decoder alone for the first tenth",
-        choices=("warmup", "plain", "frozen-encoder", "decoder-first"),
     )
-    loss: str = opt(
-        "dice",
-        "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy",
-        choices=("dice", "dice_ce"),
+    loss: Literal["dice", "dice_ce"] = opt(
+        "dice", "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy"
     )
 
 
@@ -73,34 +68,8 @@ class AugmentConfig:
     noise: float = opt(0.1, "Gaussian, std up to 0.1", low=0, high=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SegConfig(
-    RunConfig, OptimConfig, NetworkConfig, AugmentConfig, LabelConfig, TransferConfig, DataConfig
-):
-    """length and validation"""
-
-    preset: str = opt(
-        "",
-        "btcv, feta: the text; official-btcv: the authors' code; demo: phantoms on a CPU, in minutes",
-    )
-    out: str = opt("runs/seg", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
-    split_seed: int = opt(
-        0,
-        "seed of the five folds, where the list has neither folds nor validation, and of "
-        "--label-fraction",
-        low=0,
-    )
-    epochs: int = opt(600, "passes over the training volumes, where --steps is 0; sec. 3.2", low=1)
-    steps: int = opt(0, "optimiser steps; 0: as --epochs says", low=0)
-    batch_size: int = opt(4, "samples per rank and micro-batch; sec. 3.2", low=1)
-    overlap: float = opt(0.5, "of the windows of a validation", low=0, high=0.9)
-
-    presets: ClassVar[Presets] = {}
-
-
-BTCV: dict[
-    str, Any
-] = {  # sec. 3.1 and 3.2; spacing, window and crops are the authors' code's, the text has none
+# Sec. 3.1 and 3.2. Spacing, window and crops are those of the authors' code: the text has none.
+BTCV: dict[str, Any] = {
     "spacing": (1.5, 1.5, 2.0),
     "ct_window": (-175.0, 250.0),
     "crop": (96, 96, 96),
@@ -109,7 +78,8 @@ BTCV: dict[
     "batch_size": 4,
 }
 
-FETA: dict[str, Any] = {  # sec. 3.1 and 3.2: intensities to [0, 1], flips on all axes, noise
+# Sec. 3.1 and 3.2: intensities to [0, 1], flips on all axes, noise.
+FETA: dict[str, Any] = {
     "spacing": (),
     "mr_intensity": "percentile",
     "crop": (96, 96, 96),
@@ -121,19 +91,19 @@ FETA: dict[str, Any] = {  # sec. 3.1 and 3.2: intensities to [0, 1], flips on al
     "contrast": 0.0,
 }
 
-OFFICIAL_BTCV: dict[str, Any] = (
-    BTCV
-    | {  # 1000 epochs, 50 of them warm-up, each 24 volumes in 6 steps
-        "steps": 6000,
-        "lr": 8e-4,
-        "warmup": 300,
-        "loss": "dice_ce",
-        "zoom": 0.0,
-        "contrast": 0.0,
-        "noise": 0.0,
-    }
-)
+# 1000 epochs, 50 of them warm-up, each 24 volumes in 6 steps.
+OFFICIAL_BTCV: dict[str, Any] = {
+    **BTCV,
+    "steps": 6000,
+    "lr": 8e-4,
+    "warmup": 300,
+    "loss": "dice_ce",
+    "zoom": 0.0,
+    "contrast": 0.0,
+    "noise": 0.0,
+}
 
+# Phantoms, with the weights that the demo of pre-training leaves: minutes on two CPU cores.
 DEMO: dict[str, Any] = {
     "out": "runs/demo_seg",
     "pretrained": "runs/demo/last.pt",
@@ -151,4 +121,33 @@ DEMO: dict[str, Any] = {
     "zoom": 0.1,
 }
 
-SegConfig.presets.update({"btcv": BTCV, "feta": FETA, "official-btcv": OFFICIAL_BTCV, "demo": DEMO})
+
+@dataclass(frozen=True, kw_only=True)
+class SegConfig(
+    RunConfig, OptimConfig, NetworkConfig, AugmentConfig, LabelConfig, TransferConfig, DataConfig
+):
+    """length and validation"""
+
+    preset: str = opt(
+        "",
+        "btcv, feta: the text; official-btcv: the authors' code; "
+        "demo: phantoms on a CPU, in minutes",
+    )
+    out: str = opt("runs/seg", "run folder: config.json, log.jsonl, last.pt, best.pt, figures/")
+    split_seed: int = opt(
+        0,
+        "seed of the five folds, where the list has neither folds nor validation, and of "
+        "--label-fraction",
+        low=0,
+    )
+    epochs: int = opt(600, "passes over the training volumes, where --steps is 0; sec. 3.2", low=1)
+    steps: int = opt(0, "optimiser steps; 0: as --epochs says", low=0)
+    batch_size: int = opt(4, "samples per rank and micro-batch; sec. 3.2", low=1)
+    overlap: float = opt(0.5, "of the windows of a validation", low=0, high=0.9)
+
+    presets: ClassVar[Presets] = {
+        "btcv": BTCV,
+        "feta": FETA,
+        "official-btcv": OFFICIAL_BTCV,
+        "demo": DEMO,
+    }

@@ -4,12 +4,16 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from dae.config.command_line import Size3, opt, to_json
 from dae.errors import InputError
 
-BACKBONE_NAMES = ("swin_unetr", "unet", "vit_unetr")
+BackboneName = Literal["swin_unetr", "unet", "vit_unetr"]
+BACKBONE_NAMES = get_args(BackboneName)
+
+Amp = Literal["auto", "bf16", "fp16", "off"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +33,12 @@ class NetworkConfig:
     )
     heads: tuple[int, ...] = opt((3, 6, 12, 24), "attention heads of each stage", low=1)
     window: Size3 = opt((7, 7, 7), "tokens of an attention window along d h w", low=1)
-    stem: str = opt(
-        "patch", "2x2x2 patches, or the authors' two 3x3x3 convolutions", choices=("patch", "conv")
+    stem: Literal["patch", "conv"] = opt(
+        "patch", "2x2x2 patches, or the authors' two 3x3x3 convolutions"
     )
-    merge_order: str = opt(
-        "all", "octants that patch merging reads", choices=("all", "monai", "legacy")
-    )
-    clipped_bias: str = opt(
-        "rebuilt", "position bias of a window that the grid clips", choices=("rebuilt", "sliced")
+    merge_order: Literal["all", "monai", "legacy"] = opt("all", "octants that patch merging reads")
+    clipped_bias: Literal["rebuilt", "sliced"] = opt(
+        "rebuilt", "position bias of a window that the grid clips"
     )
     normalize_hidden: bool = opt(True, "layer norm on the states that go to the decoder")
     stage_conv: bool = opt(False, "a residual convolution before each stage (SwinUNETR-V2)")
@@ -52,8 +54,9 @@ class NetworkConfig:
 
     def check(self) -> None:
         """Raises InputError where the backbone is neither one of ours nor module:Class."""
-        known = self.backbone in BACKBONE_NAMES
-        if not known and not re.fullmatch(r"\w+(\.\w+)*:\w+", self.backbone):
+        if self.backbone in BACKBONE_NAMES:
+            return
+        if not re.fullmatch(r"\w+(\.\w+)*:\w+", self.backbone):
             names = ", ".join(BACKBONE_NAMES)
             raise InputError(
                 f"--backbone {self.backbone}: take {names}, or your own as module:Class"
@@ -81,11 +84,10 @@ class DataConfig:
     crop: Size3 = opt((96, 96, 96), "voxels of a crop along d h w; sec. 3.2", low=1)
     spacing: tuple[float, ...] = opt((), "resample to these mm along d h w; none: as the files are")
     ct_window: tuple[float, ...] = opt((-1000.0, 1000.0), "HU that become 0 and 1")
-    mr_intensity: str = opt(
+    mr_intensity: Literal["zscore", "nonzero", "percentile"] = opt(
         "zscore",
         "MR: z-score by the nonzero voxels; nonzero: zeros stay 0, as in the authors' "
         "code; percentile: 0.05 and 99.95 to [0, 1]",
-        choices=("zscore", "nonzero", "percentile"),
     )
     cache_dir: str = opt(
         "", "where prepared volumes are kept, shared by all ranks and runs; else ~/.cache/dae"
@@ -109,11 +111,7 @@ class OptimConfig:
     )
     warmup: int = opt(500, "steps of linear warm-up; sec. 3.2; at most a tenth of --steps", low=0)
     clip: float = opt(1.0, "largest norm of the gradient; 0 turns it off", low=0)
-    amp: str = opt(
-        "auto",
-        "autocast; auto: bf16 where the device is fast at it, else off",
-        choices=("auto", "bf16", "fp16", "off"),
-    )
+    amp: Amp = opt("auto", "autocast; auto: bf16 where the device is fast at it, else off")
     tf32: bool = opt(
         False, "float32 products on a GPU with 10 bits of mantissa, for --amp off: faster"
     )
@@ -147,15 +145,18 @@ class RunConfig:
     validate_every: int = opt(0, "steps between validations; 0: a tenth of --steps", low=0)
     save_every: int = opt(0, "steps between checkpoints; 0: a tenth of --steps, at most 500", low=0)
     keep_every: int = opt(0, "also keep step-N.pt every so many steps; 0: none", low=0)
-    device: str = opt("auto", "cpu, cuda, or auto", choices=("auto", "cpu", "cuda"))
+    device: DeviceName = opt("auto", "cpu, cuda, or auto")
     compile: bool = opt(False, "torch.compile the network: minutes at the start, faster steps")
     dry_run: bool = opt(False, "print the resolved configuration and stop")
-    # Names that a preset or a flag has set: what was not asked for may come from a checkpoint. No flag of its own.
+
+    # Names that a preset or a flag has set. The values of all others may come from a checkpoint.
+    # It has no flag of its own.
     set_flags: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
-# What may differ between a run and its resumption: what no weight depends on, but for its last bits.
-# The product of --batch-size, --accumulate and ranks may not change: checkpoint.check_same_batch.
+# What may differ between a run and its resumption, since no weight depends on it but for its last
+# bits. The product of --batch-size, --accumulate and ranks must not change: see
+# weights/checkpoint.py, check_same_batch.
 FREE_ON_RESUME = frozenset(
     {
         "out",
@@ -185,11 +186,16 @@ FREE_ON_RESUME = frozenset(
 def differences(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
     """Flags whose value is not the saved one, of those that a resumed run may not change.
 
-    A flag that the run of an older version did not know yet was at its default.
+    saved: the configuration as a checkpoint holds it. An older version may not have known a flag;
+    then its run was at the flag's default.
     """
-    now, usual = (json.loads(json.dumps(to_json(each))) for each in (config, type(config)()))
-    return [
-        name
-        for name in now
-        if name not in FREE_ON_RESUME and now[name] != saved.get(name, usual[name])
-    ]
+    now = _as_saved(config)
+    defaults = _as_saved(type(config)())
+    fixed = [name for name in now if name not in FREE_ON_RESUME]
+    return [name for name in fixed if now[name] != saved.get(name, defaults[name])]
+
+
+def _as_saved(config: RunConfig) -> dict[str, Any]:
+    """With the types that come back from a JSON file."""
+    values: dict[str, Any] = json.loads(json.dumps(to_json(config)))
+    return values

@@ -6,6 +6,7 @@ python -m dae.weights convert FILE --to dae|monai --out FILE
 
 import sys
 from dataclasses import dataclass
+from typing import Literal
 
 from dae.config.command_line import from_command_line, opt, run_or_explain
 from dae.errors import InputError
@@ -17,10 +18,8 @@ PROG = "python -m dae.weights"
 class InspectConfig:
     """how the file is read"""
 
-    merge_order: str = opt(
-        "",
-        "octants that its patch merging read; none: as its layout or its weights tell",
-        choices=("all", "monai", "legacy"),
+    merge_order: Literal["all", "monai", "legacy"] = opt(
+        "", "octants that its patch merging read; none: as its layout or its weights tell"
     )
 
 
@@ -28,10 +27,8 @@ class InspectConfig:
 class ConvertConfig(InspectConfig):
     """what is written"""
 
-    to: str = opt(
-        "dae",
-        "dae: for --pretrained and --init; monai: a state dict for MONAI's SwinUNETR",
-        choices=("dae", "monai"),
+    to: Literal["dae", "monai"] = opt(
+        "dae", "dae: for --pretrained and --init; monai: a state dict for MONAI's SwinUNETR"
     )
     out: str = opt("", "the file to write")
 

@@ -85,6 +85,7 @@ from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
 from dae.evaluation.windows import Predict, sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
+from dae.training import resume
 from dae.training.distributed import start
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
@@ -893,7 +894,7 @@ def tables_in(out: str, name: str) -> Written | None:
     """The folder for the tables of `compare` and `folds`. None where they are only printed."""
     if not out:
         return None
-    checkpoint.check_out_folder(Path(out), resume=True)
+    resume.check_out_folder(Path(out), resume=True)
     written = Written(Path(out))
     written.check((f"{name}.csv", f"{name}.json"))
     return written
@@ -914,7 +915,7 @@ def output_folder(config: CasesConfig) -> Path:
     """
     if not config.out:
         raise InputError("--out: name a folder for what is made")
-    checkpoint.check_out_folder(Path(config.out), resume=True)
+    resume.check_out_folder(Path(config.out), resume=True)
     return Path(config.out)
 
 

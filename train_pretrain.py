@@ -2,66 +2,66 @@
 
 phantoms, on a CPU, in minutes:  python train_pretrain.py --preset demo
 your volumes, one process:       python train_pretrain.py --data list.json --out runs/a
-eight GPUs, or going on:         torchrun --nproc_per_node=8 train_pretrain.py --data list.json --out runs/a --resume
+eight GPUs, or going on:         torchrun --nproc_per_node=8 train_pretrain.py --data list.json \
+                                     --out runs/a --resume
 """
 
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.pretrain import PretrainConfig
 
+# The command line is read before torch is imported, which takes seconds: --help and a wrong flag
+# are answered at once. The run itself starts at the end of this file.
 if __name__ == "__main__":
-    CONFIG = from_command_line(
-        PretrainConfig, prog="train_pretrain.py", description=__doc__
-    )  # before torch's seconds
+    CONFIG = from_command_line(PretrainConfig, prog="train_pretrain.py", description=__doc__)
 
-import json
 import math
-import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dae.config.command_line import to_json, value_if_set
+from dae.config.command_line import value_if_set
 from dae.data import datalist, holdout, leaks
-from dae.data.batches import Batch, Crops, addresses, loader, spread
-from dae.data.cache import default_folder, prepare_all
+from dae.data.batches import Batch, Crops, spread
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
-from dae.demo.phantom import write_phantoms
 from dae.errors import InputError
 from dae.figures import loss_curve, reconstruction_sheet
-from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import Pretext
+from dae.training import resume
 from dae.training.distributed import (
     Ranks,
     StopSignal,
     gather_objects,
     joined,
     mean_over_ranks,
-    on_main_first,
     parallel,
+    sync_at_last,
 )
-from dae.training.kernels import adopt_layout, advice, choose_kernels, lay_out
-from dae.training.log import (
-    Log,
-    greeting,
-    in_words,
-    last_words,
-    not_beating_its_input,
-    nothing_to_contrast,
-    read,
-    time_left,
-    versions,
+from dae.training.kernels import advice, choose_kernels, lay_out
+from dae.training.log import Clock, Log, read
+from dae.training.optim import adamw, due, learning_rate, warmup_steps
+from dae.training.precision import autocast, autocast_type, grad_scaler
+from dae.training.reconstruction import by_modality, l1_of_samples, reconstruct
+from dae.training.run import (
+    build_backbone,
+    check_finite,
+    how_to_start,
+    log_start,
+    metadata_of,
+    open_log,
+    plan_of_network,
+    prepare_volumes,
+    read_ahead,
+    restore,
+    save_checkpoint,
+    stopped_in_words,
+    with_phantoms,
 )
-from dae.training.optim import Schedule, adamw, due, warmup_steps
-from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
-from dae.training.reconstruction import by_modality, errors, reconstruct
-from dae.weights import checkpoint
-from dae.weights import foreign as files
 from dae.weights.foreign import Weights
 from dae.weights.plan import check_same_network
 from dae.weights.transfer import Report, parts_that_fit, transfer
@@ -69,413 +69,462 @@ from dae.weights.transfer import Report, parts_that_fit, transfer
 
 @dataclass
 class Run:
-    """What the loop works with. `state` is all of it that changes beside weights and optimiser."""
+    """What the loop works with. Only weights, optimiser, scaler, clock and `state` change."""
 
     config: PretrainConfig
     ranks: Ranks
     out: Path
-    modalities: list[str]  # modalities of the list; a sample's is its place here
+    log: Log
+    clock: Clock
+    modalities: list[str]  # of the data list; a sample has the index of its own
     crops: Crops
     fixed: Crops  # to validate on
     pretext: Pretext
-    net: nn.Module  # the same, compiled and behind DDP where asked
+    net: nn.Module  # the same, compiled and wrapped in DDP where that is asked for
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
-    facts: dict[
-        str, Any
-    ]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
-    # Done steps, lowest validation L1, validations in a row above L1(x_hat, x), and whether that was said.
-    state: dict[str, Any] = field(
-        default_factory=lambda: {"step": 0, "best": math.inf, "behind": 0, "warned": False}
-    )
-    note: str = ""  # what a resumed run has to say
-    notes: list[str] = field(default_factory=list)  # what was decided about the data, for the user
-    data_by_size: str = ""  # fingerprint of the data as older versions wrote it
+    metadata: dict[str, Any]  # in every checkpoint: configuration, plan, fingerprint of the data
+    # step: how many are done. best: lowest validation L1. behind: how many validations in a row did
+    # not beat L1(x_hat, x). warned: whether that was said.
+    state: dict[str, Any]
+    notes: list[str]  # what was decided about the data, for the user
+    note: str  # where the weights come from, and what has changed in a resumed run
 
 
 def main(config: PretrainConfig) -> dict[str, Any]:
-    """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
+    """One run. Returns its last validation. Raises InputError on what the user can mend."""
     with joined(config.device) as ranks:
-        run = setup(
-            config, ranks
-        )  # a signal ends this at once: prepared volumes are whole or not there
-        with StopSignal() as signal, closing(read_ahead(run)) as batches:
+        # A signal ends the setup at once, which is safe: prepared volumes are written atomically.
+        run = setup(config, ranks)
+        ahead = read_ahead(run.crops, config, ranks, step=run.state["step"])
+        with StopSignal() as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
 
 
-def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
-    """Train, validate, save; one turn more than steps, so that the last validation and save are as any other."""
-    config, ranks, state = run.config, run.ranks, run.state
-    first, validation, seen = state["step"], dict[str, Any](), list[Tensor]()
-    schedule, stop = Schedule(config), False
-    record = begin(run)
-    since, waited, logged = time.perf_counter(), 0.0, first
-    for step in range(first, config.steps + 1):
-        state["step"] = step
-        done = step == config.steps
-        stop = stop or step >= config.stop_after > 0
+# --------------------------------------------------------------------------------------------------
 
-        paused = time.perf_counter()
-        if (step > first or step == 0 or done) and due(step, config.validate_every, config.steps):
-            validation = validate(run)
-            record.event("validation", step=step, **validation)
-            record.say(f"step {step}: {in_words(validation)}")
-            draw_losses(run)
-            if step > first:
-                keep_best(run, validation)
-            advise(run, record, validation, done=done)
-        if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
-            save(run, "last.pt")
-        if step > first and config.keep_every and step % config.keep_every == 0:
-            save(run, f"step-{step}.pt")
+
+def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
+    """Train, validate, save.
+
+    It takes one turn more than there are steps, so that the last validation and the last save are
+    written as all others are.
+    """
+    config = run.config
+    first = run.state["step"]
+    validation: dict[str, Any] = {}
+    errors: list[Tensor] = []
+    stop = False
+
+    say_start(run)
+    run.clock.restart()
+    for step in range(first, config.steps + 1):
+        run.state["step"] = step
+        done = step == config.steps
+        if 0 < config.stop_after <= step:
+            stop = True
+
+        with run.clock.paused():
+            # A resumed run does not repeat the validation after which it was saved.
+            is_new = step > first or step == 0 or done
+            if is_new and due(step, config.validate_every, config.steps):
+                validation = validate(run)
+                run.log.event("validation", step=step, **validation)
+                run.log.say(f"step {step}: {in_words(validation)}")
+                draw_losses(run)
+                if step > first:
+                    keep_best(run, validation)
+                advise(run, validation, done=done)
+            if step > first and (stop or due(step, config.save_every, config.steps, most=500)):
+                save(run, "last.pt")
+            if step > first and config.keep_every and step % config.keep_every == 0:
+                save(run, f"step-{step}.pt")
+
         if done or stop:
             break
-        since += time.perf_counter() - paused
 
-        for group in run.optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
-        sums = torch.zeros(3, device=ranks.device)
-        for micro in range(config.accumulate):
-            waiting = time.perf_counter()
-            batch = next(batches).to(ranks.device)
-            waited += time.perf_counter() - waiting
-            alone = ranks.world == 1 or micro == config.accumulate - 1
-            with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
-                drawn = run.pretext.draw(batch.x, batch.seeds)
-                with autocast(run.dtype, ranks.device):
-                    # disrupt, tokenize, local_mask, encode, decode, losses: methods.py
-                    result = run.net(batch.x, batch.modality, drawn)
-                run.scaler.scale(result.loss / config.accumulate).backward()
-            sums += torch.stack([result.loss.detach(), result.l1, result.cmcl]) / config.accumulate
-            seen.append(errors(batch, result))
-
-        run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(run.pretext.parameters(), config.clip or math.inf)
-        asked = torch.tensor([float(signal.asked)], device=ranks.device)
-        numbers = mean_over_ranks(
-            torch.cat([sums, norm.reshape(1).float(), asked])
-        )  # the one wait of a step
-        loss, l1, cmcl, grad_norm, stop = *numbers[:4], numbers[4] > 0
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or may_skip(run.scaler)):
-            record.stop_before_the_step(step, loss, grad_norm)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-
+        result = train_step(run, batches, signal)
+        stop = result.stop
+        errors.append(result.errors)
         if due(step + 1, config.log_every, config.steps):
-            seconds, turns, logged = time.perf_counter() - since, step + 1 - logged, step + 1
-            rate = turns * run.crops.global_batch / seconds
-            rows = [row for part in gather_objects(torch.cat(seen).tolist()) for row in part]
-            raw = by_modality(rows, run.modalities)
-            record.event(
-                "train",
-                step=step + 1,
-                loss=loss,
-                l1=l1,
-                cmcl=cmcl,
-                lr=schedule.lr_at(step),
-                grad_norm=grad_norm,
-                samples_per_s=rate,
-                data_wait=waited / seconds,
-                l1_raw=raw.pop("l1"),
-                **raw,
-            )
-            left = time_left((config.steps - step - 1) * seconds / turns)
-            record.progress(
-                step + 1,
-                f"loss {loss:.4f}, lr {schedule.lr_at(step):.1e}, {rate:.1f} samples/s, {left} left",
-            )
-            seen, since, waited = [], time.perf_counter(), 0.0
+            log_training(run, result, errors)
+            errors = []
+            run.clock.restart()
 
-    record.event(
-        "end", step=state["step"], reason="finished" if done else "stopped", best=state["best"]
-    )
-    record.close()
-    record.say(last_words(validation, config, step=state["step"]))
+    step = run.state["step"]
+    reason = "finished" if done else "stopped"
+    run.log.event("end", step=step, reason=reason, best=run.state["best"])
+    run.log.close()
+    if done:
+        sheet = run.out / "figures" / "reconstruction.png"
+        run.log.say(f"{in_words(validation)}; see {sheet}")
+    else:
+        run.log.say(stopped_in_words(config, step))
     return validation
 
 
-# --- setup: data, network, optimiser, start state
+# --------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What one step gives. Losses are means over its samples, on all ranks."""
+
+    loss: float  # l1 + alpha * cmcl
+    l1: float
+    cmcl: float
+    grad_norm: float  # before clipping
+    lr: float
+    stop: bool  # whether any rank was asked to stop
+    errors: Tensor  # (samples of this rank, 3), see l1_of_samples
+
+
+def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
+    """One step of the optimiser, over `accumulate` micro-batches on every rank."""
+    config = run.config
+    device = run.ranks.device
+
+    lr = learning_rate(run.state["step"], config)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+
+    losses = torch.zeros(3, device=device)
+    errors: list[Tensor] = []
+    for micro in range(config.accumulate):
+        with run.clock.waiting():
+            batch = next(batches).to(device)
+        drawn = run.pretext.draw(batch.x, batch.seeds)
+
+        with sync_at_last(run.net, last=micro == config.accumulate - 1):
+            with autocast(run.dtype, device):
+                # disrupt, tokenize, local mask, encode, decode, losses: dae/pretext/methods.py
+                output = run.net(batch.x, batch.modality, drawn)
+            run.scaler.scale(output.loss / config.accumulate).backward()
+
+        losses += torch.stack([output.loss.detach(), output.l1, output.cmcl]) / config.accumulate
+        errors.append(l1_of_samples(batch, output))
+
+    run.scaler.unscale_(run.optimizer)
+    norm = nn.utils.clip_grad_norm_(run.pretext.parameters(), config.clip or math.inf)
+
+    # One exchange between the ranks, and the only wait of a step. The stop flag goes along with the
+    # losses: its mean is above 0 once any rank was asked to stop, so all ranks stop together.
+    flag = torch.tensor([float(signal.asked)], device=device)
+    means = mean_over_ranks(torch.cat([losses, norm.reshape(1).float(), flag]))
+    loss, l1, cmcl, grad_norm, stop = means
+    check_finite(run.log, run.state["step"], loss, grad_norm, run.scaler)
+
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return Step(loss, l1, cmcl, grad_norm, lr, stop=stop > 0, errors=torch.cat(errors))
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def log_training(run: Run, result: Step, errors: Sequence[Tensor]) -> None:
+    """The train event and the progress line. `errors` are of all steps since the last event."""
+    step = run.state["step"] + 1
+    run.clock.read(step)
+
+    rows: list[list[float]] = []
+    for of_rank in gather_objects(torch.cat(list(errors)).tolist()):
+        rows += of_rank
+    raw = by_modality(rows, run.modalities)
+
+    run.log.event(
+        "train",
+        step=step,
+        loss=result.loss,
+        l1=result.l1,
+        cmcl=result.cmcl,
+        lr=result.lr,
+        grad_norm=result.grad_norm,
+        samples_per_s=run.clock.rate,
+        data_wait=run.clock.data_wait,
+        l1_raw=raw["l1"],
+        l1_input=raw["l1_input"],
+        l1_by_modality=raw["l1_by_modality"],
+        l1_input_by_modality=raw["l1_input_by_modality"],
+    )
+    speed = f"{run.clock.rate:.1f} samples/s, {run.clock.left} left"
+    run.log.progress(step, f"loss {result.loss:.4f}, lr {result.lr:.1e}, {speed}")
+
+
+# --- setup: how to start, data, network, optimiser, run
 
 
 def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
+    # How to start: where the run in --out was stopped, from the weights of --init, or from scratch.
     out = Path(config.out)
-    demo = config.preset == "demo" and not config.data
-    checkpoint.check_out_folder(
-        out,
-        resume=config.resume,
-        free=demo and config.out == "runs/demo",
-        inputs=(config.init, config.data),
+    resumed, weights = how_to_start(config, given=config.init, script="train_pretrain.py")
+    if resumed:
+        resume.check_same_flags(out / "last.pt", resumed, config)
+        resume.check_same_batch(out / "last.pt", resumed, config, world=ranks.world)
+
+    # A rehearsal, so that flags and weights that do not fit are refused before any data is read.
+    # On the device "meta" tensors have shapes and no values.
+    dtype = autocast_type(config.amp, ranks.device)
+    recipe = Recipe.of(config)
+    with torch.device("meta"):
+        rehearsed = build(config, channels=1)
+    load_weights_into(rehearsed, weights, config)
+
+    # Data.
+    config = with_phantoms(config, ranks, out / "phantoms")
+    items = read_list(config)
+    crops, fixed = crops_of(items, recipe, config, ranks)
+    channels = crops.volumes[0].shape[0]
+
+    # Network.
+    torch.manual_seed(config.seed)
+    choose_kernels(ranks.device, tf32=config.tf32)
+    pretext = build(config, channels).to(ranks.device)
+    lay_out(pretext, ranks.device, compiled=config.compile)
+    report = load_weights_into(pretext, weights, config)
+
+    # Optimiser.
+    optimizer = adamw(pretext.named_parameters(), config)
+    scaler = grad_scaler(dtype, ranks.device)
+
+    # Run: from step 0, or from where it was stopped.
+    plan = plan_of_network(config, items, channels=channels, out_channels=channels, classes={})
+    plan |= {"method": config.method, "recon": config.recon}
+    data = items.fingerprint([volume.content for volume in crops.volumes])
+    metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
+    metadata["drawn_on"] = ranks.device.type  # noise and masks; they are others on another device
+
+    state: dict[str, Any] = {"step": 0, "best": math.inf, "behind": 0, "warned": False}
+    note = f"; weights of {config.init}\n{report}" if report else ""
+
+    if resumed:
+        by_size = items.fingerprint_by_size()
+        resume.check_same_samples(out / "last.pt", resumed, metadata, data_by_size=by_size)
+        restore(out / "last.pt", resumed, pretext.backbone, optimizer, scaler)
+        pretext.load_own_state(resumed["pretext"])
+        state = {key: resumed[key] for key in state}
+        if has_other_crops(resumed, config):
+            state["best"] = math.inf  # it is of other crops, and cannot be compared
+        changes = what_has_changed(resumed, config, ranks)
+        note = "".join(f"; {change}" for change in changes)
+
+    # DDP and the compiler wrap the forward pass. Parameters, optimiser and checkpoints are those of
+    # `pretext` itself.
+    net: Any = torch.compile(pretext) if config.compile else pretext
+    net = parallel(net, ranks)
+    return Run(
+        config=config,
+        ranks=ranks,
+        out=out,
+        log=open_log(config, ranks, state["step"]),
+        clock=Clock(step=state["step"], steps=config.steps, global_batch=crops.global_batch),
+        modalities=items.modalities(),
+        crops=crops,
+        fixed=fixed,
+        pretext=pretext,
+        net=net,
+        optimizer=optimizer,
+        scaler=scaler,
+        dtype=dtype,
+        metadata=metadata,
+        state=state,
+        notes=list(items.notes),
+        note=note,
     )
-    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    left = checkpoint.left_in(out, resume=config.resume, script="train_pretrain.py")
-    if left:
-        checkpoint.check_same_flags(out / "last.pt", left, config)
-        checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
-    given = (
-        files.read(Path(config.init), files.asked_quirks(config))
-        if config.init and not left
-        else None
-    )
-    dtype, recipe = autocast_type(config.amp, ranks.device), Recipe.of(config)
-    fill(
-        build(config, channels=1, device=torch.device("meta")), config, given
-    )  # a rehearsal without values
-    config = with_phantoms(config, ranks) if demo else config
+
+
+def read_list(config: PretrainConfig) -> DataList:
+    """Volumes to train on, and volumes to validate on. Raises InputError."""
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    items = datalist.split_channels(items) if config.channels == "apart" else items
-    items = holdout.for_pretraining(
+    if config.channels == "apart":
+        items = datalist.split_channels(items)
+    return holdout.for_pretraining(
         items,
         fold=value_if_set(config, "fold"),
         split_seed=value_if_set(config, "split_seed"),
         allow_trained=config.allow_trained,
     )
-    crops, fixed = crops_of(config, recipe, items, ranks)
-
-    torch.manual_seed(config.seed)
-    channels = crops.volumes[0].shape[0]
-    choose_kernels(ranks.device, tf32=config.tf32)
-    pretext = build(config, channels).to(ranks.device)
-    lay_out(pretext, ranks.device, compiled=config.compile)
-    taken = fill(pretext, config, given)
-    optimizer, scaler = adamw(pretext.named_parameters(), config), grad_scaler(dtype, ranks.device)
-    facts = {
-        "config": to_json(config),
-        "plan": plan_of(config, items, channels),
-        "data": items.fingerprint([volume.content for volume in crops.volumes]),
-        "global_batch": crops.global_batch,
-        "threads": torch.get_num_threads(),
-        "drawn_on": ranks.device.type,
-    }
-    run = Run(
-        config,
-        ranks,
-        out,
-        items.modalities(),
-        crops,
-        fixed,
-        pretext,
-        pretext,
-        optimizer,
-        scaler,
-        dtype,
-        facts,
-    )
-    run.notes = list(items.notes)
-    run.data_by_size = items.fingerprint_by_size() if left else ""
-    run.note = f"; weights of {config.init}\n{taken}" if taken else ""
-    resume(run, left)
-    compiled: Any = torch.compile(pretext) if config.compile else pretext
-    run.net = parallel(compiled, ranks)
-    return run
-
-
-def with_phantoms(config: PretrainConfig, ranks: Ranks) -> PretrainConfig:
-    """The demo's data, made where it is not there yet, and its old results out of the way."""
-    out = Path(config.out)
-    if ranks.is_main and not config.resume:
-        checkpoint.start_over(out)
-    on_main_first(ranks, lambda: write_phantoms(out / "phantoms"))
-    return replace(
-        config,
-        data=str(out / "phantoms" / "pretrain.json"),
-        cache_dir=config.cache_dir or str(out / "cache"),
-    )
 
 
 def crops_of(
-    config: PretrainConfig, recipe: Recipe, items: DataList, ranks: Ranks
+    items: DataList, recipe: Recipe, config: PretrainConfig, ranks: Ranks
 ) -> tuple[Crops, Crops]:
-    """Training crops and validation crops over prepared volumes. Raises InputError naming a volume it cannot use."""
-    held_out = [items.modalities().index(item.modality_name) for item in items.validation]
-    # Of hundreds that are held out, those that are validated on are prepared, and no others.
-    validation = [items.validation[n] for n in spread(held_out, config.validate_crops)]
-    everything = [
-        replace(item, label=None) for item in (*items.training, *validation)
-    ]  # labels are not for here
-    volumes = prepare_all(
-        everything,
-        recipe,
-        Path(config.cache_dir or default_folder()).expanduser(),
-        rank=ranks.rank,
-        world=ranks.world,
-        threads=max(1, config.workers),
-        quiet=not ranks.is_main,
-    )
-    modalities, n = (
-        [items.modalities().index(item.modality_name) for item in everything],
-        len(items.training),
-    )
+    """Crops to train on and crops to validate on, of prepared volumes.
+
+    Raises InputError, naming a volume that cannot be used.
+    """
+    names = items.modalities()
+
+    # Hundreds may be held out. Only those that are validated on are prepared.
+    held_out = [names.index(item.modality_name) for item in items.validation]
+    validated = [items.validation[n] for n in spread(held_out, config.validate_crops)]
+
+    # Pre-training does not look at labels.
+    used = [replace(item, label=None) for item in (*items.training, *validated)]
+    modalities = [names.index(item.modality_name) for item in used]
+    volumes = prepare_volumes(used, recipe, config, ranks)
+    n = len(items.training)
     if not config.allow_trained:
-        leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
-    global_batch = config.batch_size * config.accumulate * ranks.world
-    train = Crops(
+        leaks.check_voxels(used, [volume.content for volume in volumes], trained=n)
+
+    crops = Crops(
         volumes[:n],
         modalities[:n],
         config.crop,
         seed=config.seed,
-        global_batch=global_batch,
+        global_batch=config.batch_size * config.accumulate * ranks.world,
         foreground=config.foreground,
     )
     fixed = Crops(volumes[n:], modalities[n:], config.crop, seed=0, global_batch=1)
-    return train, fixed
+    return crops, fixed
 
 
-def build(config: PretrainConfig, channels: int, device: torch.device | None = None) -> Pretext:
-    """Backbone and method as the flags say. Raises InputError where they contradict each other or the crop."""
+def build(config: PretrainConfig, channels: int) -> Pretext:
+    """Backbone and method of the flags. Raises InputError where flags contradict each other."""
+    backbone = build_backbone(config, channels, channels)
     try:
-        backbone = backbone_named(config.backbone)
-        with device or nullcontext():
-            network: Any = backbone(channels, channels, **arguments_of(backbone, config))
-            check_backbone(network, config.backbone, config.crop)
-            return Pretext(network, config.method, config)
+        return Pretext(backbone, config.method, config)
     except ValueError as error:
         raise InputError(str(error)) from error
 
 
-def fill(pretext: Pretext, config: PretrainConfig, given: Weights | None) -> Report | None:
-    """The weights of --init into a network built as theirs. Raises InputError, naming the flags, if it is another."""
-    if given is None:
+def load_weights_into(
+    pretext: Pretext, weights: Weights | None, config: PretrainConfig
+) -> Report | None:
+    """The weights of --init, whole.
+
+    Raises InputError, naming the flags, where their network is another.
+    """
+    if weights is None:
         return None
-    check_same_network(given.plan, config, Path(config.init))
-    parts = parts_that_fit(pretext.backbone, given.tensors)
+    path = Path(config.init)
+    check_same_network(weights.plan, config, path)
+    parts = parts_that_fit(pretext.backbone, weights.tensors)
     return transfer(
-        pretext.backbone,
-        given.tensors,
-        parts,
-        Path(config.init),
-        extra=given.extra,
-        notes=given.notes,
+        pretext.backbone, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
     )
 
 
-def plan_of(config: PretrainConfig, items: DataList, channels: int) -> dict[str, Any]:
-    """What a user of the weights needs to know to feed them."""
-    arguments = arguments_of(backbone_named(config.backbone), config)
-    intensity = {item.modality_name: list(item.intensity) for item in items.training}
-    return {
-        "backbone": config.backbone,
-        "arguments": json.loads(json.dumps(arguments)),
-        "in_channels": channels,
-        "out_channels": channels,
-        "classes": {},
-        "crop": list(config.crop),
-        "spacing": list(config.spacing),
-        "modalities": items.modalities(),
-        "intensity": intensity,
-        "ct_window": list(config.ct_window),
-        "mr_intensity": config.mr_intensity,
-        "method": config.method,
-        "recon": config.recon,
-    }
+def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: Ranks) -> list[str]:
+    """In words what differs from the run so far, of what may differ, and what follows from it."""
+    changes = resume.what_differs(resumed, config, world=ranks.world)
 
+    saved = resumed["config"]
+    before = replace(config, batch_size=saved["batch_size"], accumulate=saved["accumulate"])
+    world_before = resumed["global_batch"] // (before.batch_size * before.accumulate)
+    was = contrasted(before, world_before)
+    now = contrasted(config, ranks.world)
+    if config.alpha and was != now:
+        changes.append(f"CMCL compared {was} samples with each other before, {now} now")
 
-def resume(run: Run, left: dict[str, Any] | None) -> None:
-    """Put everything where the run in --out was left. Raises InputError if the samples would be others."""
-    steps = gather_objects(left["step"] if left else 0)
-    if len(set(steps)) > 1:
-        raise InputError(
-            f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share"
-        )
-    if left is None:
-        return
-    checkpoint.check_same_samples(
-        run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size
-    )
-    checkpoint.load_weights(run.pretext.backbone, left["model"], run.out / "last.pt")
-    run.pretext.load_own_state(left["pretext"])
-    run.optimizer.load_state_dict(left["optimizer"])
-    adopt_layout(run.optimizer)
-    run.scaler.load_state_dict(left["scaler"])
-    checkpoint.restore_rng(left["rng"])
-    run.state = {key: left[key] for key in run.state}
-    notes = checkpoint.what_differs(left, run.config, world=run.ranks.world)
-    then = replace(
-        run.config, **{name: left["config"][name] for name in ("batch_size", "accumulate")}
-    )
-    was = contrasted(then, left["global_batch"] // (then.batch_size * then.accumulate))
-    if run.config.alpha and was != (now := contrasted(run.config, run.ranks.world)):
-        notes.append(f"CMCL compared {was} samples with each other before, {now} now")
-    if run.config.mask_scope == "batch" and then.batch_size != run.config.batch_size:
-        notes.append(
+    if config.mask_scope == "batch" and before.batch_size != config.batch_size:
+        changes.append(
             "--mask-scope batch draws a mask for each micro-batch, which has other samples now"
         )
-    drawn_on = run.facts["drawn_on"]
-    if left.get("drawn_on", drawn_on) != drawn_on:
-        notes.append(
-            f"noise and masks were drawn on {left['drawn_on']} and are on {drawn_on} now: others"
+
+    drawn_on = ranks.device.type
+    drawn_before = resumed.get("drawn_on", drawn_on)
+    if drawn_before != drawn_on:
+        changes.append(
+            f"noise and masks were drawn on {drawn_before} and are on {drawn_on} now: others"
         )
-    if (
-        left["config"]["validate_crops"] != run.config.validate_crops
-        and left["step"] < run.config.steps
-    ):
-        run.state["best"] = math.inf
-        notes.append("validation is on other crops, so best.pt is chosen anew")
-    run.note = "".join(f"; {note}" for note in notes)
+
+    if has_other_crops(resumed, config):
+        changes.append("validation is on other crops, so best.pt is chosen anew")
+    return changes
+
+
+def has_other_crops(resumed: Mapping[str, Any], config: PretrainConfig) -> bool:
+    """Whether a run that has steps to go validates on other crops than it did before."""
+    same = resumed["config"]["validate_crops"] == config.validate_crops
+    return not same and resumed["step"] < config.steps
 
 
 def contrasted(config: PretrainConfig, world: int) -> int:
-    """How many samples CMCL compares with each other: a micro-batch, over all ranks.
+    """How many samples CMCL compares with each other: a micro-batch over all ranks.
 
     In the authors' form (--cmcl ranks), that of one rank.
     """
-    return config.batch_size * (1 if config.cmcl == "ranks" else world)
+    if config.cmcl == "ranks":
+        return config.batch_size
+    return config.batch_size * world
 
 
 # --- what the loop calls by name
 
 
-def begin(run: Run) -> Log:
-    """Run folder, configuration, and the first event of the log."""
-    config, ranks = run.config, run.ranks
-    if ranks.is_main:
-        (run.out / "figures").mkdir(parents=True, exist_ok=True)
-        (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-    record = Log(
-        run.out / "log.jsonl", steps=config.steps, start=run.state["step"], main=ranks.is_main
+def say_start(run: Run) -> None:
+    """The first event of the log, and what the user should know about the run."""
+    config = run.config
+    step = run.state["step"]
+    volumes = len(run.crops.volumes)
+    parameters = sum(parameter.numel() for parameter in run.pretext.parameters())
+    warmup = warmup_steps(config)
+    log_start(
+        run.log,
+        config,
+        run.ranks,
+        step=step,
+        global_batch=run.crops.global_batch,
+        dtype=run.dtype,
+        volumes=volumes,
+        validation_volumes=len(run.fixed.volumes),
+        modalities=run.modalities,
+        warmup=warmup,
+        parameters=parameters,
+        note=run.note,
+        notes=run.notes,
     )
-    facts = {
-        "step": run.state["step"],
-        "world": ranks.world,
-        "global_batch": run.crops.global_batch,
-        "device": str(ranks.device),
-        "autocast": str(run.dtype),
-        "volumes": len(run.crops.volumes),
-        "validation_volumes": len(run.fixed.volumes),
-        "modalities": run.modalities,
-        "warmup": warmup_steps(config),
-        "parameters": sum(p.numel() for p in run.pretext.parameters()),
-    }
-    kind, ran_on = "resume" if run.state["step"] else "start", versions() if ranks.is_main else {}
-    record.event(kind, **facts, **ran_on, config=to_json(config), note=run.note, notes=run.notes)
     for note in run.notes:
-        record.say(note)
-    faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
-    record.say(greeting(config, facts) + faster + run.note)
-    modalities = {run.modalities[kind] for kind in run.crops.modalities}
-    if text := nothing_to_contrast(config, contrasted(config, ranks.world), modalities):
-        record.warn(run.state["step"], text)
-    return record
+        run.log.say(note)
 
-
-def read_ahead(run: Run) -> Generator[Batch, None, None]:
-    config, ranks = run.config, run.ranks
-    places = addresses(
-        run.state["step"],
-        config.steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        rank=ranks.rank,
-        world=ranks.world,
+    where = str(run.ranks.device)
+    if run.ranks.world > 1:
+        where = f"{run.ranks.world} x {where}"
+    begins = f"from step {step}" if step else "from the start"
+    if config.resume and not step:
+        begins += " (nothing to resume yet)"
+    if warmup < config.warmup:
+        begins += f"; --warmup {config.warmup} cut to {warmup}, a tenth of the run"
+    faster = advice(config.amp, run.dtype, run.ranks.device, compiled=config.compile)
+    run.log.say(
+        f"{config.method} on {volumes} volumes ({', '.join(run.modalities)}), "
+        f"{parameters / 1e6:.1f} M parameters, batch {run.crops.global_batch} on {where}, "
+        f"{begins}{faster}{run.note}"
     )
-    return loader(run.crops, places, workers=config.workers, pin=ranks.device.type == "cuda")
+
+    trained = {run.modalities[index] for index in run.crops.modalities}
+    warning = nothing_to_contrast(config, contrasted(config, run.ranks.world), trained)
+    if warning:
+        run.log.warn(step, warning)
+
+
+def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collection[str]) -> str:
+    """In one line why CMCL cannot work in this run, or nothing.
+
+    samples: how many it compares with each other. modalities: of the training volumes.
+    """
+    if not config.alpha:
+        return ""
+    if samples == 1:
+        return (
+            "warning: CMCL has nothing to compare: there is one sample in a micro-batch, so its "
+            "loss is a constant and its gradient 0; take --batch-size 2 (--checkpointing saves "
+            "memory), or --alpha 0 to leave it out"
+        )
+    if len(modalities) == 1:
+        return (
+            f"warning: CMCL has nothing to tell apart: every training volume is {min(modalities)}, "
+            "so it only pulls all features together; --alpha 0 leaves it out"
+        )
+    return ""
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """Mean L1 over the fixed crops, that of doing nothing beside it, and figures/reconstruction.png."""
-    facts, pictures = reconstruct(
+    """Mean L1 over the fixed crops, L1(x_hat, x) beside it, and figures/reconstruction.png."""
+    validation, pictures = reconstruct(
         run.pretext,
         run.fixed,
         run.modalities,
@@ -485,45 +534,80 @@ def validate(run: Run) -> dict[str, Any]:
     )
     if run.ranks.is_main:
         reconstruction_sheet(run.out / "figures" / "reconstruction.png", pictures)
-    return facts
+    return validation
+
+
+def in_words(validation: Mapping[str, Any]) -> str:
+    """A validation in one line."""
+    if not validation:
+        return "nothing left to do"
+
+    text = f"validation L1 {validation['l1']:.4f}"
+    if validation["l1_input"]:
+        share = validation["l1"] / validation["l1_input"]
+        text += f", {share:.3f} of doing nothing (L1(x_hat, x) = {validation['l1_input']:.4f})"
+
+    l1_input = validation["l1_input_by_modality"]
+    by_name = [
+        f"{modality} {l1:.4f}/{l1_input[modality]:.4f}"
+        for modality, l1 in validation["l1_by_modality"].items()
+    ]
+    return f"{text}; {', '.join(by_name)}"
 
 
 def draw_losses(run: Run) -> None:
+    """figures/loss.png, from the log so far."""
     if run.ranks.is_main:
         loss_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
 
 
 def save(run: Run, name: str) -> None:
-    if run.ranks.is_main:
-        checkpoint.save(
-            run.out / name,
-            {
-                **run.state,
-                **run.facts,
-                "model": run.pretext.backbone.state_dict(),
-                "pretext": run.pretext.own_state(),
-                "optimizer": run.optimizer.state_dict(),
-                "scaler": run.scaler.state_dict(),
-                "rng": checkpoint.rng_state(),
-            },
-        )
+    """All of the run in one file of its folder."""
+    if not run.ranks.is_main:
+        return
+    content = {
+        **run.state,
+        **run.metadata,
+        "model": run.pretext.backbone.state_dict(),
+        "pretext": run.pretext.own_state(),
+    }
+    save_checkpoint(run.out / name, content, run.optimizer, run.scaler)
 
 
-def keep_best(run: Run, validation: dict[str, Any]) -> None:
-    """The lowest validation L1 after the first step; before it, the weights are random."""
-    if run.state["step"] > 0 and validation["l1"] < run.state["best"]:
+def keep_best(run: Run, validation: Mapping[str, Any]) -> None:
+    """best.pt: the lowest validation L1. That of step 0 does not count: its weights are random."""
+    if validation["l1"] < run.state["best"]:
         run.state["best"] = validation["l1"]
         save(run, "best.pt")
 
 
-def advise(run: Run, record: Log, validation: dict[str, Any], *, done: bool) -> None:
-    """Say once, at the third validation in a row or at the end, that the network does not beat its own input."""
+def advise(run: Run, validation: Mapping[str, Any], *, done: bool) -> None:
+    """Warn that the network does not beat its own input.
+
+    Once: at the third validation in a row, or at the end.
+    """
     state = run.state
-    behind = validation["l1"] > validation["l1_input"] > 0 and state["step"] > 0
-    state["behind"] = state["behind"] + 1 if behind else 0
-    if behind and not state["warned"] and (state["behind"] == 3 or done):
+    is_behind = state["step"] > 0 and validation["l1"] > validation["l1_input"] > 0
+    state["behind"] = state["behind"] + 1 if is_behind else 0
+    if not is_behind or state["warned"]:
+        return
+    if state["behind"] == 3 or done:
         state["warned"] = True
-        record.warn(state["step"], not_beating_its_input(validation, run.config))
+        run.log.warn(state["step"], not_beating_its_input(validation, run.config))
+
+
+def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig) -> str:
+    remedy = "train longer, or try another --lr"
+    if config.recon == "plain":
+        remedy = (
+            "with --recon plain the decoder's instance norms erase a crop's intensity: "
+            "try --recon residual or scaled"
+        )
+    return (
+        "warning: the network does not beat its own input: "
+        f"validation L1 {validation['l1']:.4f}, "
+        f"doing nothing L1(x_hat, x) {validation['l1_input']:.4f}; {remedy}"
+    )
 
 
 if __name__ == "__main__":

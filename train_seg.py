@@ -1,59 +1,70 @@
-"""Fine-tune a pre-trained backbone for segmentation (section 3.2), or train it from scratch for comparison.
+"""Fine-tune a pre-trained backbone for segmentation (section 3.2), or train it from scratch
+for comparison.
 
 phantoms, after the demo of pre-training:  python train_seg.py --preset demo
-one fold of your labelled volumes:         python train_seg.py --data list.json --pretrained runs/a/last.pt --fold 0
+one fold of your labelled volumes:         python train_seg.py --data list.json \
+                                               --pretrained runs/a/last.pt --fold 0
 the same without the weights:              python train_seg.py ... --from-scratch --out runs/scratch
 """
 
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.segment import SegConfig
 
+# The command line is read before torch is imported, which takes seconds: --help and a wrong flag
+# are answered at once. The run itself starts at the end of this file.
 if __name__ == "__main__":
-    CONFIG = from_command_line(
-        SegConfig, prog="train_seg.py", description=__doc__
-    )  # before torch's seconds
+    CONFIG = from_command_line(SegConfig, prog="train_seg.py", description=__doc__)
 
-import json
 import math
-import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dae.config.command_line import to_json, value_if_set
+from dae.config.command_line import value_if_set
 from dae.data import datalist, holdout, leaks
-from dae.data.batches import LabelledCrops, addresses, loader
-from dae.data.cache import Cached, default_folder, prepare_all
+from dae.data.batches import LabelledCrops
+from dae.data.cache import Cached
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
 from dae.data.sides import Flips, choose_flips, continued, flips_of
-from dae.demo.phantom import write_phantoms
 from dae.errors import InputError
 from dae.evaluation.validation import dice_of_volumes
 from dae.figures import overlay_sheet, seg_curve
-from dae.model import arguments_of, backbone_named, check_backbone
+from dae.training import resume
 from dae.training.distributed import (
     Ranks,
     StopSignal,
-    gather_objects,
     joined,
     mean_over_ranks,
-    on_main_first,
     parallel,
+    sync_at_last,
 )
-from dae.training.kernels import adopt_layout, advice, choose_kernels, lay_out
-from dae.training.log import Log, dice_in_words, read, stopped, time_left, versions
+from dae.training.kernels import advice, choose_kernels, lay_out
+from dae.training.log import Clock, Log, read
 from dae.training.losses import LOSSES
 from dae.training.optim import adamw_in_parts, due, fine_tuning_factors, warmup_steps
-from dae.training.precision import autocast, autocast_type, grad_scaler, may_skip
-from dae.weights import checkpoint
-from dae.weights import foreign as files
+from dae.training.precision import autocast, autocast_type, grad_scaler
+from dae.training.run import (
+    build_backbone,
+    check_finite,
+    how_to_start,
+    log_start,
+    metadata_of,
+    open_log,
+    plan_of_network,
+    prepare_volumes,
+    read_ahead,
+    restore,
+    save_checkpoint,
+    stopped_in_words,
+    with_phantoms,
+)
 from dae.weights.foreign import Weights
 from dae.weights.plan import with_plan
 from dae.weights.transfer import Report, parts_to_transfer, transfer
@@ -61,238 +72,294 @@ from dae.weights.transfer import Report, parts_to_transfer, transfer
 
 @dataclass
 class Run:
-    """What the loop works with. `state` is all of it that changes beside weights and optimiser."""
+    """What the loop works with. Only weights, optimiser, scaler, clock and `state` change."""
 
-    config: SegConfig  # with --steps worked out
+    config: SegConfig  # with the number of steps that --epochs gives
     ranks: Ranks
     out: Path
-    classes: dict[int, str]  # label value -> name, background first; a class is its place here
+    log: Log
+    clock: Clock
+    classes: dict[int, str]  # label value -> name, background first; a network knows their order
     crops: LabelledCrops
-    held_out: list[Cached]
+    held_out: list[Cached]  # to validate on
     network: nn.Module
-    net: nn.Module  # the same, compiled and behind DDP where asked
+    net: nn.Module  # the same, compiled and wrapped in DDP where that is asked for
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
-    facts: dict[
-        str, Any
-    ]  # saved with every checkpoint: configuration, plan of the weights, fingerprint of the data
-    taken: Report | None  # what became of the pre-trained weights
-    notes: list[str] = field(default_factory=list)  # what was decided, for the user
-    data_by_size: str = ""  # fingerprint of the data as older versions wrote it
-    state: dict[str, Any] = field(
-        default_factory=lambda: {"step": 0, "best": -1.0}
-    )  # done steps, highest mean Dice
+    metadata: dict[str, Any]  # in every checkpoint: configuration, plan, fingerprint of the data
+    state: dict[str, Any]  # step: how many are done. best: highest mean Dice
+    notes: list[str]  # what was decided, for the user
+    report: Report | None  # which of the pre-trained weights were taken
 
 
 def main(config: SegConfig) -> dict[str, Any]:
-    """One run. Returns the facts of its last validation. Raises InputError on anything that the user can mend."""
+    """One run. Returns its last validation. Raises InputError on what the user can mend."""
     with joined(config.device) as ranks:
-        run = setup(
-            config, ranks
-        )  # a signal ends this at once: prepared volumes are whole or not there
-        with StopSignal() as signal, closing(read_ahead(run)) as batches:
+        # A signal ends the setup at once, which is safe: prepared volumes are written atomically.
+        run = setup(config, ranks)
+        ahead = read_ahead(
+            run.crops, run.config, ranks, step=run.state["step"], gather=default_collate
+        )
+        with StopSignal() as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
 
 
-def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
-    """Train, validate, save; one turn more than steps, so that the last validation and save are as any other."""
-    config, ranks, state = run.config, run.ranks, run.state
-    first, validation, loss_of, stop = state["step"], dict[str, Any](), LOSSES[config.loss], False
-    record = begin(run)
-    since, waited, logged = time.perf_counter(), 0.0, first
-    for step in range(first, config.steps + 1):
-        state["step"] = step
-        done = step == config.steps
-        stop = stop or step >= config.stop_after > 0
+# --------------------------------------------------------------------------------------------------
 
-        paused = time.perf_counter()
-        if (step > first or done) and due(step, config.validate_every, config.steps):
-            validation = validate(run)
-            record.event("validation", step=step, **validation)
-            record.say(f"step {step}: {dice_in_words(validation)}")
-            draw_losses(run)
-            if (dice := validation["dice"] if math.isfinite(validation["dice"]) else 0.0) > state[
-                "best"
-            ]:
-                state["best"] = dice
-                save(run, "best.pt")
-        if step > first and (due(step, config.save_every, config.steps, most=500) or stop):
-            save(run, "last.pt")
-        if step > first and config.keep_every and step % config.keep_every == 0:
-            save(run, f"step-{step}.pt")
+
+def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
+    """Train, validate, save.
+
+    It takes one turn more than there are steps, so that the last validation and the last save are
+    written as all others are.
+    """
+    config = run.config
+    first = run.state["step"]
+    validation: dict[str, Any] = {}
+    stop = False
+
+    say_start(run)
+    run.clock.restart()
+    for step in range(first, config.steps + 1):
+        run.state["step"] = step
+        done = step == config.steps
+        if 0 < config.stop_after <= step:
+            stop = True
+
+        with run.clock.paused():
+            if (step > first or done) and due(step, config.validate_every, config.steps):
+                validation = validate(run)
+                run.log.event("validation", step=step, **validation)
+                run.log.say(f"step {step}: {in_words(validation)}")
+                draw_losses(run)
+                keep_best(run, validation)
+            if step > first and (stop or due(step, config.save_every, config.steps, most=500)):
+                save(run, "last.pt")
+            if step > first and config.keep_every and step % config.keep_every == 0:
+                save(run, f"step-{step}.pt")
+
         if done or stop:
             break
-        since += time.perf_counter() - paused
 
-        factors = fine_tuning_factors(config.schedule, step, config.steps, warmup_steps(config))
-        for group in run.optimizer.param_groups:
-            group["lr"] = config.lr * factors[0 if group["part"] == "encoder" else 1]
-        total = torch.zeros((), device=ranks.device)
-        for micro in range(config.accumulate):
-            waiting = time.perf_counter()
-            x, label = (t.to(ranks.device, non_blocking=True) for t in next(batches))
-            waited += time.perf_counter() - waiting
-            alone = ranks.world == 1 or micro == config.accumulate - 1
-            with nullcontext() if alone else run.net.no_sync():  # type: ignore[operator]  # gradients meet at the last
-                with autocast(run.dtype, ranks.device):
-                    logits = run.net(x)
-                loss = loss_of(logits, label) / config.accumulate
-                run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
-
-        run.scaler.unscale_(run.optimizer)
-        if factors[0] == 0:
-            drop_gradients(
-                run.optimizer, "encoder"
-            )  # they move nothing, and would count in the clipping
-        norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip or math.inf)
-        asked = torch.tensor(float(signal.asked), device=ranks.device)
-        numbers = mean_over_ranks(
-            torch.stack([total, norm.float(), asked])
-        )  # the one wait of a step
-        if not math.isfinite(numbers[0]) or not (math.isfinite(numbers[1]) or may_skip(run.scaler)):
-            record.stop_before_the_step(step, numbers[0], numbers[1])
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
-        run.optimizer.zero_grad(set_to_none=True)
-        stop = numbers[2] > 0
-
+        result = train_step(run, batches, signal)
+        stop = result.stop
         if due(step + 1, config.log_every, config.steps):
-            seconds, turns, logged = time.perf_counter() - since, step + 1 - logged, step + 1
-            rate = turns * run.crops.global_batch / seconds
-            record.event(
-                "train",
-                step=step + 1,
-                loss=numbers[0],
-                grad_norm=numbers[1],
-                lr_encoder=config.lr * factors[0],
-                lr=config.lr * factors[1],
-                samples_per_s=rate,
-                data_wait=waited / seconds,
-            )
-            left = time_left((config.steps - step - 1) * seconds / turns)
-            record.progress(step + 1, f"loss {numbers[0]:.4f}, {rate:.1f} samples/s, {left} left")
-            since, waited = time.perf_counter(), 0.0
+            log_training(run, result)
+            run.clock.restart()
 
-    record.event(
-        "end", step=state["step"], reason="finished" if done else "stopped", best=state["best"]
-    )
-    record.close()
-    result = f"{dice_in_words(validation)}; weights in {run.out / 'best.pt'}"
-    record.say(result if done else stopped(config, state["step"], config.steps))
+    step = run.state["step"]
+    reason = "finished" if done else "stopped"
+    run.log.event("end", step=step, reason=reason, best=run.state["best"])
+    run.log.close()
+    if done:
+        run.log.say(f"{in_words(validation)}; weights in {run.out / 'best.pt'}")
+    else:
+        run.log.say(stopped_in_words(config, step))
     return validation
 
 
-# --- setup: data, network, optimiser, start state
+# --------------------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """What one step gives."""
+
+    loss: float  # mean over its samples, on all ranks
+    grad_norm: float  # before clipping
+    lr_encoder: float
+    lr: float  # of the decoder
+    stop: bool  # whether any rank was asked to stop
+
+
+def train_step(run: Run, batches: Iterator[Any], signal: StopSignal) -> Step:
+    """One step of the optimiser, over `accumulate` micro-batches on every rank."""
+    config = run.config
+    device = run.ranks.device
+    step = run.state["step"]
+
+    factor_encoder, factor = fine_tuning_factors(
+        config.schedule, step, config.steps, warmup_steps(config)
+    )
+    lr_encoder = config.lr * factor_encoder
+    lr = config.lr * factor
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr_encoder if group["part"] == "encoder" else lr
+
+    total = torch.zeros((), device=device)
+    for micro in range(config.accumulate):
+        with run.clock.waiting():
+            x, label = next(batches)
+            x = x.to(device, non_blocking=True)
+            label = label.to(device, non_blocking=True)
+
+        with sync_at_last(run.net, last=micro == config.accumulate - 1):
+            with autocast(run.dtype, device):
+                logits = run.net(x)
+            loss = LOSSES[config.loss](logits, label) / config.accumulate
+            run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        total += loss.detach()
+
+    run.scaler.unscale_(run.optimizer)
+    if factor_encoder == 0:
+        # These gradients move nothing, and must not count in the norm that is clipped.
+        drop_gradients(run.optimizer, "encoder")
+    norm = nn.utils.clip_grad_norm_(run.network.parameters(), config.clip or math.inf)
+
+    # One exchange between the ranks, and the only wait of a step. The stop flag goes along with the
+    # loss: its mean is above 0 once any rank was asked to stop, so all ranks stop together.
+    flag = torch.tensor(float(signal.asked), device=device)
+    mean_loss, grad_norm, stop = mean_over_ranks(torch.stack([total, norm.float(), flag]))
+    check_finite(run.log, step, mean_loss, grad_norm, run.scaler)
+
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+    run.optimizer.zero_grad(set_to_none=True)
+    return Step(mean_loss, grad_norm, lr_encoder, lr, stop=stop > 0)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def drop_gradients(optimizer: torch.optim.Optimizer, part: str) -> None:
+    """As if the parameters of this part had not been in the network."""
+    for group in optimizer.param_groups:
+        if group["part"] == part:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def log_training(run: Run, result: Step) -> None:
+    """The train event and the progress line."""
+    step = run.state["step"] + 1
+    run.clock.read(step)
+    run.log.event(
+        "train",
+        step=step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        lr_encoder=result.lr_encoder,
+        lr=result.lr,
+        samples_per_s=run.clock.rate,
+        data_wait=run.clock.data_wait,
+    )
+    speed = f"{run.clock.rate:.1f} samples/s, {run.clock.left} left"
+    run.log.progress(step, f"loss {result.loss:.4f}, {speed}")
+
+
+# --- setup: how to start, data, network, optimiser, run
 
 
 def setup(config: SegConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
+    # How to start: where the run in --out was stopped, from the weights of --pretrained, or from
+    # scratch. The weights also say how the network is built and fed.
     out = Path(config.out)
-    demo = config.preset == "demo" and not config.data
-    checkpoint.check_out_folder(
-        out,
-        resume=config.resume,
-        free=demo and config.out == "runs/demo_seg",
-        inputs=(config.pretrained, config.data),
-    )
-    # Three ways to start: where the run in --out was left, from given weights, or from nothing.
-    left = checkpoint.left_in(out, resume=config.resume, script="train_seg.py")
-    given = (
-        files.read(Path(config.pretrained), files.asked_quirks(config))
-        if config.pretrained and not left
-        else None
-    )
-    if not (left or given or config.from_scratch):
+    resumed, weights = how_to_start(config, given=config.pretrained, script="train_seg.py")
+    if resumed:
+        config = with_plan(config, resumed["plan"], out / "last.pt")
+        resume.check_same_batch(out / "last.pt", resumed, config, world=ranks.world)
+    elif weights:
+        config = with_plan(config, weights.plan, Path(config.pretrained))
+    elif not config.from_scratch:
         raise InputError("--pretrained: give a file of weights, or --from-scratch")
-    if plan := left["plan"] if left else given.plan if given else None:
-        config = with_plan(config, plan, out / "last.pt" if left else Path(config.pretrained))
-    if left:
-        checkpoint.check_same_batch(out / "last.pt", left, config, world=ranks.world)
-    elif config.lr_min:
+    if config.lr_min and not resumed:
         raise InputError("--lr-min: the rates of fine-tuning end at 0 (--schedule); leave it out")
+
+    # A rehearsal, so that flags and weights that do not fit are refused before any data is read.
+    # On the device "meta" tensors have shapes and no values.
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
-    fill(build(config, 1, 2, torch.device("meta")), config, given)  # a rehearsal without values
-    config = with_phantoms(config, ranks) if demo else config
-    items = split(config)
-    classes = dict(sorted(items.labels.items()))
-    if left and not config.steps and config.epochs == left["config"]["epochs"]:
-        config = replace(config, steps=left["config"]["steps"])  # as long as it was begun
-    flips = flips_for(config, items, classes, left)
-    crops, held_out, config = crops_of(config, recipe, items, classes, flips, ranks)
-    trained, validated = (
-        [volume.content for volume in volumes] for volumes in (crops.volumes, held_out)
-    )
-    if left:
-        checkpoint.check_same_flags(out / "last.pt", left, config)
+    with torch.device("meta"):
+        rehearsed = build_backbone(config, 1, 2)
+    load_weights_into(rehearsed, weights, config)
 
+    # Data.
+    phantoms = Path(config.pretrained).parent / "phantoms"  # those of the demo of pre-training
+    config = with_phantoms(config, ranks, phantoms)
+    items = read_list(config)
+    classes = dict(sorted(items.labels.items()))
+    flips = flips_for(items, classes, resumed, config)
+    config = replace(config, steps=steps_of(items, resumed, config, ranks))
+    crops, held_out = crops_of(items, classes, flips, recipe, config, ranks)
+    if resumed:
+        resume.check_same_flags(out / "last.pt", resumed, config)
+
+    trained = [volume.content for volume in crops.volumes]
+    validated = [volume.content for volume in held_out]
+    channels = crops.volumes[0].shape[0]
+
+    # Network.
     torch.manual_seed(config.seed)
-    network = build(config, crops.volumes[0].shape[0], len(classes))
-    taken = fill(network, config, given)
+    network = build_backbone(config, channels, len(classes))
+    report = load_weights_into(network, weights, config)
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
     if config.schedule == "frozen-encoder":
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not name.startswith("encoder."))
-    optimizer, scaler = (
-        adamw_in_parts(network.named_parameters(), config),
-        grad_scaler(dtype, ranks.device),
-    )
-    # Weights that were fine-tuned before know whom they were trained on then.
-    before = (
-        left["plan"].get("seen") if left else given.plan.get("seen") if given and taken else None
-    )
+
+    # Optimiser.
+    optimizer = adamw_in_parts(network.named_parameters(), config)
+    scaler = grad_scaler(dtype, ranks.device)
+
+    # The images and subjects that the weights were trained on, an earlier fine-tuning included.
+    seen_before = None
+    if resumed:
+        seen_before = resumed["plan"].get("seen")
+    elif weights and report:
+        seen_before = weights.plan.get("seen")
     seen = leaks.seen_by(
-        items, trained, fold=config.fold, split_seed=config.split_seed, before=before
-    )
-    facts = {
-        "config": to_json(config),
-        "plan": {**plan_of(config, items, crops, classes), "seen": seen},
-        "data": items.fingerprint(trained, validated, labels=True),
-        "global_batch": crops.global_batch,
-        "threads": torch.get_num_threads(),
-    }
-    notes = [*items.notes, *leaks.known_before(items, validated, before)]
-    notes += notes_on(given) if given and taken else []
-    run = Run(
-        config,
-        ranks,
-        out,
-        classes,
-        crops,
-        held_out,
-        network,
-        network,
-        optimizer,
-        scaler,
-        dtype,
-        facts,
-        taken,
-        notes,
-        items.fingerprint_by_size(labels=True) if left else "",
-    )
-    resume(run, left)
-    compiled: Any = torch.compile(network) if config.compile else network
-    run.net = parallel(compiled, ranks)
-    return run
-
-
-def with_phantoms(config: SegConfig, ranks: Ranks) -> SegConfig:
-    """The demo's data, made where it is not there yet, and its old results out of the way."""
-    out, folder = Path(config.out), Path(config.pretrained).parent / "phantoms"
-    if ranks.is_main and not config.resume:
-        checkpoint.start_over(out)
-    on_main_first(ranks, lambda: write_phantoms(folder))
-    return replace(
-        config, data=str(folder / "ct_seg.json"), cache_dir=config.cache_dir or str(out / "cache")
+        items, trained, fold=config.fold, split_seed=config.split_seed, before=seen_before
     )
 
+    # Run: from step 0, or from where it was stopped.
+    plan = {**plan_of(config, items, crops, classes), "seen": seen}
+    data = items.fingerprint(trained, validated, labels=True)
+    metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
+    state: dict[str, Any] = {"step": 0, "best": -1.0}
+    notes = [*items.notes, *leaks.known_before(items, validated, seen_before)]
+    if weights and report:
+        notes += notes_on(weights)
 
-def split(config: SegConfig) -> DataList:
-    """Training and validation items with labels: the list's own split, its folds, or one of five seeded ones."""
+    if resumed:
+        by_size = items.fingerprint_by_size(labels=True)
+        resume.check_same_samples(out / "last.pt", resumed, metadata, data_by_size=by_size)
+        restore(out / "last.pt", resumed, network, optimizer, scaler)
+        state = {key: resumed[key] for key in state}
+        notes += resume.what_differs(resumed, config, world=ranks.world)
+
+    # DDP and the compiler wrap the forward pass. Parameters, optimiser and checkpoints are those of
+    # `network` itself.
+    net: Any = torch.compile(network) if config.compile else network
+    net = parallel(net, ranks)
+    return Run(
+        config=config,
+        ranks=ranks,
+        out=out,
+        log=open_log(config, ranks, state["step"]),
+        clock=Clock(step=state["step"], steps=config.steps, global_batch=crops.global_batch),
+        classes=classes,
+        crops=crops,
+        held_out=held_out,
+        network=network,
+        net=net,
+        optimizer=optimizer,
+        scaler=scaler,
+        dtype=dtype,
+        metadata=metadata,
+        state=state,
+        notes=notes,
+        report=report,
+    )
+
+
+def read_list(config: SegConfig) -> DataList:
+    """Items with labels to train on and to validate on. Raises InputError.
+
+    They are divided as the list says, by its folds, or by one of five seeded folds.
+    """
     items = datalist.load(config.data, root=config.data_root, modality=config.modality)
     return holdout.for_segmentation(
         items,
@@ -305,99 +372,96 @@ def split(config: SegConfig) -> DataList:
 
 
 def flips_for(
-    config: SegConfig, items: DataList, classes: dict[int, str], left: dict[str, Any] | None
+    items: DataList,
+    classes: dict[int, str],
+    resumed: Mapping[str, Any] | None,
+    config: SegConfig,
 ) -> Flips:
-    """Which axes are flipped, by the names of the classes and the list's `swap`. Raises InputError."""
+    """Which axes are flipped: by the names of the classes, and the `swap` of the list."""
     turned = config.rotate > 0 and config.crop[0] == config.crop[1]
     flips = choose_flips(classes, items.swap, chance=config.flip, turned=turned)
-    return (
-        continued(flips, flips_of(left["plan"], left["config"]), Path(config.out) / "last.pt")
-        if left
-        else flips
-    )
+    if not resumed:
+        return flips
+    before = flips_of(resumed["plan"], resumed["config"])
+    return continued(flips, before, Path(config.out) / "last.pt")
+
+
+def steps_of(
+    items: DataList, resumed: Mapping[str, Any] | None, config: SegConfig, ranks: Ranks
+) -> int:
+    """--steps, or the steps of --epochs. A resumed run is as long as it was when it started."""
+    if config.steps:
+        return config.steps
+    if resumed and resumed["config"]["epochs"] == config.epochs:
+        steps: int = resumed["config"]["steps"]
+        return steps
+    samples = config.epochs * len(items.training)
+    return math.ceil(samples / (config.batch_size * config.accumulate * ranks.world))
 
 
 def crops_of(
-    config: SegConfig,
-    recipe: Recipe,
     items: DataList,
     classes: dict[int, str],
     flips: Flips,
+    recipe: Recipe,
+    config: SegConfig,
     ranks: Ranks,
-) -> tuple[LabelledCrops, list[Cached], SegConfig]:
-    """Training crops, whole validation volumes, and the configuration with its number of steps."""
-    everything = (*items.training, *items.validation)
-    volumes = prepare_all(
-        everything,
-        recipe,
-        Path(config.cache_dir or default_folder()).expanduser(),
-        rank=ranks.rank,
-        world=ranks.world,
-        threads=max(1, config.workers),
-        quiet=not ranks.is_main,
-    )
-    for item, volume in zip(everything, volumes):
-        if strange := set(volume.labels) - {*classes, items.ignore}:
+) -> tuple[LabelledCrops, list[Cached]]:
+    """Crops to train on, and whole volumes to validate on.
+
+    Raises InputError, naming a volume that cannot be used.
+    """
+    used = (*items.training, *items.validation)
+    volumes = prepare_volumes(used, recipe, config, ranks)
+    for item, volume in zip(used, volumes):
+        unknown = set(volume.labels) - {*classes, items.ignore}
+        if unknown:
             raise InputError(
-                f"{item.label}: label {min(strange)} is not among the classes that {config.data} names"
+                f"{item.label}: label {min(unknown)} is not among the classes "
+                f"that {config.data} names"
             )
-    n, global_batch = len(items.training), config.batch_size * config.accumulate * ranks.world
+    n = len(items.training)
     if not config.allow_trained:
-        leaks.check_voxels(everything, [volume.content for volume in volumes], trained=n)
-    config = replace(config, steps=config.steps or math.ceil(config.epochs * n / global_batch))
+        leaks.check_voxels(used, [volume.content for volume in volumes], trained=n)
+
     crops = LabelledCrops(
         volumes[:n],
         list(classes),
         config.crop,
         seed=config.seed,
-        global_batch=global_batch,
+        global_batch=config.batch_size * config.accumulate * ranks.world,
         positive=config.positive,
         chances=config,
         flips=flips,
         ignore=items.ignore,
     )
-    return crops, volumes[n:], config
+    return crops, volumes[n:]
 
 
-def build(
-    config: SegConfig, channels: int, classes: int, device: torch.device | None = None
-) -> nn.Module:
-    """The network of the flags, which those of given weights are among, with a head of `classes`. Raises InputError."""
-    try:
-        backbone = backbone_named(config.backbone)
-        with device or nullcontext():
-            network: Any = backbone(channels, classes, **arguments_of(backbone, config))
-            check_backbone(network, config.backbone, config.crop)
-            return network  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
-def fill(network: nn.Module, config: SegConfig, given: Weights | None) -> Report | None:
-    """The given weights into the network, as --transfer says; none with --from-scratch."""
-    if given is None or config.from_scratch:
+def load_weights_into(
+    network: nn.Module, weights: Weights | None, config: SegConfig
+) -> Report | None:
+    """The parts that --transfer names; none with --from-scratch. Raises InputError."""
+    if weights is None or config.from_scratch:
         return None
     path = Path(config.pretrained)
-    parts = parts_to_transfer(config.transfer, given.tensors, path)
-    return transfer(network, given.tensors, parts, path, extra=given.extra, notes=given.notes)
+    parts = parts_to_transfer(config.transfer, weights.tensors, path)
+    return transfer(network, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes)
 
 
 def plan_of(
     config: SegConfig, items: DataList, crops: LabelledCrops, classes: dict[int, str]
 ) -> dict[str, Any]:
     """What a user of the weights needs to know to feed them."""
+    plan = plan_of_network(
+        config,
+        items,
+        channels=crops.volumes[0].shape[0],
+        out_channels=len(classes),
+        classes={str(label): name for label, name in classes.items()},
+    )
     return {
-        "backbone": config.backbone,
-        "arguments": json.loads(json.dumps(arguments_of(backbone_named(config.backbone), config))),
-        "in_channels": crops.volumes[0].shape[0],
-        "out_channels": len(classes),
-        "classes": {str(label): name for label, name in classes.items()},
-        "crop": list(config.crop),
-        "spacing": list(config.spacing),
-        "modalities": items.modalities(),
-        "intensity": {item.modality_name: list(item.intensity) for item in items.training},
-        "ct_window": list(config.ct_window),
-        "mr_intensity": config.mr_intensity,
+        **plan,
         "foreground_crop": config.foreground_crop,
         "flip_axes": list(crops.flips.axes),
         "swap": [list(pair) for pair in crops.flips.swap],
@@ -408,110 +472,62 @@ def plan_of(
     }
 
 
-def resume(run: Run, left: dict[str, Any] | None) -> None:
-    """Put everything where the run in --out was left. Raises InputError if the samples would be others."""
-    steps = gather_objects(left["step"] if left else 0)
-    if len(set(steps)) > 1:
-        raise InputError(
-            f"--out {run.out}: the ranks find it at steps {steps}; it must be one folder that all share"
-        )
-    if left is None:
-        return
-    checkpoint.check_same_samples(
-        run.out / "last.pt", left, run.facts, data_by_size=run.data_by_size
-    )
-    checkpoint.load_weights(run.network, left["model"], run.out / "last.pt")
-    run.optimizer.load_state_dict(left["optimizer"])
-    adopt_layout(run.optimizer)
-    run.scaler.load_state_dict(left["scaler"])
-    checkpoint.restore_rng(left["rng"])
-    run.state = {key: left[key] for key in run.state}
-    run.notes += checkpoint.what_differs(left, run.config, world=run.ranks.world)
-
-
-def notes_on(given: Weights) -> list[str]:
+def notes_on(weights: Weights) -> list[str]:
     """What a run that starts from these weights should say about them."""
-    if given.plan.get("recon") != "scaled":
+    if weights.plan.get("recon") != "scaled":
         return []
-    told = (
+    warning = (
         "warning: the weights were pre-trained with --recon scaled, on crops at mean 0 and std 1; "
         "fine-tuning feeds the intensities as prepared, which they have not seen"
     )
-    return [told]
-
-
-def drop_gradients(optimizer: torch.optim.Optimizer, part: str) -> None:
-    for group in optimizer.param_groups:
-        if group["part"] == part:
-            for parameter in group["params"]:
-                parameter.grad = None
+    return [warning]
 
 
 # --- what the loop calls by name
 
 
-def begin(run: Run) -> Log:
-    """Run folder, configuration, and the first event of the log."""
-    config, ranks, step = run.config, run.ranks, run.state["step"]
-    if ranks.is_main:
-        (run.out / "figures").mkdir(parents=True, exist_ok=True)
-        (run.out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
-    record = Log(run.out / "log.jsonl", steps=config.steps, start=step, main=ranks.is_main)
-    facts = {
-        "step": step,
-        "world": ranks.world,
-        "global_batch": run.crops.global_batch,
-        "device": str(ranks.device),
-        "autocast": str(run.dtype),
-        "volumes": len(run.crops.volumes),
-        "validation_volumes": len(run.held_out),
-        "classes": run.facts["plan"]["classes"],
-        "weights": vars(run.taken) if run.taken else f"of step {step}" if step else "from scratch",
-        "notes": run.notes,
-    }
-    record.event(
-        "resume" if step else "start",
-        **facts,
-        **(versions() if ranks.is_main else {}),
-        config=to_json(config),
+def say_start(run: Run) -> None:
+    """The first event of the log, and what the user should know about the run."""
+    config = run.config
+    step = run.state["step"]
+    volumes = len(run.crops.volumes)
+    weights: Any = f"of step {step}" if step else "from scratch"
+    if run.report:
+        weights = vars(run.report)
+    log_start(
+        run.log,
+        config,
+        run.ranks,
+        step=step,
+        global_batch=run.crops.global_batch,
+        dtype=run.dtype,
+        volumes=volumes,
+        validation_volumes=len(run.held_out),
+        classes=run.metadata["plan"]["classes"],
+        weights=weights,
+        notes=run.notes,
     )
-    begins = f"goes on from step {step}" if step else "with weights drawn anew"
-    begins = f"weights of {config.pretrained}\n{run.taken}" if run.taken and not step else begins
-    faster = advice(config.amp, run.dtype, ranks.device, compiled=config.compile)
     for note in run.notes:
-        record.say(note)
-    record.say(
-        f"{len(run.classes) - 1} classes on {facts['volumes']} volumes, {config.steps} steps of "
-        f"{facts['global_batch']}{faster}; {begins}"
-    )
-    record.say(str(run.crops.flips))
-    return record
+        run.log.say(note)
 
-
-def read_ahead(run: Run) -> Generator[Any, None, None]:
-    config, ranks = run.config, run.ranks
-    places = addresses(
-        run.state["step"],
-        config.steps,
-        batch_size=config.batch_size,
-        accumulate=config.accumulate,
-        rank=ranks.rank,
-        world=ranks.world,
+    begins = "with weights drawn anew"
+    if step:
+        begins = f"goes on from step {step}"
+    elif run.report:
+        begins = f"weights of {config.pretrained}\n{run.report}"
+    faster = advice(config.amp, run.dtype, run.ranks.device, compiled=config.compile)
+    run.log.say(
+        f"{len(run.classes) - 1} classes on {volumes} volumes, {config.steps} steps of "
+        f"{run.crops.global_batch}{faster}; {begins}"
     )
-    pin = ranks.device.type == "cuda"
-    return loader(run.crops, places, workers=config.workers, pin=pin, gather=default_collate)
+    run.log.say(str(run.crops.flips))
 
 
 def validate(run: Run) -> dict[str, Any]:
     """Dice over whole held-out volumes, and figures/overlay.png."""
-
-    def predict(x: Tensor) -> Tensor:
-        with autocast(run.dtype, run.ranks.device):
-            return run.network(x)  # type: ignore[no-any-return]
-
     run.network.eval()
-    facts, pictures = dice_of_volumes(
-        predict,
+    validation, pictures = dice_of_volumes(
+        lambda x: predict(run, x),
         run.held_out,
         run.classes,
         window=run.config.crop,
@@ -522,27 +538,47 @@ def validate(run: Run) -> dict[str, Any]:
     run.network.train()
     if run.ranks.is_main:
         overlay_sheet(run.out / "figures" / "overlay.png", pictures)
-    return facts
+    return validation
+
+
+def predict(run: Run, x: Tensor) -> Tensor:
+    """Windows (b, c, d, h, w) -> logits (b, classes, d, h, w)."""
+    with autocast(run.dtype, run.ranks.device):
+        logits: Tensor = run.network(x)
+    return logits
+
+
+def in_words(validation: Mapping[str, Any]) -> str:
+    """A validation in one line."""
+    if not validation:
+        return "nothing left to do"
+    volumes = "1 volume" if validation["cases"] == 1 else f"{validation['cases']} volumes"
+    by_name = [f"{name} {dice:.3f}" for name, dice in validation["dice_by_class"].items()]
+    return f"validation Dice {validation['dice']:.4f} over {volumes}; {', '.join(by_name)}"
 
 
 def draw_losses(run: Run) -> None:
+    """figures/loss.png, from the log so far."""
     if run.ranks.is_main:
         seg_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
 
 
 def save(run: Run, name: str) -> None:
-    if run.ranks.is_main:
-        checkpoint.save(
-            run.out / name,
-            {
-                **run.state,
-                **run.facts,
-                "model": run.network.state_dict(),
-                "optimizer": run.optimizer.state_dict(),
-                "scaler": run.scaler.state_dict(),
-                "rng": checkpoint.rng_state(),
-            },
-        )
+    """All of the run in one file of its folder."""
+    if not run.ranks.is_main:
+        return
+    content = {**run.state, **run.metadata, "model": run.network.state_dict()}
+    save_checkpoint(run.out / name, content, run.optimizer, run.scaler)
+
+
+def keep_best(run: Run, validation: Mapping[str, Any]) -> None:
+    """best.pt: the highest mean Dice. nan, where no volume holds any class, counts as 0."""
+    dice = validation["dice"]
+    if not math.isfinite(dice):
+        dice = 0.0
+    if dice > run.state["best"]:
+        run.state["best"] = dice
+        save(run, "best.pt")
 
 
 if __name__ == "__main__":

@@ -58,8 +58,9 @@ AROUND IT: what a run needs
     training/kernels.py          layout, kernel search and TF32 of each device
     training/optim.py            AdamW and the learning rate
     training/losses.py           losses of fine-tuning
-    training/log.py              log.jsonl and the progress line
+    training/log.py              log.jsonl, the progress line, and the speed of a run
     training/resume.py           the folder of a run, and whether a resumed run is the same run
+    training/run.py              what pre-training and fine-tuning do alike around their loops
     training/reconstruction.py   validation of pre-training: fixed crops
 
   how good it is

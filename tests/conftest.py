@@ -37,13 +37,21 @@ def smooth_volume(
     rng: np.random.Generator, modality: str, size: tuple[int, int, int]
 ) -> np.ndarray:
     """Blocks of 6 voxels in HU or in arbitrary MR units."""
-    coarse = (
-        rng.normal(0, 300, [-(-n // 6) for n in size])
-        if modality == "ct"
-        else rng.uniform(100, 900, [5, 5, 5])
-    )
+    if modality == "ct":
+        coarse = rng.normal(0, 300, [-(-n // 6) for n in size])
+    else:
+        coarse = rng.uniform(100, 900, [5, 5, 5])
     fine = coarse.repeat(6, 0).repeat(6, 1).repeat(6, 2)
     return fine[: size[0], : size[1], : size[2]].astype(np.float32)
+
+
+def write_entry(
+    path: Path, modality: str, size: tuple[int, int, int], rng: np.random.Generator
+) -> dict[str, str]:
+    """A volume, and its entry in a data list."""
+    spacing = np.diag([2.0, 1.5, 3.0, 1.0])
+    nib.save(nib.Nifti1Image(smooth_volume(rng, modality, size), spacing), path)
+    return {"image": path.name, "modality": modality, "subject": path.stem}
 
 
 @pytest.fixture(scope="session")
@@ -52,18 +60,15 @@ def volumes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("volumes")
     rng = np.random.default_rng(0)
 
-    def entry(name: str, modality: str, size: tuple[int, int, int]) -> dict[str, str]:
-        image = nib.Nifti1Image(smooth_volume(rng, modality, size), np.diag([2.0, 1.5, 3.0, 1.0]))
-        nib.save(image, folder / f"{name}.nii")
-        return {"image": f"{name}.nii", "modality": modality, "subject": name}
+    training = []
+    for n, modality in enumerate(("ct", "t1", "t2", "ct", "t1")):
+        size = (20, 24, 12 if n == 2 else 18)
+        training.append(write_entry(folder / f"train{n}.nii", modality, size, rng))
 
-    kinds = ("ct", "t1", "t2", "ct", "t1")
-    training = [
-        entry(f"train{n}", kind, (20, 24, 12 if n == 2 else 18)) for n, kind in enumerate(kinds)
-    ]
-    validation = [
-        entry(f"held{n}", kind, (18, 18, 18)) for n, kind in enumerate(("t1", "ct", "t2"))
-    ]
+    validation = []
+    for n, modality in enumerate(("t1", "ct", "t2")):
+        validation.append(write_entry(folder / f"held{n}.nii", modality, (18, 18, 18), rng))
+
     path = folder / "list.json"
     path.write_text(json.dumps({"training": training, "validation": validation}))
     return path

@@ -1,4 +1,4 @@
-"""dae/training/kernels.py: layouts change no number, and follow a run that is resumed in another way."""
+"""dae/training/kernels.py: a layout changes no number, and a resumed run may have another."""
 
 from copy import deepcopy
 
@@ -13,7 +13,8 @@ from dae.training.kernels import adopt_layout, advice, set_layout
 from dae.training.optim import adamw
 
 X = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
 
 
 def network() -> SwinUNETR:
@@ -33,7 +34,8 @@ def step(model: SwinUNETR, optimizer: torch.optim.Optimizer) -> Tensor:
 def test_a_layout_is_that_of_every_kernel_and_changes_no_output(
     layout: torch.memory_format,
 ) -> None:
-    model, other = network(), network()
+    model = network()
+    other = network()
     set_layout(other, layout)
     assert all(p.is_contiguous(memory_format=layout) for p in other.parameters() if p.ndim == 5)
     assert torch.allclose(model(X), other(X), atol=1e-5)

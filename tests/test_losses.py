@@ -1,4 +1,4 @@
-"""dae/training/dice.py: the losses by hand."""
+"""dae/training/losses.py: the losses by hand."""
 
 import math
 from collections.abc import Callable
@@ -48,15 +48,16 @@ def test_dice_ce_adds_the_mean_negative_log_probability() -> None:
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_what_was_not_annotated_counts_for_nothing_as_if_it_had_been_cut_away(loss: Loss) -> None:
     torch.manual_seed(0)
-    logits, label = (
-        torch.randn(2, 3, 4, 4, 6, requires_grad=True),
-        torch.randint(0, 3, (2, 4, 4, 6)),
-    )
+    logits = torch.randn(2, 3, 4, 4, 6, requires_grad=True)
+    label = torch.randint(0, 3, (2, 4, 4, 6))
     label[..., 4:] = -1
-    found = loss(logits, label)
-    assert found.item() == pytest.approx(loss(logits[..., :4], label[..., :4]).item(), abs=1e-6)
-    found.backward()
-    assert logits.grad is not None and not logits.grad[..., 4:].any() and logits.grad[..., :4].all()
+    whole = loss(logits, label)
+    cut = loss(logits[..., :4], label[..., :4])
+    assert whole.item() == pytest.approx(cut.item(), abs=1e-6)
+
+    whole.backward()
+    assert logits.grad is not None
+    assert logits.grad[..., :4].all() and not logits.grad[..., 4:].any()
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
@@ -68,29 +69,37 @@ def test_a_batch_without_any_annotation_moves_nothing(loss: Loss) -> None:
 
 @pytest.mark.parametrize("classes", [2, 5])
 def test_cross_entropy_of_a_batch_annotated_throughout_is_torchs_own(classes: int) -> None:
-    logits, label = torch.randn(2, classes, 5, 6, 7), torch.randint(0, classes, (2, 5, 6, 7))
+    logits = torch.randn(2, classes, 5, 6, 7)
+    label = torch.randint(0, classes, (2, 5, 6, 7))
     expected = torch.nn.functional.cross_entropy(logits, label).item()
     assert cross_entropy(logits, label).item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_loss_is_the_mean_over_samples_whatever_classes_and_voxels_each_has(loss: Loss) -> None:
-    """So ranks and micro-batches, which average, train as one batch: three classes in one sample, one in the other."""
+    """So ranks and micro-batches, which average, train as one batch.
+
+    One sample holds three classes, the other one holds one.
+    """
     torch.manual_seed(0)
-    logits, label = torch.randn(2, 3, 4, 4, 6), torch.randint(0, 3, (2, 4, 4, 6))
+    logits = torch.randn(2, 3, 4, 4, 6)
+    label = torch.randint(0, 3, (2, 4, 4, 6))
     label[1] = 0
     label[1, 1:] = -1
-    each = [loss(logits[n : n + 1], label[n : n + 1]).item() for n in range(2)]
-    assert loss(logits, label).item() == pytest.approx(sum(each) / 2, abs=1e-6)
+    first = loss(logits[:1], label[:1]).item()
+    second = loss(logits[1:], label[1:]).item()
+    assert loss(logits, label).item() == pytest.approx((first + second) / 2, abs=1e-6)
 
 
 def test_dice_per_class_leaves_out_what_was_not_annotated() -> None:
-    prediction, label = torch.tensor([[[0, 1, 1, 2, 2]]]), torch.tensor([[[0, 1, 2, 2, -1]]])
+    prediction = torch.tensor([[[0, 1, 1, 2, 2]]])
+    label = torch.tensor([[[0, 1, 2, 2, -1]]])
     assert dice_per_class(prediction, label, 3) == pytest.approx([2 / 3, 2 / 3])
 
 
 def test_dice_per_class_is_nan_where_a_class_is_in_neither() -> None:
-    prediction, label = torch.tensor([[[0, 1, 1, 2]]]), torch.tensor([[[0, 1, 2, 2]]])
-    found = dice_per_class(prediction, label, 4)
-    assert found[:2] == pytest.approx([2 / 3, 2 / 3])
-    assert math.isnan(found[2])
+    prediction = torch.tensor([[[0, 1, 1, 2]]])
+    label = torch.tensor([[[0, 1, 2, 2]]])
+    dice = dice_per_class(prediction, label, 4)
+    assert dice[:2] == pytest.approx([2 / 3, 2 / 3])
+    assert math.isnan(dice[2])

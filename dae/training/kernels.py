@@ -1,6 +1,6 @@
 """What makes one network fast on each device: memory layout, kernel search, TF32.
 
-No result depends on it but for the last digits. docs/performance.md has what was measured.
+Results depend on it in their last digits only. docs/performance.md has the measurements.
 """
 
 import torch
@@ -8,10 +8,10 @@ from torch import nn
 
 
 def choose_kernels(device: torch.device, *, tf32: bool) -> None:
-    """For this process: search for the fastest convolutions of a GPU, and say whether TF32 may be used.
+    """Search for the fastest convolutions of a GPU, and set whether TF32 may be used.
 
-    Crops have one size, so the search (some seconds) is done once. TF32 is for float32 alone, that is
-    for --amp off: 10 bits of mantissa in place of 23.
+    Both hold for the whole process. Crops have one size, so the search (some seconds) is done once.
+    TF32 is for float32 alone, that is for --amp off: 10 bits of mantissa in place of 23.
     """
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -20,7 +20,7 @@ def choose_kernels(device: torch.device, *, tf32: bool) -> None:
 
 
 def lay_out(network: nn.Module, device: torch.device, *, compiled: bool) -> None:
-    """Kernels of 3D convolutions in the memory layout that is fastest with what is around them; in place.
+    """Kernels of 3D convolutions in the layout that is fastest in the whole network; in place.
 
     A compiled network on a GPU keeps channels_last_3d throughout. Without the compiler torch's
     instance norm makes everything contiguous, so the kernels are contiguous too (a step on an H100:
@@ -34,15 +34,16 @@ def set_layout(network: nn.Module, layout: torch.memory_format) -> None:
     """All kernels of 3D convolutions in one memory layout; in place."""
     for weight in network.parameters():
         if weight.ndim == 5:
-            # A clone, because a kernel of one channel counts as contiguous in either layout, and
-            # left as it is its convolution may answer in the other one.
+            # A clone, because a kernel of one channel counts as contiguous in both layouts. Without
+            # the clone its convolution may give its output in the other layout.
             weight.data = weight.data.clone(memory_format=layout)
 
 
 def adopt_layout(optimizer: torch.optim.Optimizer) -> None:
-    """The optimiser's moments in the layout of their parameters, whichever the run had that saved them.
+    """The optimiser's moments in the layout of their parameters; in place.
 
-    A run may be resumed with another --compile or --device, and a fused optimiser takes no others.
+    A run may be resumed with another --compile or --device than it was saved with, and a fused
+    optimiser needs moments in the layout of their parameters.
     """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
@@ -51,7 +52,7 @@ def adopt_layout(optimizer: torch.optim.Optimizer) -> None:
 
 
 def advice(amp: str, dtype: torch.dtype | None, device: torch.device, *, compiled: bool) -> str:
-    """Flags that would make a run on this GPU faster, as an end of the start line; else nothing."""
+    """Flags that would make a run on this GPU faster, for the end of the start line; or nothing."""
     if device.type != "cuda":
         return ""
     text = ""

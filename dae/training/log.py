@@ -1,7 +1,8 @@
-"""What a run says: log.jsonl for machines, a progress line and a few sentences for people.
+"""What a run leaves and shows: log.jsonl for machines, a progress line for people, and its speed.
 
-log.jsonl has one JSON object per line. A killed run may leave a torn last line, and a resumed one repeats the steps
-since the last checkpoint: `read` drops the first and keeps the last of the second.
+log.jsonl has one JSON object per line. A killed run may leave half a line at its end, and a resumed
+run repeats the steps since the last checkpoint. `read` leaves out the half line, and of repeated
+steps it keeps the last.
 """
 
 import json
@@ -9,35 +10,39 @@ import math
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dae.config.pretrain import PretrainConfig
-from dae.config.shared import RunConfig
 from dae.errors import InputError
 
 
 class Log:
-    """Appends events to log.jsonl, and shows progress, on rank 0; says nothing on the others."""
+    """log.jsonl and the progress line, on rank 0. On the other ranks it does nothing."""
 
     def __init__(self, path: Path, *, steps: int, start: int, main: bool) -> None:
-        self.path, self.main = path, main
+        self.path = path
+        self.main = main
         self.bar: Any = None
-        if main:
-            if path.exists() and (tail := path.read_bytes()[-1:]) and tail != b"\n":
-                self._append("\n")  # what a killed run left half-written stays a line of its own
-            self.bar = tqdm(
-                total=steps,
-                initial=start,
-                unit="step",
-                disable=not sys.stderr.isatty(),
-                smoothing=0.1,
-            )
+        if not main:
+            return
+
+        content = path.read_bytes() if path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            self._append("\n")  # what a killed run left half-written stays a line of its own
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            smoothing=0.1,
+        )
 
     def event(self, event: str, **facts: Any) -> None:
         """One line of log.jsonl. NaN and infinity, which JSON does not have, become null."""
@@ -50,7 +55,7 @@ class Log:
             self.bar.write(text, file=sys.stderr)
 
     def warn(self, step: int, text: str) -> None:
-        """In the log, and for the reader."""
+        """An event, and a line for the reader."""
         self.event("warning", step=step, text=text)
         self.say(text)
 
@@ -62,18 +67,6 @@ class Log:
         self.bar.set_postfix_str(text)
         if self.bar.disable:
             print(f"step {step}/{self.bar.total}: {text}", file=sys.stderr, flush=True)
-
-    def stop_before_the_step(self, step: int, loss: float, grad_norm: float) -> NoReturn:
-        """A loss or gradient that is not finite. All ranks come here together: they compare the same numbers."""
-        self.event("end", step=step, reason="not finite", loss=loss, grad_norm=grad_norm)
-        saved = self.path.with_name("last.pt")
-        left = (
-            f"{saved} is from before it" if saved.exists() else "no checkpoint had been saved yet"
-        )
-        raise InputError(
-            f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; stopped before the step, {left}; "
-            "try --amp off or a lower --lr"
-        )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -88,28 +81,85 @@ class Log:
 
 
 def finite(value: Any) -> Any:
+    """The same, with None in place of every number that is not finite."""
     if isinstance(value, dict):
         return {key: finite(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Events of a log.jsonl: for each kind and step the last one, torn lines left out."""
+    """Events of a log.jsonl, in order. Of the events of one name and step, the last one counts."""
     events: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().splitlines()):
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue
-        repeats = event["event"] in ("train", "validation")
-        events[(event["event"], event["step"]) if repeats else number] = event
+        if event["event"] in ("train", "validation"):
+            events[event["event"], event["step"]] = event
+        else:
+            events[number] = event
     return list(events.values())
 
 
+class Clock:
+    """How fast a run trains, from one train event to the next.
+
+    rate       samples per second, over all ranks
+    data_wait  share of the time in which the network waits for the next batch
+    left       time until the last step, in words
+    """
+
+    def __init__(self, *, step: int, steps: int, global_batch: int) -> None:
+        self.logged = step  # the step of the last train event
+        self.steps = steps
+        self.global_batch = global_batch
+        self.restart()
+
+    def restart(self) -> None:
+        self.since = time.perf_counter()
+        self.waited = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of this block does not count: validation, saving."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time of this block counts as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def read(self, step: int) -> None:
+        """Work out the three figures at a train event; `restart` begins the next stretch."""
+        seconds = time.perf_counter() - self.since
+        turns = step - self.logged
+        self.logged = step
+        self.rate = turns * self.global_batch / seconds
+        self.data_wait = self.waited / seconds
+        self.left = time_left((self.steps - step) * seconds / turns)
+
+
+def time_left(seconds: float) -> str:
+    minutes = seconds / 60
+    hours = seconds / 3600
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    if hours < 2:
+        return f"{minutes:.0f} min"
+    return f"{hours:.1f} h"
+
+
 def versions() -> dict[str, Any]:
-    """What the run ran on, for the first line of the log."""
+    """What a run runs on, for the first event of its log."""
     return {
         "torch": torch.__version__,
         "numpy": np.__version__,
@@ -123,111 +173,21 @@ def versions() -> dict[str, Any]:
 
 
 def commit_of(root: Path) -> str | None:
-    """The commit of a project whose own repository `root` is.
+    """The commit of the repository whose top folder is `root`; None where there is none.
 
-    None where there is no repository, and where `root` lies within another one: an installed package is
-    not at the commit of the project that it is installed in.
+    A repository further up does not count: a package that is installed within somebody's project
+    is not at the commit of that project.
     """
-    asked = ["git", "rev-parse", "--show-toplevel", "HEAD"]
+    command = ["git", "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        done = subprocess.run(asked, cwd=root, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     except OSError:  # a machine without git
         return None
-    found = done.stdout.splitlines()
-    if done.returncode or len(found) != 2 or Path(found[0]).resolve() != root.resolve():
+    lines = done.stdout.splitlines()
+    if done.returncode or len(lines) != 2:
         return None
-    return found[1]
 
-
-def greeting(config: PretrainConfig, facts: Mapping[str, Any]) -> str:
-    """What starts, in one line."""
-    where = f"{facts['world']} x {facts['device']}" if facts["world"] > 1 else facts["device"]
-    begins = f"from step {facts['step']}" if facts["step"] else "from the start"
-    note = " (nothing to resume yet)" if config.resume and not facts["step"] else ""
-    if facts["warmup"] < config.warmup:
-        note += f"; --warmup {config.warmup} cut to {facts['warmup']}, a tenth of the run"
-    return (
-        f"{config.method} on {facts['volumes']} volumes ({', '.join(facts['modalities'])}), "
-        f"{facts['parameters'] / 1e6:.1f} M parameters, batch {facts['global_batch']} on {where}, {begins}{note}"
-    )
-
-
-def in_words(validation: Mapping[str, Any]) -> str:
-    """The result of a validation in one line."""
-    if not validation:
-        return "nothing left to do"
-    text = f"validation L1 {validation['l1']:.4f}"
-    if validation["l1_input"]:
-        share = validation["l1"] / validation["l1_input"]
-        text += f", {share:.3f} of doing nothing (L1(x_hat, x) = {validation['l1_input']:.4f})"
-    each = validation["l1_by_modality"], validation["l1_input_by_modality"]
-    return (
-        text
-        + "; "
-        + ", ".join(f"{kind} {l1:.4f}/{each[1][kind]:.4f}" for kind, l1 in each[0].items())
-    )
-
-
-def dice_in_words(validation: Mapping[str, Any]) -> str:
-    if not validation:
-        return "nothing left to do"
-    each = ", ".join(f"{name} {dice:.3f}" for name, dice in validation["dice_by_class"].items())
-    plural = "s" * (validation["cases"] != 1)
-    return f"validation Dice {validation['dice']:.4f} over {validation['cases']} volume{plural}; {each}"
-
-
-def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collection[str]) -> str:
-    """In one line why CMCL cannot work in this run, or nothing.
-
-    samples: how many it compares with each other.
-    """
-    if not config.alpha:
-        return ""
-    if samples == 1:
-        return (
-            "warning: CMCL has nothing to compare: there is one sample in a micro-batch, so its loss is a constant "
-            "and its gradient 0; take --batch-size 2 (--checkpointing saves memory), or --alpha 0 to leave it out"
-        )
-    if len(modalities) == 1:
-        return (
-            f"warning: CMCL has nothing to tell apart: every training volume is {min(modalities)}, so it only pulls "
-            "all features together; --alpha 0 leaves it out"
-        )
-    return ""
-
-
-def last_words(validation: Mapping[str, Any], config: PretrainConfig, *, step: int) -> str:
-    if step < config.steps:
-        return stopped(config, step, config.steps)
-    return f"{in_words(validation)}; see {Path(config.out) / 'figures' / 'reconstruction.png'}"
-
-
-def stopped(config: RunConfig, step: int, steps: int) -> str:
-    """A run that has not come to its end."""
-    if 0 < config.stop_after <= step:
-        asked = f"--stop-after {config.stop_after}"
-        return f"stopped after step {step} of {steps}, as {asked} says; --resume without it goes on"
-    return f"stopped after step {step} of {steps}; the same command with --resume goes on"
-
-
-def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig) -> str:
-    reason = (
-        "with --recon plain the decoder's instance norms erase a crop's intensity: try --recon residual or scaled"
-        if config.recon == "plain"
-        else "train longer, or try another --lr"
-    )
-    return (
-        f"warning: the network does not beat its own input: validation L1 {validation['l1']:.4f}, doing nothing "
-        f"L1(x_hat, x) {validation['l1_input']:.4f}; {reason}"
-    )
-
-
-def time_left(seconds: float) -> str:
-    minutes, hours = seconds / 60, seconds / 3600
-    return (
-        f"{seconds:.0f} s"
-        if minutes < 2
-        else f"{minutes:.0f} min"
-        if hours < 2
-        else f"{hours:.1f} h"
-    )
+    top, commit = lines
+    if Path(top).resolve() != root.resolve():
+        return None
+    return commit

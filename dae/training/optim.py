@@ -1,105 +1,144 @@
-"""The optimiser and its learning rate: AdamW with two groups, linear warm-up and a cosine (sec. 3.2).
+"""The optimiser and its learning rate: AdamW, linear warm-up and a cosine (sec. 3.2).
 
-The rate is a pure function of the step, so a resumed run has no scheduler state to restore.
+Both rates are pure functions of the step, so a resumed run has no scheduler state to restore.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.scheduler import CosineLRScheduler
-from torch import Tensor, nn
+from torch import nn
 
 from dae.config.shared import OptimConfig
 
-
-def warmup_steps(config: OptimConfig) -> int:
-    """At most a tenth of the run: with the paper's 500, twenty steps would never leave the warm-up."""
-    return min(config.warmup, config.steps // 10)
+Named = Iterable[tuple[str, nn.Parameter]]
 
 
 def due(step: int, every: int, steps: int, *, most: int = 2**31) -> bool:
-    """At every `every`-th step (0: at every tenth of the run, or every `most`-th), and at the last."""
-    return step % (every or min(most, max(1, steps // 10))) == 0 or step == steps
+    """Whether to do at this step what is done every so many steps, and at the last one.
+
+    every: 0 means every tenth of the run, but at least every `most`-th step.
+    """
+    if not every:
+        every = min(most, max(1, steps // 10))
+    return step % every == 0 or step == steps
 
 
-class Schedule:
-    """Learning rate of step 0, 1, ..., steps - 1. timm's cosine behind its linear warm-up."""
-
-    def __init__(self, config: OptimConfig) -> None:
-        warmup = warmup_steps(config)
-        # timm's scheduler wants an optimiser; a dummy one keeps the rate a function of the step alone.
-        dummy = torch.optim.SGD([torch.zeros(1)], lr=config.lr)
-        self._timm = CosineLRScheduler(
-            dummy,
-            t_initial=max(1, config.steps - warmup),
-            lr_min=config.lr_min,
-            warmup_t=warmup,
-            warmup_lr_init=config.lr / (warmup + 1),
-            warmup_prefix=True,
-            t_in_epochs=False,
-        )
-
-    def lr_at(self, step: int) -> float:
-        """The first step already moves: warm-up starts at lr / (warmup + 1), not at 0."""
-        return float(self._timm._get_lr(step)[0])
+# --- the learning rate
 
 
-def adamw(named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; matrices and kernels decay, while norms, biases, position bias tables and mask tokens do not."""
-    decayed: list[Tensor] = []
-    others: list[Tensor] = []
-    for name, parameter in named:
-        keeps = parameter.ndim <= 1 or name.endswith("bias_table")
-        (others if keeps else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=on_a_gpu(groups))
+def warmup_steps(config: OptimConfig) -> int:
+    """At most a tenth of the run: twenty steps would never leave the warm-up of the paper's 500."""
+    return min(config.warmup, config.steps // 10)
 
 
-def on_a_gpu(groups: Sequence[dict[str, Any]]) -> bool:
-    """There AdamW runs as one kernel over all parameters; on a CPU as torch has it by default."""
-    return all(parameter.is_cuda for group in groups for parameter in group["params"])
+def half_cosine(step: int, steps: int) -> float:
+    """From 1 at step 0 down to 0 at the last of `steps`."""
+    return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
-def adamw_in_parts(
-    named: Iterator[tuple[str, nn.Parameter]], config: OptimConfig
-) -> torch.optim.AdamW:
-    """As `adamw`, the encoder's groups apart from the others; each group says its `part`."""
-    parts: dict[str, list[tuple[str, nn.Parameter]]] = {"encoder": [], "decoder": []}
-    for name, parameter in named:
-        parts["encoder" if name.startswith("encoder.") else "decoder"].append((name, parameter))
-    groups: list[dict[str, Any]] = []
-    for part, members in parts.items():
-        groups += [{**group, "part": part} for group in adamw(iter(members), config).param_groups]
-    return torch.optim.AdamW(groups, lr=config.lr, fused=on_a_gpu(groups))
+def learning_rate(step: int, config: OptimConfig) -> float:
+    """The rate of pre-training at a step: up to `lr` in a line, down to `lr_min` along a cosine."""
+    warmup = warmup_steps(config)
+    if step < warmup:
+        # The first step already moves: the warm-up starts at lr / (warmup + 1), not at 0.
+        first = config.lr / (warmup + 1)
+        return first + step * ((config.lr - first) / warmup)
+
+    falling = half_cosine(step - warmup, config.steps - warmup)
+    return config.lr_min + (config.lr - config.lr_min) * falling
 
 
-def fine_tuning_factors(kind: str, step: int, steps: int, warmup: int) -> tuple[float, float]:
-    """What the learning rates of encoder and decoder are multiplied by at a step: a pure function of it.
+def fine_tuning_factors(schedule: str, step: int, steps: int, warmup: int) -> tuple[float, float]:
+    """What the peak rate is multiplied by at a step: (for the encoder, for the decoder).
 
     plain           cosine from the first step
     warmup          linear warm-up, then cosine
     frozen-encoder  the same, and the encoder never moves
     decoder-first   the decoder alone for a tenth of the run, up and down; then both as `warmup`
     """
-    if kind == "plain":
-        return (cosine(step, 0, steps, 0),) * 2
-    if kind == "decoder-first":
-        first = max(2, steps // 10)
-        if step < first:
-            return 0.0, cosine(step, 0, first, first // 2)
-        return (cosine(step, first, steps, warmup),) * 2
-    factor = cosine(step, 0, steps, warmup)
-    return (0.0 if kind == "frozen-encoder" else factor), factor
+    if schedule == "plain":
+        factor = half_cosine(step, steps)
+        return factor, factor
+
+    if schedule == "decoder-first":
+        alone = max(2, steps // 10)
+        if step < alone:
+            return 0.0, warmup_factor(step, alone, alone // 2)
+        factor = warmup_factor(step - alone, steps - alone, warmup)
+        return factor, factor
+
+    factor = warmup_factor(step, steps, warmup)
+    if schedule == "frozen-encoder":
+        return 0.0, factor
+    return factor, factor
 
 
-def cosine(step: int, start: int, stop: int, warmup: int) -> float:
-    """From `start` to `stop`: up to 1 in `warmup` steps, the first one not at 0, then down to 0 along a cosine."""
-    at = step - start
-    if at < warmup:
-        return (at + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (at - warmup) / max(1, stop - start - warmup)))
+def warmup_factor(step: int, steps: int, warmup: int) -> float:
+    """Up to 1 in `warmup` steps, then down along the cosine.
+
+    The warm-up is the line of `learning_rate` in other roundings. Both keep theirs, so that a run
+    repeats to the last bit what an earlier version logged.
+    """
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return half_cosine(step - warmup, steps - warmup)
+
+
+# --- the optimiser
+
+
+def adamw(named: Named, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters in two groups: those that decay, then those that do not."""
+    return adamw_over(decay_groups(named, config.weight_decay), config)
+
+
+def adamw_in_parts(named: Named, config: OptimConfig) -> torch.optim.AdamW:
+    """As `adamw`, but the encoder has its own two groups. Every group names its `part`."""
+    encoder: list[tuple[str, nn.Parameter]] = []
+    decoder: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in named:
+        part = encoder if name.startswith("encoder.") else decoder
+        part.append((name, parameter))
+
+    of_encoder = decay_groups(encoder, config.weight_decay)
+    of_decoder = decay_groups(decoder, config.weight_decay)
+    optimizer = adamw_over([*of_encoder, *of_decoder], config)
+    for n, group in enumerate(optimizer.param_groups):
+        group["part"] = "encoder" if n < len(of_encoder) else "decoder"
+    return optimizer
+
+
+def adamw_over(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """On a GPU, AdamW as one kernel over all parameters; on a CPU, as torch has it by default."""
+    is_on_gpu = True
+    for group in groups:
+        is_on_gpu = is_on_gpu and all(parameter.is_cuda for parameter in group["params"])
+
+    return torch.optim.AdamW(
+        groups,
+        lr=config.lr,
+        betas=(0.9, 0.999),  # "momentum 0.9" (sec. 3.2) is the first of them
+        fused=is_on_gpu,
+    )
+
+
+def decay_groups(named: Named, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices and kernels decay. Norms, biases, position bias tables and mask tokens do not.
+
+    A checkpoint numbers the moments of the parameters in the order of these two groups. That is why
+    timm's param_groups_weight_decay is not used: it leaves out frozen parameters, makes one group
+    of all where weight_decay is 0, and puts the second group first.
+    """
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in named:
+        if parameter.ndim <= 1 or name.endswith("bias_table"):
+            others.append(parameter)
+        else:
+            decayed.append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]

@@ -1,8 +1,8 @@
-"""Validation by reconstruction: fixed crops with fixed disruptions, the same in every run and on any ranks."""
+"""Validation by reconstruction: fixed crops with fixed disruptions, the same in every run."""
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,56 +14,76 @@ from dae.training.distributed import Ranks, gather_objects
 from dae.training.precision import autocast
 
 
+class Restored(NamedTuple):
+    """One crop of a validation."""
+
+    n: int  # which of the fixed crops
+    errors: list[float]  # see l1_of_samples
+    picture: Triple | None
+
+
 @torch.no_grad()
 def reconstruct(
     pretext: Pretext,
     fixed: Crops,
-    kinds: Sequence[str],
+    modalities: Sequence[str],
     *,
     count: int,
     dtype: torch.dtype | None,
     ranks: Ranks,
 ) -> tuple[dict[str, Any], list[Triple]]:
-    """Mean L1 over `count` fixed crops, one at a time and shared out over the ranks; a picture of each modality."""
+    """Mean L1 over `count` fixed crops, and a picture of every modality.
+
+    The ranks share the crops. Each crop is a batch of its own, so that the result does not depend
+    on how many ranks there are.
+    """
     started = time.perf_counter()
+    # The modalities of the fixed crops take turns: the first few crops are one of each.
+    pictured = len(set(fixed.modalities))
+
     pretext.eval()
-    found: list[tuple[int, list[float], Triple | None]] = []
+    own: list[Restored] = []
     for n in range(ranks.rank, count, ranks.world):
         batch = collate([fixed.fixed(n)]).to(ranks.device)
         drawn = pretext.draw(batch.x, batch.seeds)
         with autocast(dtype, ranks.device):
-            result = pretext(batch.x, batch.modality, drawn)
-        shown = n < len(
-            set(fixed.modalities)
-        )  # the modalities take turns: the first few crops are one of each
-        found.append(
-            (n, errors(batch, result)[0].tolist(), triple(batch, result, kinds) if shown else None)
-        )
+            output = pretext(batch.x, batch.modality, drawn)
+        errors = l1_of_samples(batch, output)[0].tolist()
+        picture = picture_of(batch, output, modalities) if n < pictured else None
+        own.append(Restored(n, errors, picture))
     pretext.train()
-    crops = sorted(
-        (crop for part in gather_objects(found) for crop in part), key=lambda crop: crop[0]
-    )
-    facts = by_modality([row for _, row, _ in crops], kinds)
-    pictures = [picture for _, _, picture in crops if picture is not None]
-    return {**facts, "crops": len(crops), "seconds": time.perf_counter() - started}, pictures
+
+    crops: list[Restored] = []
+    for of_rank in gather_objects(own):
+        crops += of_rank
+    crops.sort(key=lambda crop: crop.n)
+
+    metrics = by_modality([crop.errors for crop in crops], modalities)
+    pictures = [crop.picture for crop in crops if crop.picture is not None]
+    return {**metrics, "crops": len(crops), "seconds": time.perf_counter() - started}, pictures
 
 
-def errors(batch: Batch, result: Output) -> Tensor:
-    """Of each sample its modality, L1(x_rec, x) and L1(x_hat, x), in intensities as normalised: (b, 3), float32."""
-    l1, l1_input = l1_of(result.x_rec.detach(), batch.x), l1_of(result.x_hat, batch.x)
+def l1_of_samples(batch: Batch, output: Output) -> Tensor:
+    """The modality, L1(x_rec, x) and L1(x_hat, x) of every sample: (b, 3), float32.
+
+    Both L1 are in intensities as normalised.
+    """
+    l1 = l1_of(output.x_rec.detach(), batch.x)
+    l1_input = l1_of(output.x_hat, batch.x)
     return torch.stack([batch.modality.float(), l1, l1_input], dim=-1)
 
 
-def by_modality(rows: Sequence[Sequence[float]], kinds: Sequence[str]) -> dict[str, Any]:
-    """Means over samples, all together and of each modality: the events' `l1`, `l1_input` and their breakdown."""
+def by_modality(rows: Sequence[Sequence[float]], modalities: Sequence[str]) -> dict[str, Any]:
+    """Means over rows of `l1_of_samples`, all together and for each modality."""
     groups: dict[str, list[Sequence[float]]] = {}
     for row in rows:
-        groups.setdefault(kinds[int(row[0])], []).append(row)
+        groups.setdefault(modalities[int(row[0])], []).append(row)
+    names = sorted(groups)
     return {
         "l1": average(rows, 1),
         "l1_input": average(rows, 2),
-        "l1_by_modality": {kind: average(groups[kind], 1) for kind in sorted(groups)},
-        "l1_input_by_modality": {kind: average(groups[kind], 2) for kind in sorted(groups)},
+        "l1_by_modality": {name: average(groups[name], 1) for name in names},
+        "l1_input_by_modality": {name: average(groups[name], 2) for name in names},
     }
 
 
@@ -71,6 +91,7 @@ def average(rows: Sequence[Sequence[float]], column: int) -> float:
     return sum(row[column] for row in rows) / len(rows)
 
 
-def triple(batch: Batch, result: Output, kinds: Sequence[str]) -> Triple:
-    x, x_hat, x_rec = (t[0].float().cpu().numpy() for t in (batch.x, result.x_hat, result.x_rec))
-    return Triple(kinds[int(batch.modality[0])], x, x_hat, x_rec)
+def picture_of(batch: Batch, output: Output, modalities: Sequence[str]) -> Triple:
+    """The first sample of a batch: x, x_hat, x_rec, (c, d, h, w) each."""
+    x, x_hat, x_rec = (t[0].float().cpu().numpy() for t in (batch.x, output.x_hat, output.x_rec))
+    return Triple(modalities[int(batch.modality[0])], x, x_hat, x_rec)

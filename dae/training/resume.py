@@ -1,7 +1,6 @@
 """The folder of a run, and what a resumed run must have in common with the run it continues."""
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,19 +64,6 @@ def check_out_folder(
                 raise InputError(
                     f"--out {out}: {path} is read and would be replaced; name another folder"
                 )
-
-
-def start_over(out: Path) -> None:
-    """Remove the results of the demo's earlier run, and say so."""
-    earlier = [out / name for name in ("log.jsonl", "last.pt", "best.pt")]
-    present = [path for path in earlier if path.exists()]
-    for path in present:
-        path.unlink()
-    if present:
-        print(
-            f"{out}: the demo's earlier run is removed and started over; --resume would go on",
-            file=sys.stderr,
-        )
 
 
 def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:

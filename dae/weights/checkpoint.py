@@ -6,7 +6,6 @@ in the comment field at the end of the archive. `load` compares the seal with th
 """
 
 import hashlib
-import importlib
 import os
 import random
 from collections.abc import Mapping
@@ -193,22 +192,3 @@ def restore_rng(state: dict[str, Any]) -> None:
     np.random.set_state((algorithm, words, int(position), int(has_gauss), gauss))  # noqa: NPY002
 
     random.setstate(state["python"])
-
-
-# --- names that moved to dae/training/resume.py, for the scripts until they import them from there
-
-MOVED = {
-    "check_out_folder": "check_out_folder",
-    "start_over": "start_over",
-    "left_in": "saved_run",
-    "check_same_flags": "check_same_flags",
-    "check_same_batch": "check_same_batch",
-    "check_same_samples": "check_same_samples",
-    "what_differs": "what_differs",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in MOVED:
-        raise AttributeError(name)
-    return getattr(importlib.import_module("dae.training.resume"), MOVED[name])

@@ -1,4 +1,4 @@
-"""dae/training/distributed.py: a launch that cannot work is one line; a run that loses a rank or a worker, too."""
+"""dae/training/distributed.py: a wrong launch, a lost rank and a lost worker are one line."""
 
 import os
 import socket
@@ -12,7 +12,13 @@ from dae.errors import InputError
 from dae.training import distributed
 from dae.training.distributed import LAUNCH, joined, start
 
-WHOLE = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}
+WHOLE = {
+    "LOCAL_RANK": "0",
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29511",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -33,14 +39,18 @@ def refusal(device: str = "cpu") -> str:
     return str(error.value)
 
 
-def test_half_a_launch_is_refused_by_what_is_there_and_what_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_half_a_launch_is_refused_by_what_is_there_and_what_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launch(monkeypatch, LOCAL_RANK="0")
     assert refusal().startswith("LOCAL_RANK set and RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not")
     launch(monkeypatch, **WHOLE)
     monkeypatch.delenv("MASTER_PORT")
     assert "and MASTER_PORT not" in refusal()
     monkeypatch.delenv("LOCAL_RANK")
-    launch(monkeypatch, WORLD_SIZE="4", MASTER_PORT="29511")  # each of the four would be a run of its own
+    launch(
+        monkeypatch, WORLD_SIZE="4", MASTER_PORT="29511"
+    )  # each of the four would be a run of its own
     assert "and LOCAL_RANK not" in refusal()
     launch(monkeypatch, WORLD_SIZE="1")  # as clusters set it for one process
     assert start("cpu").world == 1 and not dist.is_initialized()
@@ -49,7 +59,9 @@ def test_half_a_launch_is_refused_by_what_is_there_and_what_is_not(monkeypatch: 
     assert "RANK first: not a number" in refusal()
 
 
-def test_tasks_of_slurm_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_slurm_that_do_not_know_of_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     launch(monkeypatch, SLURM_STEP_NUM_TASKS="8")
     assert refusal().startswith("SLURM_STEP_NUM_TASKS 8: ") and "--out" in refusal()
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
@@ -70,25 +82,40 @@ def test_torchrun_within_slurm_is_a_launch(monkeypatch: pytest.MonkeyPatch) -> N
     assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("wrong", [{"MASTER_ADDR": "no-such-host.invalid"}, {"RANK": "1", "WORLD_SIZE": "2"}])
-def test_ranks_that_do_not_meet_are_told_where(monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"MASTER_ADDR": "no-such-host.invalid"}, {"RANK": "1", "WORLD_SIZE": "2"}]
+)
+def test_ranks_that_do_not_meet_are_told_where(
+    monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str]
+) -> None:
     """No such host; or a host where nobody listens."""
     launch(monkeypatch, **{**WHOLE, **wrong})
     monkeypatch.setattr(distributed, "MEETING", timedelta(seconds=1))
-    assert refusal().startswith(f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT 29511: the ranks do not meet")
+    assert refusal().startswith(
+        f"MASTER_ADDR {os.environ['MASTER_ADDR']}, MASTER_PORT 29511: the ranks do not meet"
+    )
 
 
 def test_a_rank_beyond_the_gpus_is_told_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     launch(monkeypatch, **{**WHOLE, "LOCAL_RANK": "2", "RANK": "2", "WORLD_SIZE": "4"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert "LOCAL_RANK 2: torch finds 2 GPUs here; start torchrun with --nproc_per_node=2" in refusal("auto")
+    assert (
+        "LOCAL_RANK 2: torch finds 2 GPUs here; start torchrun with --nproc_per_node=2"
+        in refusal("auto")
+    )
 
 
 def test_what_ends_a_run_from_outside_is_one_line_and_an_error_of_its_own_is_not_hidden() -> None:
     for text, word in (
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "a process that reads ahead has died"),
-        ("[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1", "another rank has ended"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Killed. ",
+            "a process that reads ahead has died",
+        ),
+        (
+            "[gloo/transport/tcp/pair.cc:561] Connection closed by peer [127.0.0.1]:1",
+            "another rank has ended",
+        ),
     ):
         with pytest.raises(InputError, match=word) as error, joined("cpu"):
             raise RuntimeError(text)

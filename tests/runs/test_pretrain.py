@@ -1,4 +1,4 @@
-"""train_pretrain.py: the run folder, exact resume, refusals, and the network against its own input."""
+"""train_pretrain.py: the run folder, exact resume, refusals, and the network beside its input."""
 
 import json
 import math
@@ -21,12 +21,13 @@ import torch
 from conftest import command, environment, events, interrupt, same_weights, train
 
 import train_pretrain
-from dae.errors import InputError
 from dae.config.pretrain import PretrainConfig
+from dae.errors import InputError
 from dae.pretext.methods import METHODS
-from dae.weights import checkpoint
 from dae.training.distributed import Ranks
 from dae.training.log import read
+from dae.training.run import with_phantoms
+from dae.weights import checkpoint
 from train_pretrain import main
 
 Config = Callable[..., PretrainConfig]
@@ -35,6 +36,10 @@ Interruptible = tuple[PretrainConfig, dict[str, Any]]
 
 def weights(folder: str | Path, name: str = "last.pt") -> dict[str, Any]:
     return dict(checkpoint.load(Path(folder) / name)["model"])
+
+
+def losses(config: PretrainConfig) -> list[float]:
+    return [event["loss"] for event in events(config, "train")]
 
 
 def test_a_run_leaves_its_folder_as_promised(tiny: Config) -> None:
@@ -49,10 +54,21 @@ def test_a_run_leaves_its_folder_as_promised(tiny: Config) -> None:
     assert [e["step"] for e in events(config, "train")] == [1, 2, 3, 4, 5, 6]
     first = read(out / "log.jsonl")[0]
     assert first["event"] == "start" and first["torch"] == torch.__version__ and "git" in first
-    names = {"loss", "l1", "cmcl", "lr", "grad_norm", "samples_per_s", "data_wait", "l1_by_modality"}
+    names = {
+        "loss",
+        "l1",
+        "cmcl",
+        "lr",
+        "grad_norm",
+        "samples_per_s",
+        "data_wait",
+        "l1_by_modality",
+    }
     assert names <= events(config, "train")[0].keys()
     assert events(config, "validation")[-1]["l1"] == result["l1"]
-    assert set(result["l1_by_modality"]) == set(result["l1_input_by_modality"]) == {"ct", "t1", "t2"}
+    assert (
+        set(result["l1_by_modality"]) == set(result["l1_input_by_modality"]) == {"ct", "t1", "t2"}
+    )
     assert json.loads((out / "config.json").read_text())["steps"] == 6
 
 
@@ -60,7 +76,16 @@ def test_the_checkpoint_holds_what_a_user_of_the_weights_needs(tiny: Config) -> 
     config = tiny()
     main(config)
     saved = checkpoint.load(Path(config.out) / "last.pt")
-    assert {"model", "pretext", "optimizer", "scaler", "step", "rng", "config", "plan"} <= saved.keys()
+    assert {
+        "model",
+        "pretext",
+        "optimizer",
+        "scaler",
+        "step",
+        "rng",
+        "config",
+        "plan",
+    } <= saved.keys()
     plan = saved["plan"]
     assert (plan["backbone"], plan["in_channels"], plan["crop"]) == ("swin_unetr", 1, [16, 16, 16])
     assert plan["arguments"]["feature_size"] == 8 and plan["intensity"]["ct"] == ["window"]
@@ -71,13 +96,15 @@ def test_the_checkpoint_holds_what_a_user_of_the_weights_needs(tiny: Config) -> 
 def test_every_method_trains_and_lowers_its_loss(tiny: Config, method: str) -> None:
     config = tiny(method=method, steps=25, mask_block=8, l1_units="crop", alpha=0.0)
     result = main(config)
-    losses = [e["l1"] for e in events(config, "train")]
-    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+    l1 = [event["l1"] for event in events(config, "train")]
+    assert sum(l1[-5:]) < 0.9 * sum(l1[:5])
     assert (result["l1_input"] == 0) == (method in ("local_mask", "mae"))
 
 
 @pytest.mark.parametrize("stop", [1, 3])
-def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny: Config, tmp_path: Path, stop: int) -> None:
+def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
+    tiny: Config, tmp_path: Path, stop: int
+) -> None:
     straight = tiny(out=str(tmp_path / "straight"), steps=5, recon="residual")
     broken = tiny(out=str(tmp_path / "broken"), steps=5, recon="residual", stop_after=stop)
     main(straight)
@@ -88,7 +115,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(tiny: Config, tmp_
     assert same_weights(a["model"], b["model"])
     for group_a, group_b in zip(a["optimizer"]["state"].values(), b["optimizer"]["state"].values()):
         assert all(torch.equal(group_a[k], group_b[k]) for k in group_a)
-    assert [e["loss"] for e in events(straight, "train")] == [e["loss"] for e in events(broken, "train")]
+    assert losses(straight) == losses(broken)
 
 
 def test_workers_change_no_sample(tiny: Config, tmp_path: Path) -> None:
@@ -98,7 +125,9 @@ def test_workers_change_no_sample(tiny: Config, tmp_path: Path) -> None:
     assert same_weights(weights(runs[0].out), weights(runs[1].out))
 
 
-def test_accumulation_equals_a_larger_batch_but_for_the_contrast(tiny: Config, tmp_path: Path) -> None:
+def test_accumulation_equals_a_larger_batch_but_for_the_contrast(
+    tiny: Config, tmp_path: Path
+) -> None:
     runs = [
         tiny(out=str(tmp_path / "a"), batch_size=4, alpha=0.0),
         tiny(out=str(tmp_path / "b"), batch_size=2, accumulate=2, alpha=0.0),
@@ -126,7 +155,11 @@ def test_resuming_another_configuration_is_refused_by_the_flags_name(tiny: Confi
     config = tiny()
     main(config)
     before = (Path(config.out) / "last.pt").read_bytes()
-    for changed, flag in (({"lr": 2e-2}, "--lr"), ({"crop": (16, 16, 24)}, "--crop"), ({"seed": 1}, "--seed")):
+    for changed, flag in (
+        ({"lr": 2e-2}, "--lr"),
+        ({"crop": (16, 16, 24)}, "--crop"),
+        ({"seed": 1}, "--seed"),
+    ):
         with pytest.raises(InputError, match=f"^{flag} "):
             main(tiny(resume=True, **changed))
         assert (Path(config.out) / "last.pt").read_bytes() == before
@@ -135,12 +168,22 @@ def test_resuming_another_configuration_is_refused_by_the_flags_name(tiny: Confi
 def test_a_run_goes_on_with_other_factors_of_its_global_batch_and_in_other_ways_of_computing(
     tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With alpha 0, since CMCL sees a micro-batch: there, what it compares is another set, and that is said."""
+    """With alpha 0, since CMCL sees a micro-batch. With CMCL, that it compares others is said."""
     straight = tiny(out=str(tmp_path / "straight"), batch_size=4, steps=6, alpha=0.0)
     main(straight)
     for name, alpha, changed in (
         ("batch", 0.0, {"batch_size": 1, "accumulate": 4}),
-        ("way", 0.0, {"batch_size": 2, "accumulate": 2, "checkpointing": True, "workers": 1, "validate_crops": 1}),
+        (
+            "way",
+            0.0,
+            {
+                "batch_size": 2,
+                "accumulate": 2,
+                "checkpointing": True,
+                "workers": 1,
+                "validate_crops": 1,
+            },
+        ),
         ("contrast", 0.05, {"batch_size": 2, "accumulate": 2}),
     ):
         broken = tiny(out=str(tmp_path / name), batch_size=4, steps=6, stop_after=3, alpha=alpha)
@@ -149,24 +192,26 @@ def test_a_run_goes_on_with_other_factors_of_its_global_batch_and_in_other_ways_
         main(replace(broken, stop_after=0, resume=True, **changed))
         told = capsys.readouterr().err
         assert "1 ranks x batch 4 x 1 before, 1 x" in told
-        assert ("CMCL compared 4 samples with each other before, 2 now" in told) == (name == "contrast")
+        assert ("CMCL compared 4 samples with each other before, 2 now" in told) == (
+            name == "contrast"
+        )
         assert ("best.pt is chosen anew" in told) == (name == "way")
         if not alpha:
-            losses = [[e["loss"] for e in events(config, "train")] for config in (straight, broken)]
-            assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-    with pytest.raises(InputError, match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 .* was started with 4"):
+            assert losses(broken) == pytest.approx(losses(straight), abs=1e-5)
+    with pytest.raises(
+        InputError, match=r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 .* was started with 4"
+    ):
         main(replace(broken, resume=True, accumulate=2))
 
 
 def test_ranks_may_become_accumulation(tiny: Config, tmp_path: Path) -> None:
-    """A run of two ranks that is preempted goes on where there is one: the same samples, the same losses."""
+    """A run of two ranks that is stopped goes on with one: the same samples, the same losses."""
     straight = tiny(out=str(tmp_path / "straight"), batch_size=4, steps=6, alpha=0.0)
     broken = replace(straight, out=str(tmp_path / "broken"), batch_size=2, stop_after=3)
     main(straight)
     assert train(broken, ranks=2).returncode == 0
     main(replace(broken, accumulate=2, stop_after=0, resume=True))
-    losses = [[e["loss"] for e in events(config, "train")] for config in (straight, broken)]
-    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses(broken) == pytest.approx(losses(straight), abs=1e-5)
 
 
 def test_resuming_on_other_volumes_is_refused(tiny: Config, volumes: Path) -> None:
@@ -198,12 +243,14 @@ def test_stop_after_means_the_same_step_however_often_it_is_passed(
 
 
 def first_moments(folder: str | Path) -> float:
-    """The norm of AdamW's first moments, which after one step are (1 - .9) times the gradient that it was given."""
+    """The norm of the gradient of the first step: AdamW's first moments are then 0.1 of it."""
     state = checkpoint.load(Path(folder) / "last.pt")["optimizer"]["state"].values()
     return math.sqrt(sum(float((entry["exp_avg"] ** 2).sum()) for entry in state)) / 0.1
 
 
-def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tiny: Config, tmp_path: Path) -> None:
+def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(
+    tiny: Config, tmp_path: Path
+) -> None:
     whole = tiny(out=str(tmp_path / "whole"), steps=1, clip=0.0)
     main(whole)
     norm = events(whole, "train")[0]["grad_norm"]
@@ -211,7 +258,9 @@ def test_the_gradient_is_clipped_to_the_norm_that_is_asked_for(tiny: Config, tmp
     for share in (0.3, 3.0):
         clipped = tiny(out=str(tmp_path / str(share)), steps=1, clip=share * norm)
         main(clipped)
-        assert events(clipped, "train")[0]["grad_norm"] == pytest.approx(norm, rel=1e-6)  # logged as it was
+        assert events(clipped, "train")[0]["grad_norm"] == pytest.approx(
+            norm, rel=1e-6
+        )  # logged as it was
         assert first_moments(clipped.out) == pytest.approx(min(1.0, share) * norm, rel=1e-4)
 
 
@@ -225,7 +274,10 @@ def test_the_rate_of_every_step_is_the_one_that_is_logged_down_to_the_last(tiny:
 
 
 def test_the_seed_is_that_of_the_weights_too(tiny: Config, tmp_path: Path) -> None:
-    drawn = [tiny(out=str(tmp_path / str(n)), seed=seed, lr=0.0, steps=1) for n, seed in enumerate((3, 3, 4))]
+    drawn = [
+        tiny(out=str(tmp_path / str(n)), seed=seed, lr=0.0, steps=1)
+        for n, seed in enumerate((3, 3, 4))
+    ]
     for config in drawn:
         main(config)
     first, again, other = (weights(config.out) for config in drawn)
@@ -234,11 +286,15 @@ def test_the_seed_is_that_of_the_weights_too(tiny: Config, tmp_path: Path) -> No
     assert kernels and not any(torch.equal(first[name], other[name]) for name in kernels)
 
 
-def test_best_is_the_lowest_validation_of_a_trained_network(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the first step it is that of random weights, which --recon residual makes as good as doing nothing."""
+def test_best_is_the_lowest_validation_of_a_trained_network(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before the first step does not count: it is of random weights."""
     lowest_second = iter([0.1, 0.5, 0.3, 0.4])
     validate = train_pretrain.validate
-    monkeypatch.setattr(train_pretrain, "validate", lambda run: {**validate(run), "l1": next(lowest_second)})
+    monkeypatch.setattr(
+        train_pretrain, "validate", lambda run: {**validate(run), "l1": next(lowest_second)}
+    )
     config = tiny(steps=3, validate_every=1)
     main(config)
     best = checkpoint.load(Path(config.out) / "best.pt")
@@ -249,12 +305,21 @@ def test_best_is_the_lowest_validation_of_a_trained_network(tiny: Config, monkey
 # --- what is said
 
 
-@pytest.mark.parametrize("given, word", [
-    ({"batch_size": 1, "accumulate": 2}, "one sample in a micro-batch"), ({"modality": "t1"}, "volume is t1"),
-    ({"batch_size": 1, "alpha": 0.0}, ""), ({}, ""),
-])
+@pytest.mark.parametrize(
+    "given, word",
+    [
+        ({"batch_size": 1, "accumulate": 2}, "one sample in a micro-batch"),
+        ({"modality": "t1"}, "volume is t1"),
+        ({"batch_size": 1, "alpha": 0.0}, ""),
+        ({}, ""),
+    ],
+)
 def test_cmcl_with_nothing_to_compare_is_said_once_at_the_start(
-    tiny: Config, volumes: Path, given: dict[str, Any], word: str, capsys: pytest.CaptureFixture[str]
+    tiny: Config,
+    volumes: Path,
+    given: dict[str, Any],
+    word: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     if "modality" in given:
         content = json.loads(volumes.read_text())
@@ -269,20 +334,29 @@ def test_cmcl_with_nothing_to_compare_is_said_once_at_the_start(
 
 
 def test_the_demos_earlier_run_is_started_over_with_a_word(
-    tiny: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(train_pretrain, "write_phantoms", lambda folder: None)
-    config, ranks = tiny(data="", preset="demo"), Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr("dae.training.run.write_phantoms", lambda folder: None)
+    config = tiny(data="", preset="demo")
+    resumed = replace(config, resume=True)
+    main_rank = Ranks(0, 1, torch.device("cpu"))
+    other_rank = Ranks(1, 2, torch.device("cpu"))
     folder = Path(config.out)
-    folder.mkdir()
-    train_pretrain.with_phantoms(config, ranks)
-    (folder / "last.pt").touch()
-    train_pretrain.with_phantoms(replace(config, resume=True), ranks)
-    train_pretrain.with_phantoms(config, Ranks(1, 2, torch.device("cpu")))  # rank 0 has begun to write by then
-    assert (folder / "last.pt").exists() and capsys.readouterr().err == ""
-    train_pretrain.with_phantoms(config, ranks)
-    assert f"{folder}: the demo's earlier run is removed and started over" in capsys.readouterr().err
-    assert not (folder / "last.pt").exists()
+    phantoms = folder / "phantoms"
+    (folder / "figures").mkdir(parents=True)
+
+    for name in ("last.pt", "best.pt"):
+        (folder / name).touch()
+    with_phantoms(resumed, main_rank, phantoms, "pretrain.json")
+    with_phantoms(config, other_rank, phantoms, "pretrain.json")  # rank 0 may have begun to write
+    assert (folder / "last.pt").exists() and (folder / "best.pt").exists()
+    assert capsys.readouterr().err == ""
+
+    changed = with_phantoms(config, main_rank, phantoms, "pretrain.json")
+    assert changed.data == str(phantoms / "pretrain.json")
+    told = capsys.readouterr().err
+    assert f"{folder}: the demo's earlier run is removed and started over" in told
+    assert [path.name for path in folder.iterdir()] == ["figures"]
 
 
 # --- held-out volumes
@@ -302,15 +376,24 @@ def test_only_the_held_out_volumes_that_are_validated_on_are_prepared(
 # --- a worker that fails
 
 
-@pytest.mark.parametrize("what, ranks", [("the cache goes", 0), ("the cache goes", 2), ("a worker is killed", 0)])
-def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, what: str, ranks: int) -> None:
+@pytest.mark.parametrize(
+    "what, ranks", [("the cache goes", 0), ("the cache goes", 2), ("a worker is killed", 0)]
+)
+def test_a_run_whose_worker_fails_ends_in_a_line(
+    tiny: Config, tmp_path: Path, what: str, ranks: int
+) -> None:
     """Within the time that it is waited for; the other rank, which has lost its peer, too.
 
     torchrun ends the other rank, which on a busy machine has not always said its own line by then.
     """
     config = tiny(steps=100_000, workers=2, cache_dir=str(tmp_path / "cache"), save_every=100_000)
-    process = subprocess.Popen(command(config, ranks=ranks), stderr=subprocess.PIPE, text=True, env=environment(),
-                               start_new_session=True)
+    process = subprocess.Popen(
+        command(config, ranks=ranks),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        start_new_session=True,
+    )
     try:
         wait_for_step(config, 3, process)
         if what == "the cache goes":
@@ -323,7 +406,9 @@ def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, w
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     said = [line for line in told.splitlines() if line.startswith("train_pretrain.py: ")]
-    assert process.returncode == (1 if ranks else 2) and 1 <= len(said) <= max(1, ranks), told[-3000:]
+    assert process.returncode == (1 if ranks else 2) and 1 <= len(said) <= max(1, ranks), told[
+        -3000:
+    ]
     word = "--cache-dir" if what == "the cache goes" else "a process that reads ahead has died"
     assert any(word in line for line in said)
     assert ranks or "Traceback" not in told
@@ -331,7 +416,9 @@ def test_a_run_whose_worker_fails_ends_in_a_line(tiny: Config, tmp_path: Path, w
 
 def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
     path = Path(config.out) / "log.jsonl"
-    while process.poll() is None and not (path.exists() and any(e.get("step", 0) >= step for e in read(path))):
+    while process.poll() is None and not (
+        path.exists() and any(e.get("step", 0) >= step for e in read(path))
+    ):
         time.sleep(0.05)
 
 
@@ -347,7 +434,8 @@ def test_labels_in_the_list_change_nothing(tiny: Config, volumes: Path, tmp_path
     content["training"] = [{**entry, "label": "none.nii.gz"} for entry in content["training"]]
     labelled = volumes.with_name("labelled.json")
     labelled.write_text(json.dumps(content))
-    plain, with_labels = tiny(foreground=1.0), tiny(foreground=1.0, data=str(labelled), out=str(tmp_path / "b"))
+    plain = tiny(foreground=1.0)
+    with_labels = tiny(foreground=1.0, data=str(labelled), out=str(tmp_path / "b"))
     main(plain)
     main(with_labels)
     assert same_weights(weights(plain.out), weights(with_labels.out))
@@ -369,9 +457,13 @@ def test_init_starts_from_given_weights(tiny: Config, tmp_path: Path) -> None:
         main(tiny(out=str(tmp_path / "third"), init=f"{first.out}/last.pt", feature_size=4))
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    tiny: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = tiny(steps=10, save_every=1)
-    monkeypatch.setattr("train_pretrain.Schedule.lr_at", lambda self, step: 1e-2 if step < 3 else 1e30)
+    monkeypatch.setattr(
+        train_pretrain, "learning_rate", lambda step, config: 1e-2 if step < 3 else 1e30
+    )
     with pytest.raises(InputError, match=r"step \d+: loss nan|gradient norm (nan|inf)"):
         main(config)
     saved = checkpoint.load(Path(config.out) / "last.pt")
@@ -391,33 +483,43 @@ def test_the_log_says_once_that_the_network_does_not_beat_its_input(
         assert "--recon residual" in events(config, "warning")[0]["text"]
 
 
-def volumes_file(folder: Path) -> Path:
-    """A file, where a folder should be; and a mask among the images."""
+def write_mask(path: Path) -> Path:
+    """A label map, where an image should be."""
     mask = np.zeros((18, 18, 18), dtype=np.uint8)
     mask[4:9] = 1
-    nib.save(nib.Nifti1Image(mask, np.eye(4)), folder / "mask.nii")
-    return folder / "mask.nii"
+    nib.save(nib.Nifti1Image(mask, np.eye(4)), path)
+    return path
 
 
-def bad_inputs(folder: Path, good: dict[str, Any]) -> dict[str, tuple[dict[str, Any], str]]:
+def write_list(path: Path, **entry: str) -> str:
+    """A data list with one training item, beside the validation items of the good list."""
+    good = json.loads((path.parent / "list.json").read_text())
+    path.write_text(json.dumps({"training": [entry], "validation": good["validation"]}))
+    return str(path)
+
+
+def write_text(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
     """What a user may get wrong: fields of the configuration, and a word of the answer."""
-
-    def listed(name: str, content: Any) -> dict[str, Any]:
-        path = folder / f"{name}.json"
-        path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return {"data": str(path)}
-
-    def items(**entry: str) -> dict[str, Any]:
-        return {"training": [entry], "validation": good["validation"]}
-
+    mask = write_mask(folder / "mask.nii")
+    prose = write_text(folder / "prose.json", "hello")
+    empty = write_text(folder / "empty.json", '{"training": []}')
+    missing = write_list(folder / "missing.json", image="gone.nii.gz", modality="ct")
+    unnamed = write_list(folder / "unnamed.json", image="train0.nii")
+    unknown = write_list(folder / "odd.json", image="train0.nii", modality="xray")
+    masks = write_list(folder / "mask.json", image="mask.nii", modality="t1")
     return {
         "no list": ({"data": ""}, "--data"),
         "list not there": ({"data": str(folder / "none.json")}, "none.json"),
-        "not JSON": (listed("prose", "hello"), "prose.json"),
-        "empty list": (listed("empty", {"training": []}), "no training items"),
-        "missing file": (listed("missing", items(image="gone.nii.gz", modality="ct")), "gone.nii.gz"),
-        "no modality": (listed("unnamed", items(image="train0.nii")), "--modality"),
-        "unknown modality": (listed("odd", items(image="train0.nii", modality="xray")), "xray"),
+        "not JSON": ({"data": prose}, "prose.json"),
+        "empty list": ({"data": empty}, "no training items"),
+        "missing file": ({"data": missing}, "gone.nii.gz"),
+        "no modality": ({"data": unnamed}, "--modality"),
+        "unknown modality": ({"data": unknown}, "xray"),
         "size": ({"crop": (16, 20, 16)}, "16 20 16"),
         "fp16 on a CPU": ({"amp": "fp16"}, "--amp"),
         "cuda": ({"device": "cuda"}, "--device"),
@@ -425,13 +527,15 @@ def bad_inputs(folder: Path, good: dict[str, Any]) -> dict[str, tuple[dict[str, 
         "contradiction": ({"method": "mae", "recon": "residual"}, "--recon residual"),
         "init": ({"init": str(folder / "none.pt")}, "none.pt"),
         "window": ({"ct_window": (5.0, 1.0)}, "--ct-window"),
-        "out": ({"out": str(volumes_file(folder) / "run")}, "--out"),
-        "labels as an image": (listed("mask", items(image="mask.nii", modality="t1")), "mask.nii: every voxel that is"),
+        "out": ({"out": str(mask / "run")}, "--out"),
+        "labels as an image": ({"data": masks}, "mask.nii: every voxel that is"),
     }
 
 
-def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(tiny: Config, volumes: Path) -> None:
-    for name, (given, word) in bad_inputs(volumes.parent, json.loads(volumes.read_text())).items():
+def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(
+    tiny: Config, volumes: Path
+) -> None:
+    for name, (given, word) in bad_inputs(volumes.parent).items():
         if name == "cuda" and torch.cuda.is_available():
             continue
         config = tiny(**given)
@@ -444,19 +548,32 @@ def test_bad_input_is_one_line_that_names_it_and_leaves_nothing(tiny: Config, vo
 def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tiny: Config) -> None:
     done = train(tiny(crop=(16, 20, 16)))
     assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("train_pretrain.py: size 16 20 16")
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith(
+        "train_pretrain.py: size 16 20 16"
+    )
 
 
-def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_checkpoint_before(tiny: Config) -> None:
+def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_checkpoint_before(
+    tiny: Config,
+) -> None:
     config = tiny(steps=400, save_every=400, stop_after=2)
     main(config)
     before = (Path(config.out) / "last.pt").read_bytes()
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
-    script = limit + "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    limit = (
+        f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); "
+    )
+    start = "import runpy, sys; sys.argv = sys.argv[1:]; "
+    start += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = limit + start
     line = command(tiny(steps=400, save_every=400, stop_after=3, resume=True))
-    done = subprocess.run([line[0], "-c", script, *line[1:]], capture_output=True, text=True, env=environment())
+    done = subprocess.run(
+        [line[0], "-c", script, *line[1:]], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 2
-    assert done.stderr.strip().split("\n")[-1].startswith("train_pretrain.py: ") and "untouched" in done.stderr
+    assert (
+        done.stderr.strip().split("\n")[-1].startswith("train_pretrain.py: ")
+        and "untouched" in done.stderr
+    )
     assert (Path(config.out) / "last.pt").read_bytes() == before
 
 
@@ -492,23 +609,40 @@ def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_weights(
 
 @pytest.mark.slow
 def test_the_demo_beats_its_input_in_every_modality_and_leaves_its_pictures(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, str(Path(__file__).parents[2] / "train_pretrain.py"), "--preset", "demo"],
-                          cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).parents[2] / "train_pretrain.py"), "--preset", "demo"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     last = [e for e in read(tmp_path / "runs/demo/log.jsonl") if e["event"] == "validation"][-1]
     assert last["l1"] <= 0.8 * last["l1_input"]
-    assert all(last["l1_by_modality"][kind] < l1 for kind, l1 in last["l1_input_by_modality"].items())
+    assert all(
+        last["l1_by_modality"][kind] < l1 for kind, l1 in last["l1_input_by_modality"].items()
+    )
     assert len(last["l1_by_modality"]) == 5
 
 
 @pytest.mark.realdata
 @pytest.mark.slow
-@pytest.mark.skipif("DAE_REALDATA" not in os.environ, reason="DAE_REALDATA names no folder of real volumes")
+@pytest.mark.skipif(
+    "DAE_REALDATA" not in os.environ, reason="DAE_REALDATA names no folder of real volumes"
+)
 def test_on_real_volumes_it_beats_its_input(tmp_path: Path) -> None:
-    result = main(PretrainConfig(
-        data=f"{os.environ['DAE_REALDATA']}/pretrain.json", out=str(tmp_path / "run"), crop=(64, 64, 64),
-        window=(4, 4, 4), feature_size=12, recon="residual", lr=1e-3, warmup=20, steps=300,
-    ))
+    result = main(
+        PretrainConfig(
+            data=f"{os.environ['DAE_REALDATA']}/pretrain.json",
+            out=str(tmp_path / "run"),
+            crop=(64, 64, 64),
+            window=(4, 4, 4),
+            feature_size=12,
+            recon="residual",
+            lr=1e-3,
+            warmup=20,
+            steps=300,
+        )
+    )
     assert result["l1"] < result["l1_input"]
 
 

@@ -1,4 +1,4 @@
-"""train_seg.py as a process: two ranks, signals, kills, the shell. It goes on as pre-training does."""
+"""train_seg.py as a process: two ranks, signals, kills, the shell."""
 
 import signal
 import subprocess
@@ -23,7 +23,7 @@ RANKS = """
 import sys
 import torch
 import train_seg
-from dae.config_seg import SegConfig
+from dae.config.segment import SegConfig
 
 def save(run, name, save=train_seg.save):
     save(run, name)
@@ -34,14 +34,25 @@ train_seg.main(SegConfig(**eval(sys.argv[1])))
 """
 
 
-def test_two_ranks_train_as_one_process_with_twice_the_batch(tiny_seg: Config, tmp_path: Path) -> None:
+def test_two_ranks_train_as_one_process_with_twice_the_batch(
+    tiny_seg: Config, tmp_path: Path
+) -> None:
     """And end with the same weights, which each of them keeps in a file of its own."""
     one = tiny_seg(out=str(tmp_path / "one"), steps=10, batch_size=4, loss="dice_ce", lr=1e-3)
     two = replace(one, out=str(tmp_path / "two"), batch_size=2)
     main(one)
     (tmp_path / "ranks.py").write_text(RANKS)
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "ranks.py"]
-    done = subprocess.run([*line, repr(vars(two))], capture_output=True, text=True, env=environment())
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        tmp_path / "ranks.py",
+    ]
+    done = subprocess.run(
+        [*line, repr(vars(two))], capture_output=True, text=True, env=environment()
+    )
     assert done.returncode == 0, done.stderr
     for a, b in zip(events(one, "train"), events(two, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
@@ -55,7 +66,9 @@ def test_two_ranks_train_as_one_process_with_twice_the_batch(tiny_seg: Config, t
 @pytest.fixture
 def long(tiny_seg: Config, tmp_path: Path) -> Interruptible:
     """A run to be interrupted, and the weights at its end if it is not."""
-    straight = tiny_seg(out=str(tmp_path / "straight"), steps=120, save_every=10, validate_every=50, workers=2)
+    straight = tiny_seg(
+        out=str(tmp_path / "straight"), steps=120, save_every=10, validate_every=50, workers=2
+    )
     main(straight)
     return replace(straight, out=str(tmp_path / "broken"), resume=True), weights(straight)
 
@@ -71,7 +84,9 @@ def test_a_stop_signal_saves_and_exits_cleanly(long: Interruptible, number: sign
     assert same_weights(weights(config), at_the_end)
 
 
-def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_weights(long: Interruptible) -> None:
+def test_killed_at_any_moment_and_resumed_a_run_ends_with_the_same_weights(
+    long: Interruptible,
+) -> None:
     config, at_the_end = long
     for after_step in (3, 60):
         assert interrupt(config, signal.SIGKILL, after_step=after_step) == -signal.SIGKILL

@@ -1,4 +1,4 @@
-"""Two processes (gloo, CPU) against one with twice the batch: samples, losses, gradients, contrast, stop."""
+"""Two processes (gloo, CPU) against one with twice the batch: losses, gradients, contrast, stop."""
 
 import os
 import signal
@@ -23,7 +23,8 @@ from dae.pretext.methods import Pretext
 from dae.weights import checkpoint
 from train_pretrain import main
 
-MODALITY, SEEDS = torch.tensor([0, 1, 0, 2]), [5, 6, 7, 8]
+MODALITY = torch.tensor([0, 1, 0, 2])
+SEEDS = [5, 6, 7, 8]
 
 
 def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[str, torch.Tensor]:
@@ -40,7 +41,8 @@ def trained(part: slice) -> dict[str, torch.Tensor]:
     """The weights after three steps of AdamW under DDP."""
     torch.manual_seed(0)
     pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig())
-    net, optimizer = DistributedDataParallel(pretext), torch.optim.AdamW(pretext.parameters(), lr=1e-2)
+    net = DistributedDataParallel(pretext)
+    optimizer = torch.optim.AdamW(pretext.parameters(), lr=1e-2)
     for step in range(3):
         x = torch.randn(4, 1, 16, 16, 16, generator=torch.Generator().manual_seed(step))
         net(x[part], MODALITY[part], pretext.draw(x[part], SEEDS[part])).loss.backward()
@@ -53,12 +55,16 @@ def as_a_rank(out: Path) -> None:
     """What each of two processes does when this file is run under torchrun."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    z = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    z = torch.nn.functional.normalize(
+        torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     mine = z[2 * rank : 2 * rank + 2].clone().requires_grad_()
     everyone, modality = gather(mine, MODALITY[2 * rank : 2 * rank + 2])
     cmcl(everyone, modality).backward()
     facts = {
-        "gradients": {n: gradients(DistributedDataParallel, slice(n * rank, n * rank + n)) for n in (1, 2)},
+        "gradients": {
+            n: gradients(DistributedDataParallel, slice(n * rank, n * rank + n)) for n in (1, 2)
+        },
         "z": everyone.detach(),
         "modality": modality,
         "z_gradient": mine.grad,
@@ -71,7 +77,15 @@ def as_a_rank(out: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("ranks")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", __file__, str(out)]
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        __file__,
+        str(out),
+    ]
     env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     done = subprocess.run(launch, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -94,7 +108,10 @@ def test_weights_of_two_ranks_stay_identical(ranks: list[dict[str, Any]]) -> Non
 
 
 def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict[str, Any]]) -> None:
-    """A gather without gradient has the right loss and half the gradient; the mean over ranks undoes the factor W."""
+    """A gather without gradient has the right loss and half the gradient.
+
+    DDP takes the mean over the ranks, so the gradient of each of two ranks is twice as large.
+    """
     z = ranks[0]["z"].clone().requires_grad_()
     cmcl(z, MODALITY).backward()
     assert z.grad is not None
@@ -103,13 +120,20 @@ def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict[
         assert torch.allclose(facts["z_gradient"] / 2, z.grad[2 * rank : 2 * rank + 2], atol=1e-7)
 
 
-@pytest.mark.parametrize("amp, samples, alpha, lr, tolerance", [
-    ("off", 1, 1.0, 1e-3, 1e-5), ("off", 2, 1.0, 1e-3, 1e-5), ("bf16", 2, 0.05, 4e-4, 1e-3),
-])
+@pytest.mark.parametrize(
+    "amp, samples, alpha, lr, tolerance",
+    [
+        ("off", 1, 1.0, 1e-3, 1e-5),
+        ("off", 2, 1.0, 1e-3, 1e-5),
+        ("bf16", 2, 0.05, 4e-4, 1e-3),
+    ],
+)
 def test_two_ranks_train_as_one_process_with_twice_the_batch(
     tiny: Config, tmp_path: Path, amp: str, samples: int, alpha: float, lr: float, tolerance: float
 ) -> None:
-    one = tiny(out=str(tmp_path / "one"), steps=20, batch_size=2 * samples, alpha=alpha, lr=lr, amp=amp)
+    one = tiny(
+        out=str(tmp_path / "one"), steps=20, batch_size=2 * samples, alpha=alpha, lr=lr, amp=amp
+    )
     two = tiny(out=str(tmp_path / "two"), steps=20, batch_size=samples, alpha=alpha, lr=lr, amp=amp)
     main(one)
     done = train(two, ranks=2)
@@ -118,14 +142,21 @@ def test_two_ranks_train_as_one_process_with_twice_the_batch(
         for a, b in zip(events(one, kind), events(two, kind), strict=True):
             # In bf16 the contrast alone drifts by .002; the loss has a twentieth of it.
             for key in ("loss", "l1", "l1_raw", "l1_input", *(["cmcl"] if amp == "off" else [])):
-                assert a.get(key) == pytest.approx(b.get(key), abs=tolerance), (kind, a["step"], key)
+                assert a.get(key) == pytest.approx(b.get(key), abs=tolerance), (
+                    kind,
+                    a["step"],
+                    key,
+                )
 
 
-def test_ranks_that_find_different_checkpoints_refuse_to_go_on(tiny: Config, tmp_path: Path) -> None:
+def test_ranks_that_find_different_checkpoints_refuse_to_go_on(
+    tiny: Config, tmp_path: Path
+) -> None:
     """As on two nodes without a shared file system."""
     config = tiny(out=str(tmp_path / "rank0"), steps=8, stop_after=3)
     assert train(config, ranks=2).returncode == 0
-    script = f"import os, sys, runpy; sys.argv[-1] = '{tmp_path}/rank' + os.environ['RANK']; runpy.run_path"
+    script = "import os, sys, runpy; "
+    script += f"sys.argv[-1] = '{tmp_path}/rank' + os.environ['RANK']; runpy.run_path"
     line = command(replace(config, stop_after=0, resume=True), ranks=2)
     script += f"('{line[line.index('--nproc_per_node=2') + 1]}', run_name='__main__')"
     (tmp_path / "each.py").write_text(script)
@@ -137,8 +168,10 @@ def test_ranks_that_find_different_checkpoints_refuse_to_go_on(tiny: Config, tmp
     assert done.returncode != 0 and "the ranks find it at steps [3, 0]" in done.stderr
 
 
-def test_sigterm_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(tiny: Config, tmp_path: Path) -> None:
-    """torchrun itself exits with its own code; what counts is that the ranks agreed on a step and saved it."""
+def test_sigterm_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """torchrun has an exit code of its own. The ranks agree on a step, and it is saved."""
     straight = tiny(out=str(tmp_path / "straight"), steps=60, stop_after=40, workers=1)
     broken = tiny(out=str(tmp_path / "broken"), steps=60, stop_after=40, workers=1, resume=True)
     assert train(straight, ranks=2).returncode == 0

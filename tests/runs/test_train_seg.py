@@ -284,10 +284,13 @@ def params_of(optimizer: dict[str, Any], part: str) -> list[Any]:
     return found
 
 
-def test_a_frozen_encoder_has_no_gradients_and_a_run_of_before_goes_on(tiny_seg: Config) -> None:
+def test_a_frozen_encoder_has_no_gradients_and_a_run_of_before_goes_on(
+    tiny_seg: Config, tmp_path: Path
+) -> None:
     """Checkpoints of an older version hold moments of the encoder, which nothing reads."""
     config = tiny_seg(schedule="frozen-encoder", stop_after=2)
-    run = train_seg.setup(config, Ranks(0, 1, torch.device("cpu")))
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    run = train_seg.setup(replace(config, out=str(tmp_path / "other")), ranks)
     moving = {
         name.split(".")[0] for name, value in run.network.named_parameters() if value.requires_grad
     }

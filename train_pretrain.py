@@ -2,8 +2,8 @@
 
 phantoms, on a CPU, in minutes:  python train_pretrain.py --preset demo
 your volumes, one process:       python train_pretrain.py --data list.json --out runs/a
-eight GPUs, or going on:         torchrun --nproc_per_node=8 train_pretrain.py --data list.json \
-                                     --out runs/a --resume
+eight GPUs, or going on:
+    torchrun --nproc_per_node=8 train_pretrain.py --data list.json --out runs/a --resume
 """
 
 from dae.config.command_line import from_command_line, run_or_explain

@@ -2,9 +2,10 @@
 for comparison.
 
 phantoms, after the demo of pre-training:  python train_seg.py --preset demo
-one fold of your labelled volumes:         python train_seg.py --data list.json \
-                                               --pretrained runs/a/last.pt --fold 0
-the same without the weights:              python train_seg.py ... --from-scratch --out runs/scratch
+one fold of your labelled volumes:
+    python train_seg.py --data list.json --pretrained runs/a/last.pt --fold 0
+the same without the weights:
+    python train_seg.py ... --from-scratch --out runs/scratch
 """
 
 from dae.config.command_line import from_command_line, run_or_explain

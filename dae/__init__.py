@@ -10,7 +10,7 @@ THE METHOD: what an auditor reads, with train_pretrain.py at its end
     config/pretrain.py           options of pre-training, and its presets
 
     model/conv.py                residual convolutions and instance norm
-    model/swin.py                windows, shift mask, position bias, attention, patch merging, encoder
+    model/swin.py                windows, shifts, position bias, attention, patch merging, encoder
     model/unetr.py               Swin UNETR in three visible stages: tokenize, encode, decode
     model/unet.py                a port: a residual U-Net, convolutions alone
     model/vit.py                 a port: UNETR on timm's transformer blocks

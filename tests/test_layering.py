@@ -1,4 +1,7 @@
-"""The reading order is the import order: a file imports only what stands above it in the guide of dae/__init__.py."""
+"""The reading order is the import order: a file imports only what stands above it in the guide.
+
+The guide is the docstring of dae/__init__.py.
+"""
 
 import ast
 import re
@@ -77,7 +80,7 @@ def test_nothing_imports_the_scripts() -> None:
 
 @pytest.mark.parametrize("folder", ["model", "pretext"])
 def test_shapes_change_by_einops_alone(folder: str) -> None:
-    """`view` and `permute` hide what a pattern shows, and one of them scrambled the authors' axes."""
+    """`view` and `permute` hide what a pattern shows; a `view` scrambled the authors' axes."""
     for path in (ROOT / "dae" / folder).glob("*.py"):
         used = {
             node.attr

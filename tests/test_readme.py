@@ -1,4 +1,4 @@
-"""README.md and docs/: the method's lines, the flags, the files and the tests that they name are there."""
+"""README.md and docs/: the lines, flags, files and tests that they name are there."""
 
 import importlib
 import inspect

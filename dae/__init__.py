@@ -64,15 +64,16 @@ AROUND IT: what a run needs
     training/reconstruction.py   validation of pre-training: fixed crops
 
   how good it is
-    evaluation/metrics.py        Dice, HD, HD95, MSD, NSD in mm
+    evaluation/nearest.py        from each voxel of a border to the nearest of another
+    evaluation/metrics.py        Dice, HD, MSD, HD95, NSD in mm
+    evaluation/statistics.py     averages, paired tests, bootstrap intervals, fold tables
     evaluation/written.py        what eval.py wrote into a folder, and what it may write there
     evaluation/cases.py          predictions against labels, file by file
     evaluation/windows.py        sliding window, flips, ensembles
     evaluation/native_grid.py    back to the patient's own grid and file
     evaluation/validation.py     Dice over whole volumes, while training
     evaluation/postprocess.py    components, holes, smoothing; chosen on validation cases
-    evaluation/statistics.py     paired tests, bootstrap intervals, fold tables
-    evaluation/report.py         CSV, JSON, one HTML page
+    evaluation/report.py         CSV, JSON, one HTML page (page.html)
 
   is this machine right?
     check.py                     gradients of a batch against those of its samples

@@ -1,15 +1,17 @@
-"""dae/evaluation/scoring.py: a prediction meets its own label, on one grid, in mm, or one line says why it cannot."""
+"""dae/evaluation/cases.py: a prediction meets its label on one grid, or one line says why not."""
 
 import struct
+from collections.abc import Callable
 from math import inf, isnan, sqrt
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 
 from dae.errors import InputError
-from dae.evaluation import cases as scoring
+from dae.evaluation import cases
 from dae.evaluation.cases import (
     COLUMNS,
     Pair,
@@ -23,21 +25,25 @@ from dae.evaluation.cases import (
     score,
     score_case,
     volumes_in,
+    write_csv,
     write_scores,
 )
-from dae.evaluation.metrics import score_labels
+from dae.evaluation.metrics import Labels, Row, score_labels
 
 AFFINE = np.diag([3.0, 1.0, 2.0, 1.0])
+MM = (3.0, 1.0, 2.0)  # of its voxels
+DIAGONAL = sqrt(48**2 + 12**2 + 20**2)  # of `two_boxes` in mm
 CLASSES = {0: "background", 1: "liver", 2: "spleen"}
+ORGANS = {1: "liver", 2: "spleen"}
 
 
-def saved(path, labels, affine=AFFINE):
+def saved(path: Path, labels: Labels, affine: Any = AFFINE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(labels, affine, dtype=labels.dtype), path)
     return path
 
 
-def two_boxes(shift=0):
+def two_boxes(shift: int = 0) -> Labels:
     """Class 1 a box of 6 x 6 x 6, moved along axis 0, and class 2 another."""
     labels = np.zeros((16, 12, 10), np.uint8)
     labels[2 + shift : 8 + shift, 1:7, 2:8] = 1
@@ -45,16 +51,16 @@ def two_boxes(shift=0):
     return labels
 
 
-def refusal(call, *named):
-    """The one line, which names all that it is about."""
+def refusal(call: Callable[[], object], *named: object) -> None:
+    """One line, which names all that it is about."""
     with pytest.raises(InputError) as caught:
         call()
     line = str(caught.value)
-    assert "\n" not in line and all(str(name) in line for name in named), line
-    return line
+    assert "\n" not in line
+    assert all(str(name) in line for name in named), line
 
 
-# Which file belongs to which
+# --- which file belongs to which
 
 
 @pytest.mark.parametrize(
@@ -67,11 +73,11 @@ def refusal(call, *named):
         ("s1.mgz", "s1.mgz"),
     ],
 )
-def test_a_case_is_the_file_name_without_its_endings(name, case):
+def test_a_case_is_the_file_name_without_its_endings(name: str, case: str) -> None:
     assert case_name(Path("somewhere") / name) == case
 
 
-def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay():
+def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay() -> None:
     images = [Path("/d/s1/t1.nii.gz"), Path("/d/s2/t1.nii.gz"), Path("/d/s2/t2.nii")]
     assert case_names(images) == ["s1_t1", "s2_t1", "t2"]
     assert case_names([Path("/a/s1/t1.nii"), Path("/b/s1/t1.nii"), Path("/b/s2/t1.nii")]) == [
@@ -81,16 +87,16 @@ def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay():
     ]
 
 
-def test_a_made_up_name_does_not_hide_a_true_one():
+def test_a_made_up_name_does_not_hide_a_true_one() -> None:
     names = case_names([Path("/d/s1/t1.nii"), Path("/d/s2/t1.nii"), Path("/d/s3/s1_t1.nii")])
     assert len(set(names)) == 3
 
 
-def test_one_image_named_twice_is_refused():
+def test_one_image_named_twice_is_refused() -> None:
     refusal(lambda: case_names([Path("/d/t1.nii"), Path("/d/t1.nii")]), "/d/t1.nii", "twice")
 
 
-def test_two_folders_pair_by_case_whatever_the_ending(tmp_path):
+def test_two_folders_pair_by_case_whatever_the_ending(tmp_path: Path) -> None:
     for name in ("b.nii.gz", "a.nii"):
         saved(tmp_path / "predictions" / name, two_boxes())
     for name in ("a.nii.gz", "b.nii.gz"):
@@ -103,7 +109,7 @@ def test_two_folders_pair_by_case_whatever_the_ending(tmp_path):
     ]
 
 
-def test_a_list_pairs_by_its_own_names(tmp_path):
+def test_a_list_pairs_by_its_own_names(tmp_path: Path) -> None:
     saved(tmp_path / "p" / "s1_t1.nii.gz", two_boxes())
     label = saved(tmp_path / "s1" / "truth.nii.gz", two_boxes())
     assert pair(tmp_path / "p", [("s1_t1", label)]) == [
@@ -111,7 +117,7 @@ def test_a_list_pairs_by_its_own_names(tmp_path):
     ]
 
 
-def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path):
+def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path: Path) -> None:
     predictions, labels = tmp_path / "predictions", tmp_path / "labels"
     refusal(lambda: pair(predictions, labels), predictions, "no such folder")
     predictions.mkdir()
@@ -131,7 +137,7 @@ def test_what_cannot_be_paired_is_named_and_the_rest_counted(tmp_path):
     )
 
 
-def test_a_list_that_does_not_fit_is_named(tmp_path):
+def test_a_list_that_does_not_fit_is_named(tmp_path: Path) -> None:
     saved(tmp_path / "a.nii.gz", two_boxes())
     lost = tmp_path / "labels" / "a.nii.gz"
     refusal(lambda: pair(tmp_path, [("a", lost)]), lost, "no such file")
@@ -143,7 +149,7 @@ def test_a_list_that_does_not_fit_is_named(tmp_path):
     refusal(lambda: pair(tmp_path, [("a", lost), ("a", lost)]), "case a more than once")
 
 
-def test_hidden_files_are_no_cases(tmp_path):
+def test_hidden_files_are_no_cases(tmp_path: Path) -> None:
     """macOS leaves a ._name beside each name; it is no volume."""
     for folder in ("predictions", "labels"):
         saved(tmp_path / folder / "a.nii.gz", two_boxes())
@@ -153,7 +159,7 @@ def test_hidden_files_are_no_cases(tmp_path):
     assert volumes_in(tmp_path / "labels") == [tmp_path / "labels" / "a.nii.gz"]
 
 
-def test_nothing_is_scored_against_itself(tmp_path):
+def test_nothing_is_scored_against_itself(tmp_path: Path) -> None:
     label = saved(tmp_path / "labels" / "a.nii.gz", two_boxes())
     refusal(
         lambda: pair(tmp_path / "labels", tmp_path / "labels"), label, "is the prediction as well"
@@ -165,62 +171,51 @@ def test_nothing_is_scored_against_itself(tmp_path):
     )
 
 
-def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path):
+def test_classes_are_what_the_files_hold_where_no_list_names_them(tmp_path: Path) -> None:
     a, b = two_boxes(), two_boxes()
     b[0, 0, 0] = 7
     files = saved(tmp_path / "a.nii", a), saved(tmp_path / "b.nii", b)
     assert classes_in(files) == {1: "1", 2: "2", 7: "7"}
 
 
-# Scores
+# --- scores
 
 
-def test_distances_are_in_mm_of_the_header(tmp_path):
-    files = (
-        saved(tmp_path / "s1.nii.gz", two_boxes(shift=2)),
-        saved(tmp_path / "label.nii.gz", two_boxes()),
-    )
-    liver, spleen = score_case(*files, CLASSES)
-    assert (liver["case"], liver["class"], liver["name"], liver["status"]) == (
-        "s1",
-        1,
-        "liver",
-        "ok",
-    )
+def test_distances_are_in_mm_of_the_header(tmp_path: Path) -> None:
+    prediction = saved(tmp_path / "s1.nii.gz", two_boxes(shift=2))
+    label = saved(tmp_path / "label.nii.gz", two_boxes())
+    liver, spleen = score_case(prediction, label, CLASSES)
+    assert (liver["case"], liver["class"], liver["name"]) == ("s1", 1, "liver")
+    assert liver["status"] == "ok"
     assert liver["hd"] == liver["hd95"] == 6  # two voxels of 3 mm
     assert liver["dice"] == pytest.approx(2 / 3)
     assert liver["volume_truth_ml"] == pytest.approx(6**3 * 6 / 1000)
-    assert spleen["dice"] == 1 and spleen["hd"] == 0
+    assert (spleen["dice"], spleen["hd"]) == (1, 0)
 
 
-def test_rows_are_those_of_score_labels_with_all_its_choices(tmp_path):
+def test_rows_are_those_of_score_labels_with_all_its_choices(tmp_path: Path) -> None:
     files = saved(tmp_path / "a.nii", two_boxes(1)), saved(tmp_path / "b.nii", two_boxes())
-    choices = {"tolerance": {1: 3.0, 2: 0.0}, "definition": "surface-distance"}
-    expected = score_labels(
-        two_boxes(1), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"}, **choices
-    )
+    choices: dict[str, Any] = {"tolerance": {1: 3.0, 2: 0.0}, "definition": "medpy"}
+    expected = score_labels(two_boxes(1), two_boxes(), MM, ORGANS, **choices)
     assert score_case(*files, CLASSES, **choices) == [{"case": "a", **row} for row in expected]
+    assert score_case(*files, CLASSES) != score_case(*files, CLASSES, **choices)
     assert [row["name"] for row in score_case(*files, [0, 1, 2])] == ["1", "2"]
 
 
-def test_a_prediction_stored_along_other_axes_is_on_the_same_grid(tmp_path):
+def test_a_prediction_stored_along_other_axes_is_on_the_same_grid(tmp_path: Path) -> None:
     turned = nib.Nifti1Image(two_boxes(), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
     nib.save(turned, tmp_path / "a.nii.gz")
     rows = score_case(tmp_path / "a.nii.gz", saved(tmp_path / "b.nii.gz", two_boxes()), CLASSES)
     assert [row["dice"] for row in rows] == [1, 1]
 
 
-def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path):
+def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path: Path) -> None:
     """Voxels of 3 x 1 x 2 mm: a tenth of one is another length along each axis."""
-    label, path = saved(tmp_path / "label.nii", two_boxes()), tmp_path / "a.nii"
-    saved(path, two_boxes()[:-1])
-    refusal(
-        lambda: score_case(path, label, CLASSES),
-        path,
-        label,
-        "15 x 12 x 10 and 16 x 12 x 10 voxels",
-    )
-    for place, off, words in (
+    label = saved(tmp_path / "label.nii", two_boxes())
+    path = saved(tmp_path / "a.nii", two_boxes()[:-1])
+    sizes = "15 x 12 x 10 and 16 x 12 x 10 voxels"
+    refusal(lambda: score_case(path, label, CLASSES), path, label, sizes)
+    for element, off, words in (
         ((0, 3), 0.29, ""),
         ((0, 3), 0.31, "up to 0.31 mm (0.103 voxels) apart"),
         ((1, 3), 0.11, "up to 0.11 mm (0.11 voxels) apart"),
@@ -228,7 +223,7 @@ def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path):
         ((2, 2), 0.03, "up to 0.285 mm (0.14"),  # the outer face of the last voxel: 9.5 x .03
     ):
         affine = AFFINE.copy()
-        affine[place] += off
+        affine[element] += off
         saved(path, two_boxes(), affine)
         if words:
             refusal(lambda: score_case(path, label, CLASSES), path, label, words)
@@ -236,43 +231,42 @@ def test_other_grids_are_refused_by_both_names_and_their_distance(tmp_path):
             assert score_case(path, label, CLASSES)[0]["dice"] == 1
 
 
-def rotated(degrees):
-    a, affine = np.radians(degrees), np.eye(4)
+def rotated(degrees: float) -> Any:
+    a = np.radians(degrees)
+    affine = np.eye(4)
     affine[:2, :2] = [[np.cos(a), -np.sin(a)], [np.sin(a), np.cos(a)]]
     return affine @ AFFINE
 
 
 @pytest.mark.parametrize("degrees", [30, 45])
-def test_headers_that_differ_in_the_seventh_digit_are_one_grid_at_45_degrees_too(degrees, tmp_path):
+def test_headers_that_differ_in_the_seventh_digit_are_one_grid_at_45_degrees_too(
+    degrees: int, tmp_path: Path
+) -> None:
     """There the axes of one are ordered apart from those of the other."""
     square = np.diag([1 / 3, 1, 1, 1])  # 1 x 1 x 2 mm, so that the order hangs on the angle
-    files = [
-        saved(tmp_path / f"{n}.nii", two_boxes(n), rotated(degrees + (2 * n - 1) * 1e-5) @ square)
-        for n in (0, 1)
-    ]
-    for prediction, label in (files, files[::-1]):
+    one = saved(tmp_path / "0.nii", two_boxes(0), rotated(degrees - 1e-5) @ square)
+    other = saved(tmp_path / "1.nii", two_boxes(1), rotated(degrees + 1e-5) @ square)
+    for prediction, label in ((one, other), (other, one)):
         liver, spleen = score_case(prediction, label, CLASSES)
-        assert (
-            liver["dice"] == pytest.approx(5 / 6)
-            and liver["hd"] == pytest.approx(1)
-            and spleen["dice"] == 1
-        )
+        assert liver["dice"] == pytest.approx(5 / 6)
+        assert liver["hd"] == pytest.approx(1)
+        assert spleen["dice"] == 1
 
 
-def test_a_sheared_grid_has_no_distances_in_mm_and_is_refused(tmp_path):
-    """Scores have no room for a warning, and a gantry tilt of 15 degrees costs lengths up to 16 %."""
+def test_a_sheared_grid_has_no_distances_in_mm_and_is_refused(tmp_path: Path) -> None:
+    """Scores have no room for a warning. A gantry tilt of 15 degrees costs lengths up to 16 %."""
     tilted = AFFINE.copy()
     tilted[:3, 2] = 0, 2 * np.sin(np.radians(15)), 2 * np.cos(np.radians(15))
-    files = (
-        saved(tmp_path / "a.nii", two_boxes(), tilted),
-        saved(tmp_path / "b.nii", two_boxes(), tilted),
-    )
-    refusal(lambda: score_case(*files, CLASSES), files[1], "not perpendicular", "16% wrong")
+    path = saved(tmp_path / "a.nii", two_boxes(), tilted)
+    label = saved(tmp_path / "b.nii", two_boxes(), tilted)
+    refusal(lambda: score_case(path, label, CLASSES), label, "not perpendicular", "16% wrong")
 
 
 @pytest.mark.parametrize("unit, mm", [("micron", 0.001), ("meter", 1000)])
-def test_distances_volumes_and_diagonals_are_in_mm_whatever_the_unit(unit, mm, tmp_path, capsys):
-    expected = score_labels(two_boxes(2), two_boxes(), (3.0, 1.0, 2.0), {1: "liver", 2: "spleen"})
+def test_distances_volumes_and_diagonals_are_in_mm_whatever_the_unit(
+    unit: str, mm: float, tmp_path: Path
+) -> None:
+    expected = score_labels(two_boxes(2), two_boxes(), MM, ORGANS)
     for name, labels in (("a", two_boxes(2)), ("b", two_boxes())):
         image = nib.Nifti1Image(labels, AFFINE / [mm, mm, mm, 1])
         image.header.set_xyzt_units(unit)
@@ -281,32 +275,33 @@ def test_distances_volumes_and_diagonals_are_in_mm_whatever_the_unit(unit, mm, t
     for row, by_hand in zip(rows, expected):
         assert {key: row[key] for key in by_hand} == pytest.approx(by_hand)
     (length,) = diagonals([Pair("a", tmp_path / "a.nii", tmp_path / "b.nii")]).values()
-    assert length == pytest.approx(sqrt(48**2 + 12**2 + 20**2))
+    assert length == pytest.approx(DIAGONAL)
 
 
-def test_labels_with_an_axis_of_one_are_scored_as_others(tmp_path):
+def test_labels_with_an_axis_of_one_are_scored_as_others(tmp_path: Path) -> None:
     """Files of (x, y, z, 1), against labels stored along other axes."""
     turned = nib.Nifti1Image(two_boxes(), AFFINE).as_reoriented([[2, -1], [0, 1], [1, -1]])
     nib.save(turned, tmp_path / "b.nii")
     prediction = saved(tmp_path / "a.nii", two_boxes(2)[..., None])
     liver, _ = score_case(prediction, tmp_path / "b.nii", CLASSES)
-    assert liver["dice"] == pytest.approx(2 / 3) and liver["hd"] == pytest.approx(6)
+    assert (liver["dice"], liver["hd"]) == pytest.approx((2 / 3, 6))
     for truth in (tmp_path / "b.nii", prediction):
         (length,) = diagonals([Pair("a", prediction, truth)]).values()
-        assert length == pytest.approx(sqrt(48**2 + 12**2 + 20**2))
+        assert length == pytest.approx(DIAGONAL)
 
 
-def test_labels_beyond_the_classes_are_refused_by_file_and_value(tmp_path):
-    good, strange = saved(tmp_path / "good.nii", two_boxes()), two_boxes().astype(np.int16)
-    strange[0, 0, 0] = 9
-    bad = saved(tmp_path / "bad.nii", strange)
+def test_labels_beyond_the_classes_are_refused_by_file_and_value(tmp_path: Path) -> None:
+    good = saved(tmp_path / "good.nii", two_boxes())
+    with_nine = two_boxes().astype(np.int16)
+    with_nine[0, 0, 0] = 9
+    bad = saved(tmp_path / "bad.nii", with_nine)
     refusal(lambda: score_case(bad, good, CLASSES), bad, "label 9", "[0, 1, 2]")
     refusal(lambda: score_case(good, bad, CLASSES), bad, "label 9", "[0, 1, 2]")
-    saved(bad, -strange)
+    saved(bad, -with_nine)
     refusal(lambda: score_case(bad, good, CLASSES), bad, "label -9")
 
 
-def test_what_was_not_annotated_counts_for_nothing(tmp_path):
+def test_what_was_not_annotated_counts_for_nothing(tmp_path: Path) -> None:
     truth = two_boxes()
     truth[:, :, 5:] = 3
     prediction = two_boxes(1)
@@ -314,26 +309,27 @@ def test_what_was_not_annotated_counts_for_nothing(tmp_path):
     files = saved(tmp_path / "a.nii", prediction), saved(tmp_path / "b.nii", truth)
     refusal(lambda: score_case(*files, CLASSES), files[1], "label 3")
     rows = score_case(*files, {**CLASSES, 3: "ignore"}, ignore=3)
-    names, truth[truth == 3] = {1: "liver", 2: "spleen"}, 0
-    hidden = np.zeros(truth.shape, bool)
-    hidden[:, :, 5:] = True
-    expected = score_labels(prediction, truth, (3.0, 1.0, 2.0), names, ignore=hidden)
+    truth[truth == 3] = 0
+    not_annotated = np.zeros(truth.shape, bool)
+    not_annotated[:, :, 5:] = True
+    expected = score_labels(prediction, truth, MM, ORGANS, ignore=not_annotated)
     assert rows == [{"case": "a", **row} for row in expected]
-    assert rows[0]["dice"] == pytest.approx(5 / 6) and rows[1]["dice"] == 1
+    assert [row["dice"] for row in rows] == pytest.approx([5 / 6, 1])
 
 
-def test_what_was_not_annotated_is_nothing_to_predict(tmp_path):
+def test_what_was_not_annotated_is_nothing_to_predict(tmp_path: Path) -> None:
     files = saved(tmp_path / "a.nii", two_boxes()), saved(tmp_path / "b.nii", two_boxes())
     refusal(lambda: score_case(*files, CLASSES, ignore=2), files[0], "label 2")
 
 
-def test_a_wrong_choice_is_one_line(tmp_path):
+def test_a_wrong_choice_is_one_line(tmp_path: Path) -> None:
     files = saved(tmp_path / "a.nii", two_boxes()), saved(tmp_path / "b.nii", two_boxes())
     refusal(lambda: score_case(*files, CLASSES, tolerance=-1.0), "tolerance of 0 mm or more")
-    refusal(lambda: score_case(*files, CLASSES, definition="other"), "definition must be one of")
+    other: Any = "other"
+    refusal(lambda: score_case(*files, CLASSES, definition=other), "definition must be one of")
 
 
-def test_an_affine_that_is_none_is_one_line(tmp_path):
+def test_an_affine_that_is_none_is_one_line(tmp_path: Path) -> None:
     flat = saved(tmp_path / "c.nii", two_boxes())
     content = bytearray(flat.read_bytes())
     struct.pack_into("<4f", content, 312, 0, 0, 0, 0)  # srow_z
@@ -341,23 +337,20 @@ def test_an_affine_that_is_none_is_one_line(tmp_path):
     refusal(lambda: score_case(flat, flat, CLASSES), flat)
 
 
-def test_all_cases_are_scored_in_order_and_each_has_a_diagonal(tmp_path):
+def test_all_cases_are_scored_in_order_and_each_has_a_diagonal(tmp_path: Path) -> None:
     for name, shift in (("a", 0), ("b", 2)):
         saved(tmp_path / "p" / f"{name}.nii.gz", two_boxes(shift))
         saved(tmp_path / "l" / f"{name}.nii.gz", two_boxes())
     pairs = pair(tmp_path / "p", tmp_path / "l")
     rows, lengths, contents = score(pairs, CLASSES, tolerance=6.0)
     assert [(row["case"], row["class"]) for row in rows] == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
-    assert rows[2]["nsd"] == 1 and score(pairs, CLASSES).rows[2]["nsd"] < 1
+    assert rows[2]["nsd"] == 1
+    assert score(pairs, CLASSES).rows[2]["nsd"] < 1
     assert contents["a"] == contents["b"]  # the label maps are alike, the predictions are not
-    assert (
-        lengths
-        == diagonals(pairs)
-        == pytest.approx(dict.fromkeys("ab", sqrt(48**2 + 12**2 + 20**2)))
-    )
+    assert lengths == diagonals(pairs) == pytest.approx({"a": DIAGONAL, "b": DIAGONAL})
 
 
-def test_the_content_of_a_label_map_is_its_voxels_however_they_are_stored(tmp_path):
+def test_the_content_of_a_label_map_is_its_voxels_however_they_are_stored(tmp_path: Path) -> None:
     labels = two_boxes()
     path = saved(tmp_path / "a.nii", labels)
     content = score([Pair("a", path, path)], CLASSES).labels["a"]
@@ -366,103 +359,119 @@ def test_the_content_of_a_label_map_is_its_voxels_however_they_are_stored(tmp_pa
     )
     nib.save(turned, tmp_path / "b.nii.gz")
     saved(tmp_path / "c.nii", labels.astype(np.float32))
-    assert [
-        score([Pair("x", path, tmp_path / name)], CLASSES).labels["x"]
-        for name in ("b.nii.gz", "c.nii")
-    ] == [
-        content,
-        content,
-    ]
+    for name in ("b.nii.gz", "c.nii"):
+        assert score([Pair("x", path, tmp_path / name)], CLASSES).labels["x"] == content
+
     labels[0, 0, 0] = 1
     changed = saved(tmp_path / "d.nii", labels)
     assert score([Pair("x", path, changed)], CLASSES).labels["x"] != content
     assert content_of(np.zeros((2, 3, 4), np.uint8)) != content_of(np.zeros((4, 3, 2), np.uint8))
 
 
-# scores.csv
+# --- scores.csv
 
 
-def some_rows(tmp_path):
-    """One missed, one spurious, one absent and one good class, with numbers that need all their digits."""
-    truth, prediction = two_boxes(), two_boxes(1)
-    truth[0, 0, 0], prediction[0, 0, 0], prediction[0, 5, 0] = 3, 0, 4
+def some_rows(tmp_path: Path) -> list[Row]:
+    """Good, missed, spurious and absent classes, with numbers that need all their digits."""
+    truth = two_boxes()
+    truth[0, 0, 0] = 3
+    prediction = two_boxes(1)
+    prediction[0, 5, 0] = 4
     files = saved(tmp_path / "a,b.nii", prediction), saved(tmp_path / "t.nii", truth)
-    return score_case(
-        *files, {1: "liver", 2: "spleen, left", 3: 'a "name"', 4: "vena cava", 5: "é"}
-    )
+    names = {1: "liver", 2: "spleen, left", 3: 'a "name"', 4: "vena cava", 5: "é"}
+    return score_case(*files, names)
 
 
-def test_scores_come_back_exactly(tmp_path):
+def test_scores_come_back_exactly(tmp_path: Path) -> None:
     rows = some_rows(tmp_path)
     assert {row["status"] for row in rows} == {"ok", "missed", "spurious", "absent"}
     write_scores(rows, tmp_path / "out.csv")
     found = read_scores(tmp_path / "out.csv")
     assert [list(row) for row in found] == [list(COLUMNS)] * len(rows)
     assert repr(found) == repr([{name: row[name] for name in COLUMNS} for row in rows])
-    assert found[0]["dice"] == 5 / 6 and found[2]["hd95"] == inf and isnan(found[4]["dice"])
+    assert found[0]["dice"] == 5 / 6
+    assert found[2]["hd95"] == inf
+    assert isnan(found[4]["dice"])
 
 
-def test_the_columns_are_the_promised_ones_and_infinity_is_spelled_out(tmp_path):
+def test_the_columns_are_the_promised_ones_and_infinity_is_spelled_out(tmp_path: Path) -> None:
     write_scores(some_rows(tmp_path), tmp_path / "scores.csv")
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert lines[0] == (
-        "case,class,name,status,dice,hd,hd95,assd,masd,msd_prediction_to_truth,msd_truth_to_prediction,nsd,"
-        "volume_truth_ml,volume_prediction_ml"
+        "case,class,name,status,dice,hd,msd,hd95,assd,masd,msd_prediction_to_truth,"
+        "msd_truth_to_prediction,nsd,volume_truth_ml,volume_prediction_ml"
     )
     assert lines[3].startswith('"a,b",3,"a ""name""",missed,0.0,inf,inf,')
     assert ",absent,nan,nan," in lines[5]
 
 
-def test_what_else_a_row_holds_stays_out_of_the_file(tmp_path):
-    write_scores(
-        [{**row, "diagonal_mm": 3.0} for row in some_rows(tmp_path)], tmp_path / "scores.csv"
-    )
+def test_a_file_without_the_column_msd_takes_it_from_assd(tmp_path: Path) -> None:
+    rows = some_rows(tmp_path)
+    without = [name for name in COLUMNS if name != "msd"]
+    write_csv(rows, tmp_path / "scores.csv", without)
+    assert "hd,hd95" in (tmp_path / "scores.csv").read_text()
+    expected = [{name: row[name] for name in COLUMNS} for row in rows]
+    assert repr(read_scores(tmp_path / "scores.csv")) == repr(expected)
+
+
+def test_what_else_a_row_holds_stays_out_of_the_file(tmp_path: Path) -> None:
+    rows = [{**row, "diagonal_mm": 3.0} for row in some_rows(tmp_path)]
+    write_scores(rows, tmp_path / "scores.csv")
     assert "diagonal" not in (tmp_path / "scores.csv").read_text()
 
 
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = some_rows(tmp_path)
     write_scores(rows, tmp_path / "scores.csv")
     before = (tmp_path / "scores.csv").read_bytes()
-    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("stopped here")))
+
+    def stopped(self: Path, target: Path) -> None:
+        raise OSError("stopped here")
+
+    monkeypatch.setattr(Path, "replace", stopped)
     with pytest.raises(OSError, match="stopped here"):
         write_scores(rows[:1], tmp_path / "scores.csv")
     assert (tmp_path / "scores.csv").read_bytes() == before
+
+
+HEAD = ",".join(COLUMNS) + "\n"
+GOOD = "a,1,n,ok" + ",0.5" * 11 + "\n"
 
 
 @pytest.mark.parametrize(
     "content, reason",
     [
         ("a,b\n1,2\n", "KeyError after 0 rows: 'dice'"),
-        (",".join(COLUMNS) + "\n", "holds no scores"),
+        (HEAD, "holds no scores"),
         ("", "holds no scores"),
-        (
-            ",".join(COLUMNS)
-            + "\n"
-            + ",".join(["a", "1", "n", "ok", *["0.5"] * 10])
-            + "\na,1,n,ok,x"
-            + ",0" * 9
-            + "\n",
-            "after 1 rows: could not convert string to float: 'x'",
-        ),
-        (",".join(COLUMNS) + "\na,1,n,ok,0.5\n", "TypeError"),
-        (",".join(COLUMNS) + "\na,one,n,ok" + ",0" * 10 + "\n", "invalid literal for int"),
+        (HEAD + GOOD + "a,1,n,ok,x" + ",0" * 10, "1 rows: could not convert string to float: 'x'"),
+        (HEAD + "a,1,n,ok,0.5\n", "TypeError"),
+        (HEAD + "a,one,n,ok" + ",0" * 11 + "\n", "invalid literal for int"),
     ],
 )
-def test_what_is_not_a_scores_csv_is_refused_by_name(content, reason, tmp_path):
+def test_what_is_not_a_scores_csv_is_refused_by_name(
+    content: str, reason: str, tmp_path: Path
+) -> None:
     path = tmp_path / "scores.csv"
     refusal(lambda: read_scores(path), path)
     path.write_text(content)
     refusal(lambda: read_scores(path), path, reason)
 
 
-def test_nothing_is_left_beside_what_was_written(tmp_path):
+def test_nothing_is_left_beside_what_was_written(tmp_path: Path) -> None:
     write_scores(some_rows(tmp_path / "in"), tmp_path / "scores.csv")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["in", "scores.csv"]
 
 
-def test_scoring_shows_its_progress(tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(scoring, "tqdm", lambda pairs, **how: shown.append(how) or pairs)
-    score([Pair("a", *[saved(tmp_path / "a.nii", two_boxes())] * 2)], CLASSES)
-    assert shown[0]["unit"] == "case" and shown[0]["disable"] is None
+def test_scoring_shows_its_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, object] = {}
+
+    def progress(pairs: list[Pair], **shown: object) -> list[Pair]:
+        options.update(shown)
+        return pairs
+
+    monkeypatch.setattr(cases, "tqdm", progress)
+    path = saved(tmp_path / "a.nii", two_boxes())
+    score([Pair("a", path, path)], CLASSES)
+    assert options["unit"] == "case"
+    assert options["disable"] is None

@@ -8,7 +8,7 @@ from dae.config.shared import Amp, DeviceName
 
 Policy = Literal["exclude", "diagonal"]
 
-DefinitionName = Literal["default", "monai", "medpy", "surface-distance"]
+DefinitionName = Literal["default", "monai", "medpy"]
 
 Ensemble = Literal["softmax", "logits"]
 

@@ -1,8 +1,9 @@
-"""Predictions against labels: which file belongs to which, whether both lie on one grid, and a score for every class.
+"""Predictions against labels: which file belongs to which, and a score for every class of a case.
 
-A case is a file name without its endings. It is measured on its label's own grid, with the spacing of the label's
-header, and nothing is resampled: a prediction on another grid is refused, not moved. Label maps are (d, h, w) in RAS
-order, so that two files may store one grid along different axes. What cannot be scored is one line that names the file.
+A case is a file name without its endings. It is measured on its label's own grid, with the spacing
+of the label's header. Nothing is resampled: a prediction on another grid is refused. Label maps are
+(d, h, w) in RAS order, so two files may store one grid along different axes. Whatever cannot be
+scored is an InputError of one line that names the file.
 """
 
 import csv
@@ -10,24 +11,32 @@ import hashlib
 import io
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import hypot
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from dae.config.evaluate import DefinitionName
 from dae.data.nifti import SHEAR, difference, read_grid, read_labels
 from dae.errors import InputError
-from dae.evaluation.metrics import METRICS, DefinitionName, Labels, Row, diagonal, score_labels
+from dae.evaluation.metrics import METRICS, Labels, Mask, Row, score_labels
 from dae.files import write_bytes
 
 ENDINGS = (".nii.gz", ".nii")
-COLUMNS = ("case", "class", "name", "status", *METRICS, "volume_truth_ml", "volume_prediction_ml")
+
+WORDS = ("case", "class", "name", "status")
+NUMBERS = (*METRICS, "volume_truth_ml", "volume_prediction_ml")
+COLUMNS = (*WORDS, *NUMBERS)  # of scores.csv
+
 Classes = Mapping[int, str] | Sequence[int]
 Spacing = tuple[float, float, float]
 
 
 class Pair(NamedTuple):
+    """The two files of a case."""
+
     case: str
     prediction: Path
     label: Path
@@ -43,137 +52,214 @@ class Case(NamedTuple):
     ignore: int | None = None  # the label, of the truth alone, of what was not annotated
 
     @property
-    def annotated(self) -> Any:
-        """What picks the annotated voxels out of a map: all of it, or a mask."""
-        return ... if self.ignore is None else self.truth != self.ignore
+    def annotated(self) -> Mask:
+        """Which voxels were annotated (d, h, w)."""
+        if self.ignore is None:
+            return np.ones(self.truth.shape, bool)
+        return self.truth != self.ignore
 
 
-# --- which file belongs to which -------------------------------------------------------------------------------------
+# --- which file belongs to which
 
 
 def case_name(image: Path) -> str:
     """The file's name without .nii or .nii.gz; other dots belong to the name."""
-    ending = next((ending for ending in ENDINGS if image.name.lower().endswith(ending)), "")
-    return image.name[: len(image.name) - len(ending)]
+    for ending in ENDINGS:
+        if image.name.lower().endswith(ending):
+            return image.name[: -len(ending)]
+    return image.name
 
 
 def case_names(images: Sequence[Path]) -> list[str]:
-    """A name for each: its own, behind as many of its folders as tell it from the others (s1_t1, s2_t1).
+    """A name for each: its own, after as many of its folders as set it apart (s1_t1, s2_t1).
 
-    Raises InputError where a name is there twice all the same.
+    Raises InputError where two are one and the same.
     """
     names = [case_name(image) for image in images]
     folders = [list(image.absolute().parts[1:-1]) for image in images]
-    while repeated := {name for name, times in Counter(names).items() if times > 1}:
+
+    # Each round puts one more folder in front of the names that are still there twice.
+    repeated = repeats(names)
+    while repeated:
         for n, name in enumerate(names):
-            if name in repeated:
-                refuse(
-                    not folders[n],
-                    f"{images[n]}: its name is there twice; each is a case of its own",
-                )
-                names[n] = f"{folders[n].pop()}_{name}"
+            if name not in repeated:
+                continue
+            if not folders[n]:
+                raise InputError(f"{images[n]}: its name is there twice; each is a case of its own")
+            names[n] = f"{folders[n].pop()}_{name}"
+        repeated = repeats(names)
     return names
 
 
 def pair(predictions: Path, labels: Path | Sequence[tuple[str, Path | None]]) -> list[Pair]:
-    """The files of both folders, or of a folder and of a list, by case. Raises InputError unless each has its other.
+    """The predictions of a folder and the labels of another folder, or of a list, by case.
 
-    A case that is left out of a mean makes the mean another, so none is left out in silence, on either side.
+    Raises InputError where a case has only one of the two: without it a mean would be another.
     """
     predicted = files_in(predictions)
+    true: dict[str, Path | None] = {}
     if isinstance(labels, Path):
-        where, true = str(labels), dict[str, Path | None](files_in(labels))
+        source = str(labels)
+        true.update(files_in(labels))
     else:
-        where, true = "the list", dict(labels)
-        repeated = [
-            case for case, times in Counter(case for case, _ in labels).items() if times > 1
-        ]
-        refuse(repeated, f"the list names {several(repeated)} more than once")
+        source = "the list"
+        true.update(labels)
+        repeated = repeats([case for case, _ in labels])
+        if repeated:
+            raise InputError(f"the list names {first_and_count(repeated)} more than once")
+
+    # On neither side is a case left out in silence.
     unlabelled = [case for case in predicted if true.get(case) is None]
-    refuse(unlabelled, f"{where}: no label for {several(unlabelled)}, predicted in {predictions}")
+    if unlabelled:
+        raise InputError(
+            f"{source}: no label for {first_and_count(unlabelled)}, predicted in {predictions}"
+        )
+
     unpredicted = [case for case in true if case not in predicted]
-    refuse(
-        unpredicted,
-        f"{predictions}: no prediction for {several(unpredicted)}; they are named <case>.nii.gz",
-    )
-    pairs = [
-        Pair(case, predicted[case], label) for case, label in true.items() if label is not None
-    ]
-    lost = [str(each.label) for each in pairs if not each.label.is_file()]
-    refuse(lost, f"{several(lost, 'label')}: no such file")
-    same = [str(each.label) for each in pairs if each.prediction.samefile(each.label)]
-    refuse(
-        same,
-        f"{several(same, 'label')}: is the prediction as well; name the folder of the predictions",
-    )
+    if unpredicted:
+        raise InputError(
+            f"{predictions}: no prediction for {first_and_count(unpredicted)}; "
+            "they are named <case>.nii.gz"
+        )
+
+    pairs = []
+    for case, label in true.items():
+        if label is not None:
+            pairs.append(Pair(case, predicted[case], label))
+    check_labels(pairs)
     return pairs
 
 
+def check_labels(pairs: Sequence[Pair]) -> None:
+    """Raises InputError where a label is no file, or is the prediction itself."""
+    missing = [str(pair.label) for pair in pairs if not pair.label.is_file()]
+    if missing:
+        raise InputError(f"{first_and_count(missing, 'label')}: no such file")
+
+    same = [str(pair.label) for pair in pairs if pair.prediction.samefile(pair.label)]
+    if same:
+        raise InputError(
+            f"{first_and_count(same, 'label')}: is the prediction as well; "
+            "name the folder of the predictions"
+        )
+
+
 def volumes_in(folder: Path) -> list[Path]:
-    """The NIfTI files of a folder, in order of name. Hidden files are none: macOS leaves a ._name beside each name."""
-    files = (file for file in folder.iterdir() if not file.name.startswith("."))
-    return sorted(file for file in files if file.name.lower().endswith(ENDINGS))
+    """The NIfTI files of a folder, in order of name, without hidden files.
+
+    macOS leaves a hidden ._name beside each name.
+    """
+    files = []
+    for file in folder.iterdir():
+        if file.name.lower().endswith(ENDINGS) and not file.name.startswith("."):
+            files.append(file)
+    return sorted(files)
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """The NIfTI files of a folder by case, in order of name. Raises InputError where there are none."""
-    refuse(not folder.is_dir(), f"{folder}: no such folder")
+    """The NIfTI files of a folder by case, in order of name. Raises InputError without any."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder")
+
     files = volumes_in(folder)
-    refuse(not files, f"{folder}: holds no .nii or .nii.gz file")
-    found = {case_name(file): file for file in files}
-    twice = [case for case, times in Counter(map(case_name, files)).items() if times > 1]
-    refuse(twice, f"{folder}: {several(twice)} is there both as .nii and as .nii.gz; keep one")
-    return found
+    if not files:
+        raise InputError(f"{folder}: holds no .nii or .nii.gz file")
+
+    twice = repeats([case_name(file) for file in files])
+    if twice:
+        raise InputError(
+            f"{folder}: {first_and_count(twice)} is there both as .nii and as .nii.gz; keep one"
+        )
+    return {case_name(file): file for file in files}
 
 
-def several(names: Sequence[str], kind: str = "case") -> str:
+def repeats(names: Sequence[str]) -> list[str]:
+    """The names that are there more than once."""
+    return [name for name, times in Counter(names).items() if times > 1]
+
+
+def first_and_count(names: Sequence[str], kind: str = "case") -> str:
     """The first by name, the rest by number: "case s1 and 3 more"."""
-    return f"{kind} {', '.join(names[:1])}" + (
-        f" and {len(names) - 1} more" if len(names) > 1 else ""
-    )
+    if len(names) == 1:
+        return f"{kind} {names[0]}"
+    return f"{kind} {names[0]} and {len(names) - 1} more"
 
 
-# --- what is in a file -----------------------------------------------------------------------------------------------
+# --- what is in a file
 
 
 def read_case(
     prediction: Path, label: Path, classes: Classes, *, ignore: int | None = None
 ) -> Case:
-    """Both files of one case. Raises InputError where they lie on different grids or hold labels beyond `classes`.
+    """Both files of a case. `ignore` is the label, of the truth alone, of what was not annotated.
 
-    `ignore` is the label, of the truth alone, of what was not annotated.
+    Raises InputError where they lie on different grids or hold labels that are not in `classes`.
     """
     true = read_labels(label)
     predicted = read_labels(prediction, like=true.affine)
-    apart = difference(predicted.grid, true.grid)
-    refuse(apart, f"{prediction} and {label} lie on different grids: {apart}")
+    differing = difference(predicted.grid, true.grid)
+    if differing:
+        raise InputError(f"{prediction} and {label} lie on different grids: {differing}")
+
     shear = true.grid.shear
-    refuse(
-        shear > SHEAR,
-        f"{label}: its axes are not perpendicular, so that distances in mm would be up to {shear:.0%} wrong; "
-        "resample both files to a grid that is not sheared",
-    )
-    check_values(prediction, predicted.labels, {0, *classes} - {ignore})
-    check_values(label, true.labels, {0, *classes, *([] if ignore is None else [ignore])})
+    if shear > SHEAR:
+        raise InputError(
+            f"{label}: its axes are not perpendicular, so that distances in mm would be "
+            f"up to {shear:.0%} wrong; resample both files to a grid that is not sheared"
+        )
+
+    # The ignored label is nothing to predict, and it need not be among the classes.
+    known = {0, *classes}
+    check_values(prediction, predicted.labels, known - {ignore})
+    check_values(label, true.labels, known if ignore is None else known | {ignore})
     return Case(case_name(prediction), predicted.labels, true.labels, true.spacing, ignore)
 
 
 def check_values(path: Path, labels: Labels, known: Collection[int]) -> None:
-    """Raises InputError on a label that no class has: a map from another task, or of shifted numbers."""
-    strange = labels[~np.isin(labels, np.array(sorted(known)))]
-    if len(strange):
+    """Raises InputError on a label that is no class: a map of another task, or of other numbers."""
+    unknown = labels[~np.isin(labels, np.array(sorted(known)))]
+    if len(unknown):
         raise InputError(
-            f"{path}: label {strange.min()} is not declared; declared are {sorted(known)}"
+            f"{path}: label {unknown.min()} is not declared; declared are {sorted(known)}"
         )
 
 
 def classes_in(paths: Iterable[Path]) -> dict[int, str]:
-    """Every label but 0 that occurs in any of the files, by its number: what is scored where no list names classes."""
-    found = {int(value) for path in paths for value in np.unique(read_labels(path).labels)}
-    return {value: str(value) for value in sorted(found - {0})}
+    """Every label but 0 in any of the files, named by its number, for want of a list with names."""
+    values: set[int] = set()
+    for path in paths:
+        values.update(np.unique(read_labels(path).labels).tolist())
+    return {value: str(value) for value in sorted(values - {0})}
 
 
-# --- scores ----------------------------------------------------------------------------------------------------------
+# --- scores
+
+
+class Scores(NamedTuple):
+    """Of all cases."""
+
+    rows: list[Row]
+    diagonals: dict[str, float]  # of each case, in mm
+    labels: dict[str, str]  # a hash of each case's label map
+
+
+def score(
+    pairs: Sequence[Pair],
+    classes: Classes,
+    *,
+    tolerance: float | Mapping[int, float] = 1.0,
+    definition: DefinitionName = "default",
+    ignore: int | None = None,
+) -> Scores:
+    """The rows of `score_case` of all cases, one in memory at a time. Raises InputError."""
+    rows: list[Row] = []
+    hashes: dict[str, str] = {}
+    # `disable=None` shows no progress where there is no terminal.
+    for name, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):
+        case = read_case(prediction, label, classes, ignore=ignore)
+        rows += rows_of(case, label, classes, tolerance=tolerance, definition=definition)
+        hashes[name] = content_of(case.truth)
+    return Scores(rows, diagonals(pairs), hashes)
 
 
 def score_case(
@@ -185,9 +271,10 @@ def score_case(
     definition: DefinitionName = "default",
     ignore: int | None = None,
 ) -> list[Row]:
-    """A row of `metrics.score_labels` for each class but 0, with the `case` in front. Raises InputError.
+    """A row of `metrics.score_labels` for each class but 0, with the `case` in front.
 
     Voxels whose true label is `ignore` count for nothing, and no surface ends at them.
+    Raises InputError.
     """
     case = read_case(prediction, label, classes, ignore=ignore)
     return rows_of(case, label, classes, tolerance=tolerance, definition=definition)
@@ -201,10 +288,10 @@ def rows_of(
     tolerance: float | Mapping[int, float],
     definition: DefinitionName,
 ) -> list[Row]:
-    """`score_case` of a case that has been read, `label` being its file."""
+    """`score_case` of a case that has been read; `label` is the file of its truth."""
     names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
     scored = {value: name for value, name in names.items() if value not in (0, case.ignore)}
-    hidden = None if case.ignore is None else ~case.annotated
+
     try:
         rows = score_labels(
             case.prediction,
@@ -213,38 +300,11 @@ def rows_of(
             scored,
             tolerance=tolerance,
             definition=definition,
-            ignore=hidden,
+            ignore=None if case.ignore is None else ~case.annotated,
         )
     except ValueError as error:
         raise InputError(f"{label}: {error}") from error
     return [{"case": case.name, **row} for row in rows]
-
-
-class Scores(NamedTuple):
-    """Of all cases."""
-
-    rows: list[Row]
-    diagonals: dict[str, float]  # of each case, in mm
-    labels: dict[str, str]  # what each case's label map holds, as a hash
-
-
-def score(
-    pairs: Sequence[Pair],
-    classes: Classes,
-    *,
-    tolerance: float | Mapping[int, float] = 1.0,
-    definition: DefinitionName = "default",
-    ignore: int | None = None,
-) -> Scores:
-    """The rows of `score_case` of all cases, one in memory at a time, with what tells their label maps from others."""
-    rows, labels = list[Row](), dict[str, str]()
-    for name, prediction, label in tqdm(
-        pairs, desc="scoring", unit="case", disable=None
-    ):  # silent without a terminal
-        case = read_case(prediction, label, classes, ignore=ignore)
-        rows += rows_of(case, label, classes, tolerance=tolerance, definition=definition)
-        labels[name] = content_of(case.truth)
-    return Scores(rows, diagonals(pairs), labels)
 
 
 def content_of(labels: Labels) -> str:
@@ -256,15 +316,20 @@ def content_of(labels: Labels) -> str:
 
 
 def diagonals(pairs: Iterable[Pair]) -> dict[str, float]:
-    """The diagonal of each case's volume in mm, from the header: what policy `diagonal` puts for a missed organ."""
-    grids = {each.case: read_grid(each.label) for each in pairs}
-    return {case: diagonal(grid.shape, grid.spacing) for case, grid in grids.items()}
+    """The diagonal of each case's volume in mm: no distance within it is longer."""
+    lengths = {}
+    for case, _, label in pairs:
+        grid = read_grid(label)
+        edges = [voxels * mm for voxels, mm in zip(grid.shape, grid.spacing)]
+        lengths[case] = hypot(*edges)
+    return lengths
 
 
-# --- scores.csv ------------------------------------------------------------------------------------------------------
+# --- scores.csv
 
 
 def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str]) -> None:
+    """These columns of the rows."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -273,32 +338,26 @@ def write_csv(rows: Iterable[Row], path: Path, columns: Sequence[str]) -> None:
 
 
 def write_scores(rows: Sequence[Row], path: Path) -> None:
-    """A line per case and class with all digits of every number; what is not one is `inf` or `nan`."""
+    """A line for each case and class with all digits of every number, or `inf`, or `nan`."""
     write_csv(rows, path, COLUMNS)
 
 
 def read_scores(path: Path) -> list[Row]:
-    """The very rows that were written. Raises InputError on a file that is not a scores.csv."""
+    """The very rows that were written. Raises InputError on a file that is not a scores.csv.
+
+    A file without the column `msd` takes it from `assd`, which is the same number.
+    """
     rows: list[Row] = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
-                numbers = {name: float(line[name]) for name in COLUMNS[4:]}
-                rows.append(
-                    {
-                        **{name: line[name] for name in COLUMNS[:4]},
-                        "class": int(line["class"]),
-                        **numbers,
-                    }
-                )
+                line.setdefault("msd", line.get("assd"))
+                numbers = {name: float(line[name]) for name in NUMBERS}
+                words = {name: line[name] for name in WORDS}
+                rows.append({**words, "class": int(line["class"]), **numbers})
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} after {len(rows)} rows: {error}"
         raise InputError(f"{path}: not a scores.csv of eval.py score ({reason})") from error
-    refuse(not rows, f"{path}: holds no scores")
+    if not rows:
+        raise InputError(f"{path}: holds no scores")
     return rows
-
-
-def refuse(wrong: object, message: str) -> None:
-    """Raises an InputError with `message` if something is wrong."""
-    if wrong:
-        raise InputError(message)

@@ -1,207 +1,52 @@
-"""How far a label map is from the truth: Dice, HD, HD95, MSD (ASSD, MASD, both directed means) and NSD, in mm.
+"""How far a label map is from the truth: Dice, HD and MSD (Table 2), HD95 and NSD, in mm.
 
-Programs that print "HD95" draw the surface and pool its distances in different ways (Podobnik & Vrtovec, HDilemma,
-MICCAI 2024; Maier-Hein et al., Metrics Reloaded, Nature Methods 2024). Here the choices have a name each:
+The border of a mask is its voxels that have a face neighbour outside. From each border voxel of
+the prediction the distance to the nearest border voxel of the truth is taken, between centres, and
+the same the other way. Every surface metric is a small reduction of these two lists of distances.
 
-    default           centres of 6-neighbour inner border voxels; HD95 is the larger of both directed percentiles
-    monai             the same, with the answers of MONAI 1.6.1 where one of the two masks is empty
-    medpy             the same voxels; HD95 is the percentile of both directions pooled
-    surface-distance  surface elements weighted by their area (Nikolov et al., arXiv:1809.04430)
+The paper defines neither HD nor MSD. Here HD is the largest of all distances, and MSD their mean
+over the border voxels of both masks, the average symmetric surface distance (ASSD).
 
-In all of them the outside of the volume is background: a mask that touches the volume's face has its border there.
-Arrays are (d, h, w), spacing is mm in that order, surface elements are flat indices, all classes are drawn at once.
+Programs that print "HD95" pool the two lists in different ways (Podobnik & Vrtovec, HDilemma,
+MICCAI 2024; Maier-Hein et al., Metrics Reloaded, Nature Methods 2024). The choices have names:
+
+    default  HD95 is the larger of the 95th percentiles of both lists
+    monai    the same, with the answers of MONAI 1.6.1 where one of the two masks is empty
+    medpy    HD95 is the 95th percentile of both lists together
+
+The outside of the volume is background: a mask that touches the volume's face has a border there.
+Maps are (d, h, w), spacing is mm in that order.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
-from itertools import combinations, product
-from math import hypot, inf, isfinite, nan
-from statistics import fmean, median, stdev
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from math import inf, nan
+from statistics import fmean
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
-from scipy.spatial import cKDTree
 
-DefinitionName = Literal["default", "monai", "medpy", "surface-distance"]
-Policy = Literal["exclude", "diagonal"]
+from dae.boxes import bounding_box
+from dae.config.evaluate import DefinitionName
+from dae.evaluation.nearest import Floats, Voxels, nearest_distances
+
 Mask = NDArray[np.bool_]
 Labels = NDArray[np.integer[Any]]
-Floats = NDArray[np.float64]
 Row = dict[str, Any]
 
-STATUSES = (
-    "ok",
-    "missed",
-    "spurious",
-    "absent",
-)  # in both maps, not in the prediction, not in the truth, in neither
-DISTANCES = ("hd", "hd95", "assd", "masd", "msd_prediction_to_truth", "msd_truth_to_prediction")
+DEFINITIONS: tuple[DefinitionName, ...] = get_args(DefinitionName)
+DIRECTED = ("msd_prediction_to_truth", "msd_truth_to_prediction")
+DISTANCES = ("hd", "msd", "hd95", "assd", "masd", *DIRECTED)
 METRICS = ("dice", *DISTANCES, "nsd")
+
+OK = "ok"  # the class is in both maps
+MISSED = "missed"  # in the truth alone
+SPURIOUS = "spurious"  # in the prediction alone
+ABSENT = "absent"  # in neither
+STATUSES = (OK, MISSED, SPURIOUS, ABSENT)
+
 LARGEST_LABEL = 65534
-REACH = 2  # voxels: nearer elements are looked up, farther ones searched for
-MARGIN = (
-    REACH + 1
-)  # of background around the maps, so that a step by flat index never meets the other end of a row
 SLACK = 1e-6  # mm: headers store spacing as float32, and 0.8 mm arrives as 0.800000012
-
-
-class Surface(NamedTuple):
-    """Boundary elements: flat indices, weights and labels, each (n,)."""
-
-    at: NDArray[np.intp]
-    area: Floats
-    label: Labels
-
-    def of(self, label: int) -> "Surface":
-        """The elements of one class."""
-        its = np.flatnonzero(self.label == label)
-        return Surface(self.at[its], self.area[its], self.label[its])
-
-
-def border_voxels(labels: Labels, spacing: Floats) -> Surface:
-    """Voxels with a face neighbour of another label; each weighs 1.
-
-    An ignored voxel (the type's largest value) is no element and makes none: where a mask runs into it, no border is.
-    """
-    flat, unknown = labels.ravel(), np.iinfo(labels.dtype).max
-    at = np.flatnonzero((flat != 0) & (flat != unknown))
-    own = flat[at]
-    border = np.zeros(len(at), bool)
-    for step in flat_steps(labels.shape):
-        for neighbour in (flat[at - step], flat[at + step]):
-            border |= (neighbour != own) & (neighbour != unknown)
-    return Surface(at[border], np.ones(border.sum()), own[border])
-
-
-def surfels(labels: Labels, spacing: Floats) -> Surface:
-    """Corners of voxels, once for every class that holds some but not all of the eight voxels around; area in mm2.
-
-    The index is that of the lowest of the eight: all lie half a voxel off, which distances do not see.
-    """
-    flat, unknown = labels.ravel(), np.iinfo(labels.dtype).max
-    steps = np.array(list(product((0, 1), repeat=3))) @ flat_steps(labels.shape)
-    lowest = flat[: -steps[-1]]
-    mixed = np.zeros(len(lowest), bool)
-    for step in steps:
-        mixed |= flat[step : step + len(lowest)] != lowest
-    at = np.flatnonzero(mixed)
-    at = at[
-        (flat[at + steps[:, None]] != unknown).all(0)
-    ]  # beside an ignored voxel the pattern is not known
-    eight = flat[at + steps[:, None]]  # (8, corners)
-    areas = np.linalg.norm(surfel_triangles() * (spacing.prod() / spacing), axis=-1).sum(1)
-    found = []
-    for k, own in enumerate(eight):
-        new = (own != 0) & ~(eight[:k] == own).any(0)
-        pattern = np.packbits(eight[:, new] == own[new], axis=0)[0]
-        found.append((at[new], areas[pattern], own[new]))
-    return Surface(*(np.concatenate(parts) for parts in zip(*found)))
-
-
-@cache
-def surfel_triangles() -> Floats:
-    """Area vectors of at most four triangles for each pattern of inside and outside, on unit voxels: (256, 4, 3).
-
-    The fewer of inside and outside (either, at four each) fall into parts joined along edges, and each part is cut off
-    by a patch of its own (Lorensen & Cline, 1987). Bit 7 of a pattern is voxel (0, 0, 0), bit 0 is (1, 1, 1).
-    """
-    table = np.zeros((256, 4, 3))
-    for pattern in range(1, 255):
-        inside = np.unpackbits(np.array([pattern], np.uint8)).reshape(2, 2, 2)
-        parts, n = ndimage.label(inside if inside.sum() <= 4 else 1 - inside)
-        triangles = np.concatenate([patch(parts == k) for k in range(1, n + 1)])
-        table[pattern, : len(triangles)] = triangles
-    return table
-
-
-def patch(part: Mask) -> Floats:
-    """Area vectors (n - 2, 3) of the surface through the middles of the n edges that leave a connected part (2, 2, 2).
-
-    Seen from the part they are a convex loop, here cut into a fan of triangles. Where the loop is not flat, its first
-    vertex decides the area; the largest is taken, as surface-distance does (all 256 areas are equal to its table).
-    """
-    edges = [
-        (a, b)
-        for a, b in combinations(np.ndindex(2, 2, 2), 2)
-        if np.abs(np.subtract(a, b)).sum() == 1
-    ]
-    middles = np.array([np.add(a, b) / 2 for a, b in edges if part[a] != part[b]])
-    across = np.linalg.svd(np.argwhere(part).mean(0, keepdims=True) - 0.5)[2][1:]
-    x, y = across @ (middles - middles.mean(0)).T
-    loop = middles[np.argsort(np.arctan2(y, x))]
-    fans = [np.roll(loop, k, axis=0) - loop[-k] for k in range(len(loop))]
-    triangles = [np.cross(fan[1:-1], fan[2:]) / 2 for fan in fans]
-    return max(triangles, key=lambda vectors: float(np.linalg.norm(vectors, axis=1).sum()))
-
-
-def flat_steps(shape: Sequence[int]) -> NDArray[np.intp]:
-    """How far one step along each axis moves the flat index: (3,)."""
-    return np.array([shape[1] * shape[2], shape[2], 1])
-
-
-class Nearest:
-    """Distances on one grid, exact in float64.
-
-    Most elements have one of the other surface within two voxels, found by looking at every offset in order of length
-    for a whole surface at once. The few that are left go to a KD-tree.
-    """
-
-    def __init__(self, shape: Sequence[int], spacing: Floats) -> None:
-        offsets = np.array(list(product(range(-REACH, REACH + 1), repeat=3)))
-        mm = np.linalg.norm(offsets * spacing, axis=1)
-        # Whatever lies beyond the reach is at least this far: a look-up may not run ahead of it.
-        kept = [k for k in np.argsort(mm) if mm[k] <= (REACH + 1) * spacing.min()]
-        self.near = list(zip((offsets @ flat_steps(shape))[kept], mm[kept]))
-        self.shape, self.spacing = shape, spacing
-        self.marked = np.zeros(np.prod(shape), bool)
-
-    def __call__(self, source: Surface, target: Surface) -> Floats:
-        """From each element of `source` to the nearest of `target`, which is not empty: (n,) mm."""
-        mm, left, at = np.zeros(len(source.at)), np.arange(len(source.at)), source.at
-        self.marked[target.at] = True
-        for step, distance in self.near:
-            there = self.marked[at + step]
-            mm[left[there]] = distance
-            left, at = left[~there], at[~there]
-        self.marked[target.at] = False
-        if len(left):
-            # Measured over whole voxels, not by the tree, so that lengths that are equal come out equal.
-            here, there = (
-                np.stack(np.unravel_index(index, self.shape), axis=-1) for index in (at, target.at)
-            )
-            tree = cKDTree(there * self.spacing, balanced_tree=False, compact_nodes=False)
-            _, nearest = tree.query(here * self.spacing)
-            mm[left] = np.linalg.norm((here - there[nearest]) * self.spacing, axis=1)
-        return mm
-
-
-class Definition(NamedTuple):
-    """How a surface is drawn, how HD95 is taken, and what differs from `WHEN_EMPTY`."""
-
-    surface: Callable[[Labels, Floats], Surface]
-    pooled: bool = False  # one percentile of both directions, not the larger of two
-    by_area: bool = False
-    when_empty: Mapping[str, Mapping[str, float]] = {}
-
-    def percentile(self, percent: float, mm: Floats, area: Floats) -> float:
-        """By area the least distance that holds `percent` of it, otherwise linear between elements."""
-        how: dict[str, Any] = {"weights": area, "method": "inverted_cdf"} if self.by_area else {}
-        return float(np.percentile(mm, percent, **how))
-
-
-ONE_EMPTY = {"dice": 0.0, **dict.fromkeys(DISTANCES, inf), "nsd": 0.0}
-WHEN_EMPTY = {"missed": ONE_EMPTY, "spurious": ONE_EMPTY, "absent": dict.fromkeys(METRICS, nan)}
-
-DEFINITIONS: dict[DefinitionName, Definition] = {
-    "default": Definition(border_voxels),
-    "monai": Definition(
-        border_voxels, when_empty={"missed": {"hd95": nan}, "spurious": {"hd95": nan, "dice": nan}}
-    ),
-    "medpy": Definition(border_voxels, pooled=True),
-    "surface-distance": Definition(surfels, by_area=True),
-}
 
 
 def score_labels(
@@ -214,230 +59,254 @@ def score_labels(
     definition: DefinitionName = "default",
     ignore: Mask | None = None,
 ) -> list[Row]:
-    """One row for each of `classes` from two label maps (d, h, w) on one grid; other labels count as background.
+    """One row for each of `classes` from two label maps (d, h, w) on one grid.
 
-    `status` is ok, absent (in neither map), missed (in the truth alone) or spurious (in the prediction alone).
-    Absent: nan. Missed, spurious: Dice and NSD 0, distances inf. Otherwise Dice and NSD lie in [0, 1], distances in mm:
-    hd and hd95 are the largest and the 95th percentile (Huttenlocher et al., 1993), msd_* the directed means, assd the
-    mean over the elements of both surfaces, masd the mean of the two directed means, nsd the share of both surfaces
-    within `tolerance` mm of the other, one number or one for each class (Nikolov et al., arXiv:1809.04430).
+    Keys: class, name, status, METRICS, volume_truth_ml, volume_prediction_ml. Labels that are not
+    in `classes` count as background. `tolerance`, of NSD, is one number or one for each class.
 
-    Voxels where `ignore` is true count in no volume and bear no surface; a class left without one has nan distances.
+    Where the class is in both maps (status ok), Dice and NSD lie in [0, 1] and distances are in mm.
+    Where it is in one of them (missed, spurious), Dice and NSD are 0 and distances inf; where it is
+    in neither (absent), all are nan. Voxels where `ignore` is true count in no volume and bear no
+    border; a class left without one has nan distances. Raises ValueError on input that is wrong.
     """
-    names = (
-        dict(classes) if isinstance(classes, Mapping) else {label: str(label) for label in classes}
-    )
-    tolerances = {
-        label: tolerance.get(label, nan) if isinstance(tolerance, Mapping) else tolerance
-        for label in names
-    }
+    names = names_of(classes)
+    tolerances = tolerances_of(tolerance, names)
     voxel = np.asarray(spacing, np.float64)
     check(prediction, truth, ignore, voxel, tolerances)
-    refuse(
-        definition not in DEFINITIONS,
-        f"definition must be one of {', '.join(DEFINITIONS)}, got {definition}",
-    )
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}, got {definition}")
+
     prediction, truth = cut_out(prediction, truth, ignore)
-    chosen, nearest, millilitres = (
-        DEFINITIONS[definition],
-        Nearest(truth.shape, voxel),
-        float(voxel.prod()) / 1000,
-    )
-    predicted, true = (chosen.surface(labels, voxel) for labels in (prediction, truth))
+    predicted_borders = border_voxels(prediction, list(names))
+    true_borders = border_voxels(truth, list(names))
+    counts = count_voxels(prediction, truth, list(names))
+    millilitres = float(voxel.prod()) / 1000
+
     rows = []
-    for label, (in_prediction, in_truth, in_both) in zip(
-        names, count_voxels(prediction, truth, list(names))
-    ):
-        status = STATUSES[2 * (not in_truth) + (not in_prediction)]
-        if status == "ok":
-            scores = {"dice": 2 * in_both / (in_prediction + in_truth)}
-            scores |= surface_scores(
-                predicted.of(label), true.of(label), nearest, chosen, tolerances[label]
+    for label, (in_prediction, in_truth, in_both) in zip(names, counts):
+        status = status_of(in_prediction, in_truth)
+        if status == OK:
+            scores = surface_scores(
+                predicted_borders[label], true_borders[label], voxel, tolerances[label], definition
             )
+            scores["dice"] = 2 * in_both / (in_prediction + in_truth)
         else:
-            scores = {**WHEN_EMPTY[status], **chosen.when_empty.get(status, {})}
-        volumes = {
-            "volume_truth_ml": in_truth * millilitres,
-            "volume_prediction_ml": in_prediction * millilitres,
-        }
-        rows.append({"class": label, "name": names[label], "status": status, **scores, **volumes})
+            scores = scores_without_overlap(status, definition)
+
+        row: Row = {"class": label, "name": names[label], "status": status}
+        for metric in METRICS:
+            row[metric] = scores[metric]
+        row["volume_truth_ml"] = in_truth * millilitres
+        row["volume_prediction_ml"] = in_prediction * millilitres
+        rows.append(row)
     return rows
 
 
+# --- borders and their distances
+
+
+def border_voxels(labels: Labels, classes: Sequence[int]) -> dict[int, Voxels]:
+    """By class the indices (n, 3) of its border voxels: a face neighbour has another label.
+
+    An ignored voxel is no neighbour: where a mask runs into it, there is no border. The map has a
+    margin of background all around, so that each voxel of a class has its six neighbours.
+    """
+    # The map is one long line of voxels: a step along an axis is a step along that line.
+    line = labels.ravel()
+    ignored = ignored_value(labels)
+    _, height, width = labels.shape
+    steps = (height * width, width, 1)
+
+    # Only voxels of a class are looked at: most of a volume is background.
+    inside = np.flatnonzero((line != 0) & (line != ignored))
+    own = line[inside]
+    border = np.zeros(len(inside), bool)
+    for step in steps:
+        for neighbour in (line[inside - step], line[inside + step]):
+            border |= (neighbour != own) & (neighbour != ignored)
+
+    # Back from the line to (d, h, w), and apart by class.
+    voxels = np.stack(np.unravel_index(inside[border], labels.shape), axis=-1)
+    owners = own[border]
+    return {label: voxels[owners == label] for label in classes}
+
+
 def surface_scores(
-    predicted: Surface, true: Surface, nearest: Nearest, chosen: Definition, tolerance: float
-) -> Row:
-    """Distances in mm and NSD of one class; nan where one of the two surfaces is wholly ignored."""
-    if not len(predicted.at) or not len(true.at):
+    predicted: Voxels, true: Voxels, spacing: Floats, tolerance: float, definition: DefinitionName
+) -> dict[str, float]:
+    """Distances in mm and NSD from two borders (n, 3); nan where one of them is wholly ignored."""
+    if not len(predicted) or not len(true):
         return dict.fromkeys((*DISTANCES, "nsd"), nan)
-    forth, back = (nearest(predicted, true), predicted.area), (nearest(true, predicted), true.area)
-    both = mm, area = np.concatenate([forth[0], back[0]]), np.concatenate([forth[1], back[1]])
-    to_truth, to_prediction, pooled = (
-        float(np.average(d, weights=w)) for d, w in (forth, back, both)
-    )
+
+    to_truth = nearest_distances(predicted, true, spacing)
+    to_prediction = nearest_distances(true, predicted, spacing)
+    both = np.concatenate([to_truth, to_prediction])
+
+    # The larger of the two directions, or one percentile of both together.
+    hd95 = max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95))
+    if definition == "medpy":
+        hd95 = np.percentile(both, 95)
+
+    # Per voxel of both borders, and per border: the two differ where one border is longer.
+    assd = float(both.mean())
+    msd_prediction_to_truth = float(to_truth.mean())
+    msd_truth_to_prediction = float(to_prediction.mean())
     return {
-        "hd": float(mm.max()),
-        "hd95": max(
-            chosen.percentile(95, *way) for way in ([both] if chosen.pooled else [forth, back])
-        ),
-        "assd": pooled,
-        "masd": (to_truth + to_prediction) / 2,
-        "msd_prediction_to_truth": to_truth,
-        "msd_truth_to_prediction": to_prediction,
-        "nsd": float(area[mm <= tolerance + SLACK].sum() / area.sum()),
+        "hd": float(both.max()),  # Huttenlocher et al., 1993
+        "msd": assd,  # Table 2 does not say which mean it is
+        "hd95": float(hd95),
+        "assd": assd,
+        "masd": (msd_prediction_to_truth + msd_truth_to_prediction) / 2,
+        "msd_prediction_to_truth": msd_prediction_to_truth,
+        "msd_truth_to_prediction": msd_truth_to_prediction,
+        # The share of both borders that the other has within the tolerance (Nikolov et al., 2018).
+        "nsd": float(np.mean(both <= tolerance + SLACK)),
     }
 
 
-def count_voxels(prediction: Labels, truth: Labels, classes: list[int]) -> list[list[int]]:
-    """Voxels of each class in the prediction, in the truth and in both."""
-    predicted, true = (labels[(prediction | truth) != 0] for labels in (prediction, truth))
-    sets = (predicted, true, true[predicted == true])
-    return np.stack(
-        [np.bincount(each, minlength=max(classes) + 1)[classes] for each in sets], axis=1
-    ).tolist()
+# --- classes that are not in both maps
+
+
+def status_of(in_prediction: int, in_truth: int) -> str:
+    """One of STATUSES, from how many voxels of a class are in each map."""
+    if in_prediction and in_truth:
+        return OK
+    if in_truth:
+        return MISSED
+    if in_prediction:
+        return SPURIOUS
+    return ABSENT
+
+
+def scores_without_overlap(status: str, definition: DefinitionName) -> dict[str, float]:
+    """Scores of a class that is missed, spurious or absent."""
+    if status == ABSENT:
+        return dict.fromkeys(METRICS, nan)
+
+    scores = {"dice": 0.0, **dict.fromkeys(DISTANCES, inf), "nsd": 0.0}
+    if definition == "monai":
+        scores["hd95"] = nan
+    if definition == "monai" and status == SPURIOUS:
+        scores["dice"] = nan
+    return scores
+
+
+# --- label maps
+
+
+def count_voxels(prediction: Labels, truth: Labels, classes: Sequence[int]) -> list[list[int]]:
+    """For each class the number of voxels in the prediction, in the truth and in both."""
+    foreground = (prediction | truth) != 0
+    predicted = prediction[foreground]
+    true = truth[foreground]
+    agreed = true[predicted == true]
+
+    counts = []
+    for labels in (predicted, true, agreed):
+        voxels_of_label = np.bincount(labels, minlength=max(classes) + 1)
+        counts.append(voxels_of_label[classes])
+    return np.stack(counts, axis=1).tolist()
 
 
 def cut_out(prediction: Labels, truth: Labels, ignore: Mask | None) -> tuple[Labels, Labels]:
-    """Both maps cut to what is not background in either, with a margin, in one small unsigned type.
+    """Both maps cut to what is not background in either, with a margin of one voxel.
 
-    Its largest value is no label but marks what is ignored. Making that background in both maps would cut both
-    surfaces along one plane, where every element then is a perfect match.
+    They are of the smallest unsigned type that has one value more than the labels need. That value,
+    the type's largest, marks ignored voxels in both. If those became background instead, both
+    borders would run along the cut, and every voxel of it would be a perfect match.
     """
-    some = (prediction != 0) | (truth != 0) | (False if ignore is None else ignore)
-    along = [np.flatnonzero(some.any(axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    box = tuple(slice(each[0], each[-1] + 1) if len(each) else slice(0) for each in along)
-    pair = np.stack([prediction[box], truth[box]])
-    hidden = slice(0) if ignore is None else ignore[box]
-    pair[:, hidden] = 0
-    low, high = int(pair.min(initial=0)), int(pair.max(initial=0))
-    refuse(
-        low < 0 or high > LARGEST_LABEL,
-        f"labels must lie in 0 to {LARGEST_LABEL}, found {low} to {high}",
-    )
-    pair = pair.astype(np.min_scalar_type(high + 1))
-    pair[:, hidden] = np.iinfo(pair.dtype).max
-    return np.pad(pair[0], MARGIN), np.pad(pair[1], MARGIN)
+    occupied = (prediction != 0) | (truth != 0)
+    if ignore is not None:
+        occupied |= ignore
+    nothing = (slice(0), slice(0), slice(0))
+    box = bounding_box(occupied) or nothing
+
+    # What an ignored voxel holds does not matter, even if it could be no label.
+    prediction = prediction[box]
+    truth = truth[box]
+    if ignore is not None:
+        prediction = np.where(ignore[box], 0, prediction)
+        truth = np.where(ignore[box], 0, truth)
+
+    low = min(int(labels.min(initial=0)) for labels in (prediction, truth))
+    high = max(int(labels.max(initial=0)) for labels in (prediction, truth))
+    if low < 0 or high > LARGEST_LABEL:
+        raise ValueError(f"labels must lie in 0 to {LARGEST_LABEL}, found {low} to {high}")
+
+    smallest = np.min_scalar_type(high + 1)
+    prediction = prediction.astype(smallest)
+    truth = truth.astype(smallest)
+    if ignore is not None:
+        prediction[ignore[box]] = ignored_value(prediction)
+        truth[ignore[box]] = ignored_value(truth)
+    return np.pad(prediction, 1), np.pad(truth, 1)
+
+
+def ignored_value(labels: Labels) -> int:
+    """What marks an ignored voxel in a map of `cut_out`."""
+    return int(np.iinfo(labels.dtype).max)
+
+
+# --- what is asked
+
+
+def names_of(classes: Mapping[int, str] | Sequence[int]) -> dict[int, str]:
+    """Name by label; without names each label's is its number."""
+    if isinstance(classes, Mapping):
+        return dict(classes)
+    return {label: str(label) for label in classes}
+
+
+def tolerances_of(
+    tolerance: float | Mapping[int, float], labels: Mapping[int, str]
+) -> dict[int, float]:
+    """Tolerance in mm by label; nan for a label that has none."""
+    if isinstance(tolerance, Mapping):
+        return {label: tolerance.get(label, nan) for label in labels}
+    return dict.fromkeys(labels, tolerance)
 
 
 def check(
     prediction: Labels,
     truth: Labels,
     ignore: Mask | None,
-    voxel: Floats,
-    tolerances: dict[int, float],
+    spacing: Floats,
+    tolerances: Mapping[int, float],
 ) -> None:
-    """Raises one line on the first thing that is wrong."""
-    shapes, types = f"{prediction.shape} and {truth.shape}", f"{prediction.dtype} and {truth.dtype}"
-    refuse(
-        prediction.ndim != 3 or truth.ndim != 3,
-        f"prediction and truth must be 3D (d, h, w), got {shapes}",
-    )
-    refuse(
-        prediction.shape != truth.shape, f"prediction and truth lie on different grids: {shapes}"
-    )
-    refuse(
-        not {prediction.dtype.kind, truth.dtype.kind} <= set("biu"),
-        f"labels must be integers, got {types}",
-    )
-    fits = ignore is None or (ignore.shape == truth.shape and ignore.dtype == bool)
-    refuse(not fits, f"ignore must be a boolean array of shape {truth.shape}")
-    valid = voxel.shape == (3,) and 0 < voxel.min() <= voxel.max() < inf
-    refuse(not valid, f"spacing must be three positive numbers in mm, got {voxel.tolist()}")
-    inside = tolerances and 1 <= min(tolerances) <= max(tolerances) <= LARGEST_LABEL
-    refuse(
-        not inside,
-        f"classes must be 1 to {LARGEST_LABEL} (0 is the background), got {list(tolerances)}",
-    )
-    refuse(
-        not all(t >= 0 for t in tolerances.values()),
-        f"every class needs a tolerance of 0 mm or more: {tolerances}",
-    )
+    """Raises ValueError, one line, on the first thing that is wrong."""
+    shapes = f"{prediction.shape} and {truth.shape}"
+    if prediction.ndim != 3 or truth.ndim != 3:
+        raise ValueError(f"prediction and truth must be 3D (d, h, w), got {shapes}")
+    if prediction.shape != truth.shape:
+        raise ValueError(f"prediction and truth lie on different grids: {shapes}")
+
+    if not {prediction.dtype.kind, truth.dtype.kind} <= set("biu"):
+        raise ValueError(f"labels must be integers, got {prediction.dtype} and {truth.dtype}")
+
+    if ignore is not None and (ignore.shape != truth.shape or ignore.dtype != bool):
+        raise ValueError(f"ignore must be a boolean array of shape {truth.shape}")
+
+    if spacing.shape != (3,) or not 0 < spacing.min() <= spacing.max() < inf:
+        raise ValueError(f"spacing must be three positive numbers in mm, got {spacing.tolist()}")
+
+    if not tolerances or min(tolerances) < 1 or max(tolerances) > LARGEST_LABEL:
+        raise ValueError(
+            f"classes must be 1 to {LARGEST_LABEL} (0 is the background), got {list(tolerances)}"
+        )
+    if not all(mm >= 0 for mm in tolerances.values()):
+        raise ValueError(f"every class needs a tolerance of 0 mm or more: {tolerances}")
 
 
-def refuse(wrong: object, message: str) -> None:
-    """Raises `message` if something is wrong."""
-    if wrong:
-        raise ValueError(message)
-
-
-def aggregate(
-    rows: Iterable[Row],
-    *,
-    policy: Policy = "exclude",
-    diagonal_mm: float | Sequence[float] | None = None,
-) -> dict[str, Any]:
-    """Averages over the rows of any number of cases: policy, classes, overall, mean_of_classes and mean_of_cases.
-
-    `exclude` takes what is finite: a missed class counts with its Dice of 0, and in no distance. `diagonal` puts
-    `diagonal_mm`, one number or one a row, for the distances of what is missed or spurious. Each class and `overall`,
-    which takes all rows alike, have the number of rows by `status` and for each metric mean, median, sample std, `n`
-    values averaged and `left_out`; nan over nothing. `mean_of_classes` and `mean_of_cases` average those means instead.
-    """
-    refuse(
-        policy not in ("exclude", "diagonal"), f"policy must be exclude or diagonal, got {policy}"
-    )
-    rows = list(rows) if policy == "exclude" else penalised(list(rows), diagonal_mm)
-    names = {row["class"]: row["name"] for row in rows}
-    by_class, by_case = summaries(rows, "class"), summaries(rows, "case")
-    return {
-        "policy": policy,
-        "classes": {label: {"name": names[label], **scores} for label, scores in by_class.items()},
-        "overall": summary(rows),
-        "mean_of_classes": {
-            m: spread([scores[m]["mean"] for scores in by_class.values()]) for m in METRICS
-        },
-        "mean_of_cases": {
-            m: spread([scores[m]["mean"] for scores in by_case.values()]) for m in METRICS
-        },
-    }
-
-
-def diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Length in mm of the diagonal of a volume of `shape` voxels: no distance within it is longer."""
-    return hypot(*(n * mm for n, mm in zip(shape, spacing)))
-
-
-def penalised(rows: Sequence[Row], diagonal_mm: float | Sequence[float] | None) -> list[Row]:
-    """The rows, with a diagonal for the distances wherever one of the two masks is empty."""
-    lengths = (
-        list(diagonal_mm) if isinstance(diagonal_mm, Iterable) else [diagonal_mm or nan] * len(rows)
-    )
-    fits = len(lengths) == len(rows) and all(0 < mm < inf for mm in lengths)
-    refuse(
-        not fits,
-        "policy diagonal needs diagonal_mm: one positive length in mm, or one for each row",
-    )
-    empty = ("missed", "spurious")
-    return [
-        {**r, **dict.fromkeys(DISTANCES, mm)} if r["status"] in empty else r
-        for r, mm in zip(rows, lengths)
-    ]
-
-
-def summaries(rows: Sequence[Row], key: str) -> dict[Any, dict[str, Any]]:
-    """A summary for every value of `key`, over the rows that have it."""
-    values = dict.fromkeys(row[key] for row in rows if key in row)
-    return {value: summary([row for row in rows if row.get(key) == value]) for value in values}
-
-
-def summary(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many rows have which status, and every metric's spread."""
-    counts = {status: sum(row["status"] == status for row in rows) for status in STATUSES}
-    return {
-        "status": counts,
-        **{metric: spread([row[metric] for row in rows]) for metric in METRICS},
-    }
+# --- what postprocess.py still imports from here
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, median, sample standard deviation and number of the finite values; the number of the others."""
-    finite = [value for value in values if isfinite(value)]
-    mean, middle = (fmean(finite), median(finite)) if finite else (nan, nan)
-    std = stdev(finite) if len(finite) > 1 else nan
-    return {
-        "mean": mean,
-        "median": middle,
-        "std": std,
-        "n": len(finite),
-        "left_out": len(values) - len(finite),
-    }
+    """The mean of the finite values."""
+    finite = [value for value in values if np.isfinite(value)]
+    return {"mean": fmean(finite) if finite else nan}
+
+
+def refuse(wrong: object, message: str) -> None:
+    """Raises ValueError with `message` if something is wrong."""
+    if wrong:
+        raise ValueError(message)

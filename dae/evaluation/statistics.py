@@ -1,79 +1,150 @@
-"""What a table of scores can bear: intervals of means, paired tests of two runs, a table over folds or seeds.
+"""What a table of scores tells: averages, intervals, paired tests of two runs, a table over folds.
 
-The unit is the case. Classes of one case are not independent, so what is said over all classes is said of each case's
-mean over them. Two runs are compared case by case, and only where both have a finite score; how many pairs that leaves
-out, and why, stands beside every number. A missed organ has an infinite HD95 and so leaves the mean of it: to have it
-count, put a distance in its place first (`metrics.penalised`). Rows are those of `metrics.score_labels` with a `case`.
+The unit is the case. Classes of one case are not independent, so what is said over all classes is
+said of each case's mean over them. Two runs are compared case by case, and only where both have a
+finite score; how many pairs that leaves out, and why, is part of every result.
+
+A missed organ has an infinite HD and so leaves the mean of it. To have it count, put a distance in
+its place first (`penalised`). Rows are those of `metrics.score_labels`, with a `case`.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from math import isfinite, nan
-from typing import Any, NamedTuple
+from math import inf, isfinite, nan
+from statistics import fmean, median, stdev
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from dae.config.evaluate import DefinitionName, Policy
 from dae.errors import InputError
-from dae.evaluation.metrics import (
-    METRICS,
-    DefinitionName,
-    Policy,
-    Row,
-    aggregate,
-    penalised,
-    spread,
-)
+from dae.evaluation.metrics import DISTANCES, METRICS, MISSED, SPURIOUS, STATUSES, Row
 
-OVERALL, OVERALL_NAME = "overall", "mean of classes"
-RESAMPLES = 10_000
+OVERALL = "overall"  # in place of a class
+OVERALL_NAME = "mean of classes"
+
+RESAMPLES = 10_000  # of the bootstrap
 HIGHER_IS_BETTER = ("dice", "nsd")
 P_VALUES = ("t_p", "wilcoxon_p")
-UNCORRECTED = {"t_p_holm": nan, "wilcoxon_p_holm": nan}  # the test over all classes is one
+DECIMALS = 12  # of a difference: rounding beyond them would turn zeros and ties into differences
+
 SURFACES = {
-    "default": "the centres of border voxels (6 neighbours), HD95 is the larger of both directed percentiles",
+    "default": "the centres of border voxels (6 neighbours), "
+    "HD95 is the larger of both directed percentiles",
     "monai": "those of definition default, and empty masks are answered as MONAI 1.6.1 does",
     "medpy": "the centres of border voxels, HD95 is the percentile of both directions pooled",
-    "surface-distance": "elements weighted by area, HD95 is the larger of both directed percentiles",
 }
 EMPTY = {
-    "exclude": "what is missed or spurious has Dice and NSD 0 and no distance: n is how many have one",
-    "diagonal": "what is missed or spurious has Dice and NSD 0 and, for a distance, its volume's diagonal",
+    "exclude": "what is missed or spurious has Dice and NSD 0 and no distance: "
+    "n is how many have one",
+    "diagonal": "what is missed or spurious has Dice and NSD 0 and, for a distance, "
+    "its volume's diagonal",
 }
-DECIMALS = 12  # of a difference; beyond it is rounding, which would make ties and zeros into small differences
 
-Key = tuple[str, int]  # case, class
-
-
-class Interval(NamedTuple):
-    """A mean, where it might as well lie (95 %), and over how many values it was taken."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
+Key = tuple[str, int]  # case and class
+Scores = tuple[float, float]  # in run A and in run B
 
 
-def mean_interval(values: Iterable[float], *, seed: int = 0) -> Interval:
-    """Mean of the finite values with its 95 % percentile bootstrap interval (Efron, 1979); nan below two values.
+# --- averages
 
-    The values are drawn again with replacement. With fewer than about ten such an interval is too narrow.
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, median, sample standard deviation and number of the finite values; how many are not."""
+    finite = [value for value in values if isfinite(value)]
+    return {
+        "mean": fmean(finite) if finite else nan,
+        "median": median(finite) if finite else nan,
+        "std": stdev(finite) if len(finite) > 1 else nan,
+        "n": len(finite),
+        "left_out": len(values) - len(finite),
+    }
+
+
+def aggregate(
+    rows: Iterable[Row],
+    *,
+    policy: Policy = "exclude",
+    diagonal_mm: float | Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Averages over the rows of any number of cases.
+
+    Keys: policy, classes, overall, mean_of_classes, mean_of_cases. Each class, and `overall`, which
+    takes all rows alike, has the number of rows by `status`, and `spread` of every metric.
+    `mean_of_classes` and `mean_of_cases` average the means of classes and of cases.
+
+    Policy `exclude` averages what is finite: a missed class counts with its Dice of 0, and in no
+    distance. `diagonal` replaces the distances of what is missed or spurious by `diagonal_mm`, one
+    length or one for each row. Raises ValueError on another policy or a missing length.
     """
-    finite = np.array([value for value in values if isfinite(value)], np.float64)
-    n = len(finite)
-    if n < 2:
-        return Interval(float(finite[0]) if n else nan, nan, nan, n)
-    means = shares_drawn(n, seed) @ finite
-    low, high = np.clip(np.percentile(means, (2.5, 97.5)), finite.min(), finite.max())
-    return Interval(float(finite.mean()), float(low), float(high), n)
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy must be exclude or diagonal, got {policy}")
+
+    rows = list(rows)
+    if policy == "diagonal":
+        rows = penalised(rows, diagonal_mm)
+
+    names = {row["class"]: row["name"] for row in rows}
+    by_class = summaries(rows, "class")
+    by_case = summaries(rows, "case")
+    classes = {label: {"name": names[label], **by_class[label]} for label in by_class}
+    return {
+        "policy": policy,
+        "classes": classes,
+        "overall": summary(rows),
+        "mean_of_classes": spread_of_means(by_class.values()),
+        "mean_of_cases": spread_of_means(by_case.values()),
+    }
 
 
-@lru_cache(maxsize=4)
-def shares_drawn(n: int, seed: int) -> NDArray[np.float64]:
-    """What share of each of RESAMPLES draws of n out of n falls to which value: (RESAMPLES, n)."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
+def penalised(rows: Sequence[Row], diagonal_mm: float | Sequence[float] | None) -> list[Row]:
+    """The rows, with `diagonal_mm` for every distance of what is missed or spurious.
+
+    It is one length in mm, or one for each row. Raises ValueError where there is none.
+    """
+    if isinstance(diagonal_mm, Iterable):
+        lengths = list(diagonal_mm)
+    else:
+        lengths = [diagonal_mm or nan] * len(rows)
+    if len(lengths) != len(rows) or not all(0 < mm < inf for mm in lengths):
+        raise ValueError(
+            "policy diagonal needs diagonal_mm: one positive length in mm, or one for each row"
+        )
+
+    result = []
+    for row, mm in zip(rows, lengths):
+        if row["status"] in (MISSED, SPURIOUS):
+            row = row | dict.fromkeys(DISTANCES, mm)
+        result.append(row)
+    return result
+
+
+def summaries(rows: Sequence[Row], key: str) -> dict[Any, dict[str, Any]]:
+    """`summary` of the rows of each value of `key`, over the rows that have it."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        if key in row:
+            groups.setdefault(row[key], []).append(row)
+    return {value: summary(group) for value, group in groups.items()}
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """How many rows have which status, and the spread of every metric."""
+    statuses = Counter(row["status"] for row in rows)
+    result: dict[str, Any] = {"status": {status: statuses[status] for status in STATUSES}}
+    for metric in METRICS:
+        result[metric] = spread([row[metric] for row in rows])
+    return result
+
+
+def spread_of_means(groups: Collection[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """The spread of every metric's means in some summaries."""
+    result = {}
+    for metric in METRICS:
+        result[metric] = spread([scores[metric]["mean"] for scores in groups])
+    return result
 
 
 def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
@@ -86,8 +157,45 @@ def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
 
 def worst_cases(rows: Iterable[Row], n: int = 3) -> list[str]:
     """The cases of the lowest mean Dice, the lowest first."""
-    means = {case: mean for case, mean in case_means(rows, "dice").items() if isfinite(mean)}
-    return sorted(means, key=lambda case: means[case])[:n]
+    means = case_means(rows, "dice")
+    scored = [case for case in means if isfinite(means[case])]
+    return sorted(scored, key=lambda case: means[case])[:n]
+
+
+# --- intervals
+
+
+class Interval(NamedTuple):
+    """A mean, its 95 % interval, and the number of values that it was taken over."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def mean_interval(values: Iterable[float], *, seed: int = 0) -> Interval:
+    """Mean of the finite values with its 95 % percentile bootstrap interval (Efron, 1979).
+
+    Below two values there is no interval (nan). With fewer than about ten it is too narrow.
+    """
+    finite = np.array([value for value in values if isfinite(value)], np.float64)
+    n = len(finite)
+    if n < 2:
+        mean = float(finite[0]) if n else nan
+        return Interval(mean, nan, nan, n)
+
+    means = bootstrap_shares(n, seed) @ finite
+    percentiles = np.percentile(means, (2.5, 97.5))
+    low, high = np.clip(percentiles, finite.min(), finite.max())  # rounding may lead beyond
+    return Interval(float(finite.mean()), float(low), float(high), n)
+
+
+@lru_cache(maxsize=4)
+def bootstrap_shares(n: int, seed: int) -> NDArray[np.float64]:
+    """The share of each of n values in samples of n drawn with replacement: (RESAMPLES, n)."""
+    rng = np.random.default_rng(seed)
+    return rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n
 
 
 def summarise(
@@ -99,188 +207,278 @@ def summarise(
     tolerance: float | Mapping[int, float] = 1.0,
     ignore: int | None = None,
 ) -> dict[str, Any]:
-    """`metrics.aggregate` of all cases, with the interval of each class's means and of the means over cases.
+    """`aggregate` of all cases, with the intervals of each class's mean and of the mean of cases.
 
-    `diagonals`, mm by case, stand for the distances of missed and spurious classes if the policy is "diagonal". They,
-    the definition, the tolerance and the ignored label that the rows were scored by are noted, so that the numbers can
-    be told apart.
+    `diagonals`, mm by case, are the distances of missed and spurious classes under policy
+    `diagonal`. They, the definition, the tolerance and the ignored label are noted in the result:
+    only scores that share them can be compared.
     """
+    # A case without a length is an error only where the policy asks for one.
     lengths = [(diagonals or {}).get(row["case"], nan) for row in rows]
     counted = penalised(rows, lengths) if policy == "diagonal" else rows
-    summary = aggregate(rows, policy=policy, diagonal_mm=lengths)
+    averages = aggregate(rows, policy=policy, diagonal_mm=lengths)
+
     for metric in METRICS:
-        for cls, scores in summary["classes"].items():
-            its = mean_interval(row[metric] for row in counted if row["class"] == cls)
-            scores[metric] |= {"low": its.low, "high": its.high}
-        its = mean_interval(case_means(counted, metric).values())
-        summary["mean_of_cases"][metric] |= {"low": its.low, "high": its.high}
-    words = {"definition": definition, "surfaces": SURFACES[definition], "empty": EMPTY[policy]}
-    facts = {"tolerance_mm": tolerance, "ignore": ignore, "diagonals_mm": dict(diagonals or {})}
-    return {"cases": len({row["case"] for row in rows}), **words, **summary, **facts}
+        for label, scores in averages["classes"].items():
+            values = [row[metric] for row in counted if row["class"] == label]
+            add_interval(scores[metric], values)
+        add_interval(averages["mean_of_cases"][metric], case_means(counted, metric).values())
+
+    return {
+        "cases": len({row["case"] for row in rows}),
+        "definition": definition,
+        "surfaces": SURFACES[definition],
+        "empty": EMPTY[policy],
+        **averages,
+        "tolerance_mm": tolerance,
+        "ignore": ignore,
+        "diagonals_mm": dict(diagonals or {}),
+    }
+
+
+def add_interval(scores: dict[str, float], values: Iterable[float]) -> None:
+    """Put the interval of the values' mean beside that mean."""
+    interval = mean_interval(values)
+    scores["low"] = interval.low
+    scores["high"] = interval.high
+
+
+# --- two runs
 
 
 def compare(
     rows_a: Sequence[Row], rows_b: Sequence[Row], *, metrics: Sequence[str] = METRICS, seed: int = 0
 ) -> list[Row]:
-    """B against A: for each metric a row per class, and one over all of them that pairs the cases' means.
+    """B against A: for each metric a row per class, and one over all, of the cases' means.
 
-    Rows: metric, class, name, n, left_out, mean_a, mean_b, difference (B minus A) with its interval low and high,
-    better, t_p and wilcoxon_p, and both as t_p_holm and wilcoxon_p_holm, corrected over the classes of the metric.
-    Raises InputError where the runs have no case in common, or one holds a case's class twice.
+    Rows: metric, class, name, n, left_out, mean_a, mean_b, difference (B minus A) with its interval
+    low and high, better, t_p and wilcoxon_p, and both as t_p_holm and wilcoxon_p_holm, corrected
+    over the classes of the metric. Raises InputError where the runs have no case in common, or one
+    holds a class of a case twice.
     """
-    a, b = by_case_and_class(rows_a, "A"), by_case_and_class(rows_b, "B")
-    if not {case for case, _ in a} & {case for case, _ in b}:
+    a = by_case_and_class(rows_a, "A")
+    b = by_case_and_class(rows_b, "B")
+    cases_of_a = {case for case, _ in a}
+    cases_of_b = {case for case, _ in b}
+    if not cases_of_a & cases_of_b:
         raise InputError(
-            "A and B have no case in common, so that nothing can be paired; are they of one test set?"
+            "A and B have no case in common, so that nothing can be paired; "
+            "are they of one test set?"
         )
+
     names = {row["class"]: row["name"] for row in (*rows_a, *rows_b)}
     table = []
     for metric in metrics:
-        pairs, left_out = pair_up(a, b, metric)
-        lines = []
-        for cls, name in names.items():
-            scores = contrast(
-                [pair for (_, its), pair in pairs.items() if its == cls],
-                left_out[cls],
-                metric,
-                seed,
-            )
-            lines.append({"metric": metric, "class": cls, "name": name, **scores})
-        for p in P_VALUES:
-            for line, corrected in zip(lines, holm([line[p] for line in lines])):
-                line[f"{p}_holm"] = corrected
-        scores = contrast(of_cases(pairs), sum(left_out.values(), Counter[str]()), metric, seed)
-        lines.append(
-            {"metric": metric, "class": OVERALL, "name": OVERALL_NAME, **scores, **UNCORRECTED}
-        )
-        table += lines
+        table += compare_by_metric(a, b, metric, names, seed)
     return table
 
 
 def by_case_and_class(rows: Sequence[Row], run: str) -> dict[Key, Row]:
-    """The rows by what makes a pair."""
-    found = {(row["case"], row["class"]): row for row in rows}
-    if len(found) < len(rows):
-        (case, cls), _ = Counter((row["case"], row["class"]) for row in rows).most_common(1)[0]
-        raise InputError(f"{run}: case {case} has more than one row of class {cls}")
-    return found
+    """The rows by their case and class. Raises InputError where two have the same."""
+    keys = [(row["case"], row["class"]) for row in rows]
+    result = dict(zip(keys, rows))
+    if len(result) < len(rows):
+        (case, label), _ = Counter(keys).most_common(1)[0]
+        raise InputError(f"{run}: case {case} has more than one row of class {label}")
+    return result
 
 
-def pair_up(
+def compare_by_metric(
+    a: Mapping[Key, Row], b: Mapping[Key, Row], metric: str, names: Mapping[int, str], seed: int
+) -> list[Row]:
+    """The rows of `compare` of one metric."""
+    pairs, left_out = paired_scores(a, b, metric)
+
+    table = []
+    for label, name in names.items():
+        of_class = [scores for (_, cls), scores in pairs.items() if cls == label]
+        result = compare_pairs(of_class, left_out[label], metric, seed)
+        table.append({"metric": metric, "class": label, "name": name, **result})
+
+    # Each class is a test of its own, and one in twenty shows a difference by chance.
+    for p in P_VALUES:
+        corrected = holm([row[p] for row in table])
+        for row, value in zip(table, corrected):
+            row[f"{p}_holm"] = value
+
+    # Over all classes, a case is one pair: the means over the classes that both runs have in it.
+    left_out_in_all = sum(left_out.values(), Counter[str]())
+    result = compare_pairs(paired_case_means(pairs), left_out_in_all, metric, seed)
+    for p in P_VALUES:
+        result[f"{p}_holm"] = nan  # one test needs no correction
+    table.append({"metric": metric, "class": OVERALL, "name": OVERALL_NAME, **result})
+    return table
+
+
+def paired_scores(
     a: Mapping[Key, Row], b: Mapping[Key, Row], metric: str
-) -> tuple[dict[Key, tuple[float, float]], dict[int, Counter[str]]]:
-    """The scores in A and in B where both are finite; for each class why, and how often, there is no such pair."""
-    pairs, left_out = dict[Key, tuple[float, float]](), dict[int, Counter[str]]()
+) -> tuple[dict[Key, Scores], dict[int, Counter[str]]]:
+    """The scores where both runs have a finite one; by class, how often not and why."""
+    pairs: dict[Key, Scores] = {}
+    left_out: dict[int, Counter[str]] = {}
     for key in dict.fromkeys([*a, *b]):
-        reasons = left_out.setdefault(key[1], Counter())
-        if key not in a or key not in b:
-            reasons["only in A" if key in a else "only in B"] += 1
+        _, label = key
+        reasons = left_out.setdefault(label, Counter())
+        if key not in b:
+            reasons["only in A"] += 1
+        elif key not in a:
+            reasons["only in B"] += 1
         elif isfinite(a[key][metric]) and isfinite(b[key][metric]):
-            pairs[key] = a[key][metric], b[key][metric]
+            pairs[key] = (a[key][metric], b[key][metric])
         else:
-            bad = {
-                run: rows[key]["status"]
-                for run, rows in (("A", a), ("B", b))
-                if not isfinite(rows[key][metric])
-            }
-            reasons[f"{' or '.join(dict.fromkeys(bad.values()))} in {' and '.join(bad)}"] += 1
+            reasons[why_not_finite(a[key], b[key], metric)] += 1
     return pairs, left_out
 
 
-def of_cases(pairs: Mapping[Key, tuple[float, float]]) -> list[tuple[float, float]]:
-    """For each case both means over the classes that are paired in it: the same classes on both sides."""
-    cases: dict[str, list[tuple[float, float]]] = {}
-    for (case, _), pair in pairs.items():
-        cases.setdefault(case, []).append(pair)
-    return [tuple(np.mean(each, axis=0).tolist()) for each in cases.values()]
+def why_not_finite(a: Row, b: Row, metric: str) -> str:
+    """Like "missed in A", "missed in A and B", "missed or spurious in A and B"."""
+    statuses = {}
+    if not isfinite(a[metric]):
+        statuses["A"] = a["status"]
+    if not isfinite(b[metric]):
+        statuses["B"] = b["status"]
+    different = dict.fromkeys(statuses.values())
+    return f"{' or '.join(different)} in {' and '.join(statuses)}"
 
 
-def contrast(
-    pairs: Sequence[tuple[float, float]], left_out: Mapping[str, int], metric: str, seed: int
+def paired_case_means(pairs: Mapping[Key, Scores]) -> list[Scores]:
+    """For each case both means over the classes that are paired in it, the same in both runs."""
+    cases: dict[str, list[Scores]] = {}
+    for (case, _), scores in pairs.items():
+        cases.setdefault(case, []).append(scores)
+
+    means = []
+    for scores_of_case in cases.values():
+        mean_a, mean_b = np.mean(scores_of_case, axis=0).tolist()
+        means.append((mean_a, mean_b))
+    return means
+
+
+def compare_pairs(
+    pairs: Sequence[Scores], left_out: Mapping[str, int], metric: str, seed: int
 ) -> Row:
-    """Means, difference, interval and p of pairs of one metric."""
+    """Both means, their difference with its interval, the better run and p-values."""
     a, b = np.array(pairs, np.float64).reshape(-1, 2).T
-    difference = np.round(b - a, DECIMALS)
-    mean, low, high, n = mean_interval(difference.tolist(), seed=seed)
-    gain = mean if metric in HIGHER_IS_BETTER else -mean
+    differences = np.round(b - a, DECIMALS)
+    interval = mean_interval(differences.tolist(), seed=seed)
+    t_p, wilcoxon_p = p_values(differences)
     return {
-        "n": n,
+        "n": interval.n,
         "left_out": dict(left_out),
         "mean_a": spread(a.tolist())["mean"],
         "mean_b": spread(b.tolist())["mean"],
-        "difference": mean,
-        "low": low,
-        "high": high,
-        "better": "B" if gain > 0 else "A" if gain < 0 else "neither",
-        **dict(zip(P_VALUES, p_values(difference))),
+        "difference": interval.mean,
+        "low": interval.low,
+        "high": interval.high,
+        "better": better_run(interval.mean, metric),
+        "t_p": t_p,
+        "wilcoxon_p": wilcoxon_p,
     }
 
 
-def p_values(difference: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the paired t-test (two-sided) and of Wilcoxon's signed-rank test (zeros dropped, exact where it can be).
+def better_run(difference: float, metric: str) -> str:
+    """A, B or neither, by the sign of B minus A."""
+    gain = difference if metric in HIGHER_IS_BETTER else -difference
+    if gain > 0:
+        return "B"
+    if gain < 0:
+        return "A"
+    return "neither"
 
-    Below two pairs both are nan; where no pair differs both are 1. Where all differ by the same there is no spread for
-    a t-test to measure by, and its p is nan.
+
+def p_values(differences: NDArray[np.float64]) -> tuple[float, float]:
+    """Of the paired t-test (two-sided) and of Wilcoxon's signed-rank test (zeros dropped).
+
+    Below two pairs both are nan; where no pair differs both are 1. Where all differ by the same
+    amount a t-test has no variance to divide by, and its p is nan.
     """
-    if len(difference) < 2:
+    if len(differences) < 2:
         return nan, nan
-    if not difference.any():
+    if not differences.any():
         return 1.0, 1.0
-    t = float(stats.ttest_1samp(difference, 0).pvalue) if np.ptp(difference) else nan
-    return t, float(stats.wilcoxon(difference).pvalue)
+
+    t_p = nan
+    if np.ptp(differences):
+        t_p = float(stats.ttest_1samp(differences, 0).pvalue)
+    return t_p, float(stats.wilcoxon(differences).pvalue)
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values corrected for how many there are (Holm, 1979), in their order; nan is no test and stays nan.
+    """p-values corrected for how many there are (Holm, 1979), in their order; nan is no test.
 
-    The smallest is multiplied by their number, the next by one less, and none ends up below one smaller than itself.
+    The smallest is multiplied by their number, the next by one less, and so on; none becomes less
+    than the one before it.
     """
-    tests = sorted((value, place) for place, value in enumerate(p) if isfinite(value))
-    corrected, least = [nan] * len(p), 0.0
-    for rank, (value, place) in enumerate(tests):
-        least = max(least, min(1.0, (len(tests) - rank) * value))
-        corrected[place] = least
+    tested = [index for index, value in enumerate(p) if isfinite(value)]
+    ascending = sorted(tested, key=lambda index: p[index])
+
+    corrected = [nan] * len(p)
+    least = 0.0
+    for rank, index in enumerate(ascending):
+        multiplied = min(1.0, (len(tested) - rank) * p[index])
+        least = max(least, multiplied)
+        corrected[index] = least
     return corrected
+
+
+# --- folds, or seeds
 
 
 def fold_table(
     runs: Sequence[tuple[str, Sequence[Row]]], *, metrics: Sequence[str] = METRICS, seed: int = 0
 ) -> list[Row]:
-    """Over folds, or over seeds: for each metric a row per class, and one of the cases' means over classes.
+    """Over folds, or over seeds: for each metric a row per class, and one over all.
 
-    Rows: metric, class, name, folds {name of the run: {mean, n}}, mean_of_folds and std_of_folds over the runs' means,
-    n_folds, and mean, low, high, n pooled over cases. A case that several runs have counts once there, with its mean
-    over them: seeds do not make cases. Raises InputError where two runs have one name.
+    Rows: metric, class, name, folds {name of the run: {mean, n}}, mean_of_folds and std_of_folds
+    over the runs' means, n_folds, and mean, low, high, n over cases. A case that several runs have
+    counts once there, with its mean over them: seeds do not make cases. Raises InputError where two
+    runs have one name.
     """
     if len({name for name, _ in runs}) < len(runs):
         raise InputError("two folds have one name, which would make one row of both")
-    names = {row["class"]: row["name"] for _, rows in runs for row in rows}
+
+    names: dict[Any, str] = {}
+    for _, rows in runs:
+        names |= {row["class"]: row["name"] for row in rows}
+    names[OVERALL] = OVERALL_NAME
+
     table = []
     for metric in metrics:
-        for cls, name in {**names, OVERALL: OVERALL_NAME}.items():
-            scores = {run: case_means(select(rows, cls), metric) for run, rows in runs}
-            table.append({"metric": metric, "class": cls, "name": name, **over_folds(scores, seed)})
+        for label, name in names.items():
+            scores = {run: case_means(rows_of_class(rows, label), metric) for run, rows in runs}
+            result = average_folds(scores, seed)
+            table.append({"metric": metric, "class": label, "name": name, **result})
     return table
 
 
-def select(rows: Iterable[Row], cls: Any) -> list[Row]:
-    """The rows of one class, or all."""
-    return [row for row in rows if cls in (row["class"], OVERALL)]
+def rows_of_class(rows: Iterable[Row], label: Any) -> list[Row]:
+    """The rows of one class; all of them for OVERALL."""
+    return [row for row in rows if label in (row["class"], OVERALL)]
 
 
-def over_folds(scores: Mapping[str, Mapping[str, float]], seed: int) -> Row:
-    """From one score per fold and case to means over folds and over cases."""
-    folds = {run: spread(list(cases.values())) for run, cases in scores.items()}
-    means = spread([fold["mean"] for fold in folds.values()])
-    pooled: dict[str, list[float]] = {}
+def average_folds(scores: Mapping[str, Mapping[str, float]], seed: int) -> Row:
+    """From one score for each fold and case to means over folds and over cases."""
+    folds = {}
+    for run, cases in scores.items():
+        fold = spread(list(cases.values()))
+        folds[run] = {"mean": fold["mean"], "n": fold["n"]}
+    over_folds = spread([fold["mean"] for fold in folds.values()])
+
+    # Seeds score the same cases again: each case counts once, with its mean.
+    scores_of_case: dict[str, list[float]] = {}
     for cases in scores.values():
-        for case, value in cases.items():
-            pooled.setdefault(case, []).append(value)
-    interval = mean_interval([spread(values)["mean"] for values in pooled.values()], seed=seed)
+        for case, score in cases.items():
+            scores_of_case.setdefault(case, []).append(score)
+    case_scores = [spread(values)["mean"] for values in scores_of_case.values()]
+    over_cases = mean_interval(case_scores, seed=seed)
+
     return {
-        "folds": {run: {"mean": fold["mean"], "n": fold["n"]} for run, fold in folds.items()},
-        "mean_of_folds": means["mean"],
-        "std_of_folds": means["std"],
-        "n_folds": means["n"],
-        **interval._asdict(),
+        "folds": folds,
+        "mean_of_folds": over_folds["mean"],
+        "std_of_folds": over_folds["std"],
+        "n_folds": over_folds["n"],
+        "mean": over_cases.mean,
+        "low": over_cases.low,
+        "high": over_cases.high,
+        "n": over_cases.n,
     }

@@ -1,137 +1,161 @@
-"""What people read of the scores: summary.json, figures, one HTML page, and the tables of a comparison.
+"""What people read of the scores: summary.json, figures, one HTML page, and tables of a comparison.
 
-Every file is whole or not there; JSON has null where it has no number; the page needs nothing beside itself.
-matplotlib is imported where it is used: it takes half a second.
+Every file appears whole or not at all. JSON has null where there is no number. The page is filled
+into page.html, beside this file, and needs nothing beside itself.
 """
 
-import io
 import json
 from base64 import b64encode
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from itertools import combinations, cycle
-from math import ceil, isclose, isfinite, isnan
+from itertools import combinations
+from math import isclose, isfinite, isnan
 from pathlib import Path
+from string import Template
 from typing import Any
-
-import numpy as np
 
 from dae.data.nifti import LabelMap, difference, read, read_labels
 from dae.errors import InputError
-from dae.evaluation.cases import Case, Pair, write_csv
-from dae.evaluation.metrics import Row
-from dae.evaluation.postprocess import box_of
-from dae.evaluation.statistics import HIGHER_IS_BETTER, case_means, worst_cases
+from dae.evaluation.cases import Pair, write_csv
+from dae.evaluation.metrics import OK, Row
+from dae.evaluation.statistics import (
+    HIGHER_IS_BETTER,
+    OVERALL_NAME,
+    P_VALUES,
+    case_means,
+    worst_cases,
+)
+from dae.figures import colours_of, distribution, overlay
 from dae.files import write_bytes
 
-SHOWN = {"dice": "Dice", "hd95": "HD95, mm", "assd": "ASSD, mm", "nsd": "NSD"}  # where people read
-INK = "#737d8a"  # legible on white and on black
-LINE, MEDIAN = {"color": INK}, {"color": "#e4572e", "linewidth": 1.6}
-COMPARED = {
-    "t_p": "t-test p",
-    "t_p_holm": "Holm",
-    "wilcoxon_p": "Wilcoxon p",
-    "wilcoxon_p_holm": "Holm",
-}
-MARKS = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # mm
-COLOURS = (
-    "#4cc9f0",
-    "#ffd166",
-    "#ef476f",
-    "#06d6a0",
-    "#f78c6b",
-    "#b79cff",
-    "#a7c957",
-    "#ff99c8",
-    "#5e8bff",
-    "#e9c46a",
-    "#90e0ef",
-    "#d4a373",
-    "#c8f560",
-)
+# Where people read. Dice, HD and MSD are the columns of Table 2.
+SHOWN = {"dice": "Dice", "hd": "HD, mm", "msd": "MSD, mm", "hd95": "HD95, mm", "nsd": "NSD"}
+
+# What the scores of two runs must share, by its name in summary.json, and the flag that decides it.
+TERMS = {"definition": "--definition", "ignore": "--ignore", "tolerance_mm": "--tolerance"}
+SAME_LENGTH = 1e-3  # of two diagonals: smaller differences are rounding of the header's float32
+
+PAGE = Path(__file__).with_name("page.html")
+NO_NUMBER = "–"
 
 
-def strict(value: Any, **how: Any) -> str:
-    """JSON with null for what it has no number for."""
-    return json.dumps(
-        json.loads(json.dumps(value), parse_constant=lambda _: None), allow_nan=False, **how
-    )
+# --- summary.json
+
+
+def strict_json(value: Any, **options: Any) -> str:
+    """JSON with null for nan and infinity, which JSON does not have."""
+    # Python writes NaN and Infinity, which other readers refuse; they are read back as None.
+    with_null = json.loads(json.dumps(value), parse_constant=lambda _: None)
+    return json.dumps(with_null, allow_nan=False, **options)
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:
     """summary.json: what `statistics.summarise` gives."""
-    write_bytes(path, strict(summary, indent=1).encode())
+    write_bytes(path, strict_json(summary, indent=1).encode())
 
 
-# What the scores of two runs must share, by its name in summary.json, and the flag that decides it.
-TERMS = {"definition": "--definition", "ignore": "--ignore", "tolerance_mm": "--tolerance"}
-AS_LONG = 1e-3  # of two diagonals: less is rounding of the header's float32
+# --- may two runs be compared?
 
 
 def terms_of(scores: Path) -> dict[str, Any]:
-    """By what a scores.csv was made: the summary.json beside it, or nothing where there is none."""
+    """The summary.json beside a scores.csv, which says how it was made; empty without one."""
     try:
-        found = json.loads((scores.parent / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((scores.parent / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and TERMS.keys() <= found.keys() else {}
+
+    # Not every summary.json is ours, nor whole.
+    if isinstance(summary, dict) and TERMS.keys() <= summary.keys():
+        return summary
+    return {}
 
 
 def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Raises InputError where two runs were scored by different definitions, tolerances or label maps.
+    """Raises InputError where runs were scored by other definitions, tolerances or label maps.
 
-    Returns a warning that names the runs whose summary.json does not tell.
+    `runs` are names with their `terms_of`. Returns a warning that names the runs without any.
     """
-    for (a, one), (b, other) in combinations(runs, 2):
-        for fact, flag in TERMS.items():
-            if one and other and (differing := differing_terms(one, other, fact)):
-                raise InputError(
-                    f"{a} and {b} were scored with different {flag}: {differing}; score one of them again"
-                )
-        check_names(a, b, one.get("classes", {}), other.get("classes", {}))
-        for case in sorted(one.get("labels", {}).keys() & other.get("labels", {}).keys()):
-            if one["labels"][case] != other["labels"][case] or not as_long(one, other, case):
-                raise InputError(
-                    f"{a} and {b} were scored against different label maps of case {case}; "
-                    "score one of them again"
-                )
+    for (a, terms_a), (b, terms_b) in combinations(runs, 2):
+        if terms_a and terms_b:
+            check_flags(a, b, terms_a, terms_b)
+        check_names(a, b, terms_a.get("classes", {}), terms_b.get("classes", {}))
+        check_label_maps(a, b, terms_a, terms_b)
+
     silent = [name for name, terms in runs if "labels" not in terms]
     if len(runs) < 2 or not silent:
         return ""
     return (
-        f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance and the label "
-        "maps of the scores; whether they can be compared is not known"
+        f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance "
+        "and the label maps of the scores; whether they can be compared is not known"
     )
 
 
-def check_names(a: str, b: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    """Raises InputError where one label has two names. A name that is the number alone is none."""
-    for label in sorted(one.keys() & other.keys()):
-        names = {str(run[label].get("name", label)) for run in (one, other)} - {str(label)}
-        if len({name.casefold() for name in names}) > 1:
+def check_flags(a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> None:
+    """Raises InputError where a flag of eval.py score was another."""
+    for term, flag in TERMS.items():
+        if term == "tolerance_mm":
+            differing = differing_tolerance(terms_a, terms_b)
+        elif terms_a[term] != terms_b[term]:
+            differing = f"{terms_a[term]} and {terms_b[term]}"
+        else:
+            differing = ""
+        if differing:
             raise InputError(
-                f"{a} and {b}: label {label} is {' in one and '.join(sorted(names))} in the other"
+                f"{a} and {b} were scored with different {flag}: {differing}; "
+                "score one of them again"
             )
 
 
-def differing_terms(one: Mapping[str, Any], other: Mapping[str, Any], fact: str) -> str:
-    """Both values where they differ, in words; of a tolerance the first class that has another."""
-    if fact != "tolerance_mm":
-        return "" if one[fact] == other[fact] else f"{one[fact]} and {other[fact]}"
-    for cls in sorted(one["classes"].keys() & other["classes"].keys()):
-        a, b = (
-            run[fact].get(cls) if isinstance(run[fact], dict) else run[fact] for run in (one, other)
-        )
+def differing_tolerance(terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> str:
+    """The first class of both that has two tolerances, in words; empty where none has."""
+    for label in sorted(terms_a["classes"].keys() & terms_b["classes"].keys()):
+        a = tolerance_of(terms_a["tolerance_mm"], label)
+        b = tolerance_of(terms_b["tolerance_mm"], label)
         if a != b:
-            return f"{a} and {b} mm for {one['classes'][cls]['name']}"
+            return f"{a} and {b} mm for {terms_a['classes'][label]['name']}"
     return ""
 
 
-def as_long(one: Mapping[str, Any], other: Mapping[str, Any], case: str) -> bool:
-    """Whether both label maps of a case have one diagonal in mm: equal voxels of other sizes are other labels."""
-    a, b = (run.get("diagonals_mm", {}).get(case) for run in (one, other))
-    return a is None or b is None or isclose(a, b, rel_tol=AS_LONG)
+def tolerance_of(tolerance: Any, label: str) -> Any:
+    """A class's tolerance in mm, from one number or one for each class."""
+    return tolerance.get(label) if isinstance(tolerance, dict) else tolerance
+
+
+def check_names(a: str, b: str, classes_a: Mapping[str, Any], classes_b: Mapping[str, Any]) -> None:
+    """Raises InputError where one label has two names. The number alone is no name."""
+    for label in sorted(classes_a.keys() & classes_b.keys()):
+        # Labels scored without a list have their number for a name, which says nothing.
+        names = {str(classes[label].get("name", label)) for classes in (classes_a, classes_b)}
+        names.discard(str(label))
+        if len({name.casefold() for name in names}) > 1:
+            first, second = sorted(names)
+            raise InputError(
+                f"{a} and {b}: label {label} is {first} in one and {second} in the other"
+            )
+
+
+def check_label_maps(
+    a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]
+) -> None:
+    """Raises InputError where a case has other labels, or the same in voxels of another size."""
+    labels_a = terms_a.get("labels", {})
+    labels_b = terms_b.get("labels", {})
+    for case in sorted(labels_a.keys() & labels_b.keys()):
+        mm_a = terms_a.get("diagonals_mm", {}).get(case)
+        mm_b = terms_b.get("diagonals_mm", {}).get(case)
+
+        # Equal voxels of another size are other labels.
+        known = mm_a is not None and mm_b is not None
+        other_size = known and not isclose(mm_a, mm_b, rel_tol=SAME_LENGTH)
+        if labels_a[case] != labels_b[case] or other_size:
+            raise InputError(
+                f"{a} and {b} were scored against different label maps of case {case}; "
+                "score one of them again"
+            )
+
+
+# --- figures
 
 
 def figures(
@@ -141,30 +165,33 @@ def figures(
     images: Mapping[str, Path] = {},
     ignore: int | None = None,
 ) -> dict[str, bytes]:
-    """`distribution` and `worst-<case>`, as PNG; `images` lie under the latter.
+    """PNGs by name: `distribution`, and `worst-<case>`, an overlay for each of the lowest cases.
 
-    What is labelled `ignore` is drawn as background, in the prediction as well.
+    An overlay is drawn over the case's image, where `images` has it. What is labelled `ignore` is
+    drawn as background, in the prediction as well.
     """
+    files = {pair.case: pair for pair in pairs}
+    classes = list(dict.fromkeys(row["class"] for row in rows))
+
     pictures = {"distribution": distribution(rows)}
     for case in worst_cases(rows):
-        _, prediction, label = next(pair for pair in pairs if pair.case == case)
-        true = read_labels(label)
+        true = read_labels(files[case].label)
+        predicted = read_labels(files[case].prediction, like=true.affine)
+        image = image_under(images[case], true) if case in images else None
+
+        # Also in the prediction: what was not annotated is neither right nor wrong.
         annotated = true.labels != ignore
-        both = Case(
-            case,
-            read_labels(prediction, like=true.affine).labels * annotated,
-            true.labels * annotated,
-            true.spacing,
-        )
-        classes = dict.fromkeys(row["class"] for row in rows)
         pictures[f"worst-{case}"] = overlay(
-            both, classes, beneath(images[case], true) if case in images else None
+            predicted.labels * annotated, true.labels * annotated, true.spacing, classes, image
         )
     return pictures
 
 
-def beneath(path: Path, true: LabelMap) -> Any:
-    """An image's first channel (d, h, w), or None where it can't be read or has another grid: scores need no image."""
+def image_under(path: Path, true: LabelMap) -> Any:
+    """An image's first channel (d, h, w); None if it cannot be read or is on another grid.
+
+    Scores need no image, so this is no error.
+    """
     try:
         image = read(path, like=true.affine)
     except InputError:
@@ -172,295 +199,239 @@ def beneath(path: Path, true: LabelMap) -> Any:
     return None if difference(image.grid, true.grid) else image.data[0]
 
 
-def distribution(rows: Sequence[Row]) -> bytes:
-    """Dice and HD95: for each class a box around the middle half of the cases, a dot for each, and their number."""
-    from matplotlib.figure import Figure
-
-    names, jitter = {row["class"]: row["name"] for row in rows}, np.random.default_rng(0)
-    figure = Figure(figsize=(10, 1 + 0.36 * len(names)), layout="constrained")
-    dice, hd95 = figure.subplots(1, 2, sharey=True)
-    for axes, metric in ((dice, "dice"), (hd95, "hd95")):
-        for place, cls in enumerate(names):
-            values = np.array([row[metric] for row in rows if row["class"] == cls])
-            finite, endless = values[np.isfinite(values)], int(np.isinf(values).sum())
-            axes.boxplot(
-                finite,
-                positions=[place],
-                orientation="horizontal",
-                widths=0.5,
-                showfliers=False,
-                boxprops=LINE,
-                whiskerprops=LINE,
-                capprops=LINE,
-                medianprops=MEDIAN,
-            )
-            axes.plot(
-                finite,
-                place + jitter.uniform(-0.16, 0.16, len(finite)),
-                "o",
-                ms=4,
-                alpha=0.6,
-                color="#3f8efc",
-            )
-            axes.annotate(
-                f"n {len(finite)}" + f", {endless} ∞" * (endless > 0),
-                (1.02, place),
-                color=INK,
-                fontsize=8,
-                xycoords=("axes fraction", "data"),
-                va="center",
-            )
-        axes.set_title(SHOWN[metric], color=INK, loc="left", fontsize=11, fontweight="bold")
-        axes.tick_params(colors=INK, length=0)
-        axes.grid(axis="x", color=INK, alpha=0.25)
-        axes.spines[:].set_visible(False)
-    dice.set(
-        yticks=range(len(names)),
-        yticklabels=names.values(),
-        xlim=(-0.03, 1.03),
-        ylim=(len(names) - 0.5, -0.5),
-    )
-    farthest = max(
-        [1.0, *(row["hd95"] for row in rows if isfinite(row["hd95"]))]
-    )  # on a line it would hide the rest
-    hd95.set(xscale="symlog", xticks=MARKS, xticklabels=MARKS, xlim=(-0.1, 1.3 * farthest))
-    hd95.minorticks_off()
-    return png(figure, transparent=True)
+# --- numbers as text
 
 
-def overlay(case: Case, classes: Iterable[int], image: Any = None) -> bytes:
-    """Three planes as radiologists see them, each where most voxels are wrong: truth filled, prediction as a line."""
-    from matplotlib.figure import Figure
-
-    some = ((case.prediction > 0) | (case.truth > 0)).astype(np.uint8)
-    box: Any = box_of(some, 1, [ceil(15 / mm) for mm in case.spacing]) or ...  # and 15 mm around it
-    truth, prediction, shown = (
-        each[box] for each in (case.truth, case.prediction, some if image is None else image)
-    )
-    wrong = prediction != truth if (prediction != truth).any() else truth > 0
-    low, high = (
-        (1, 3)
-        if image is None
-        else np.percentile(shown[truth > 0] if truth.any() else shown, (2, 98))
-    )
-    d, h, w = (n * mm for n, mm in zip(truth.shape, case.spacing))
-    figure = Figure(
-        figsize=(12, 12 * max(h, w) / (d + d + h)), facecolor="black", layout="constrained"
-    )
-    sizes = (d, h), (d, w), (h, w)  # mm of the axial, the coronal and the sagittal plane
-    for axes, axis, (width, height) in zip(
-        figure.subplots(1, 3, width_ratios=(d, d, h)), (2, 1, 0), sizes
-    ):
-        at = int(wrong.sum(tuple({0, 1, 2} - {axis})).argmax())
-        place: dict[str, Any] = {"origin": "lower", "extent": (0, width, 0, height)}
-        # turned so that the patient's right side and front lie to the left
-        grey, true, predicted = (each.take(at, axis)[::-1].T for each in (shown, truth, prediction))
-        axes.imshow(
-            grey, cmap="gray", vmin=1.5 * low - 0.5 * high, vmax=1.5 * high - 0.5 * low, **place
-        )
-        for cls, colour in zip(classes, cycle(COLOURS)):
-            if (true == cls).any():
-                axes.contourf(true == cls, levels=[0.5, 1], colors=[colour], alpha=0.35, **place)
-            if (predicted == cls).any():
-                axes.contour(
-                    predicted == cls, levels=[0.5], colors=[colour], linewidths=1.4, **place
-                )
-        axes.set_axis_off()
-    return png(figure)
+def number(value: float, metric: str) -> str:
+    """Three decimals of a share, two of mm."""
+    if isnan(value):
+        return NO_NUMBER
+    decimals = 3 if metric in HIGHER_IS_BETTER else 2
+    return f"{value:z.{decimals}f}"
 
 
-def png(figure: Any, **how: Any) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=130, metadata={"Software": None}, **how)
-    return stream.getvalue()
+def interval(scores: Mapping[str, Any], metric: str) -> str:
+    """Like "0.912 to 0.934"."""
+    if isnan(scores["low"]):
+        return NO_NUMBER
+    return f"{number(scores['low'], metric)} to {number(scores['high'], metric)}"
 
 
-STYLE = """
-:root{color-scheme:light dark;--ink:#20242b;--soft:#69727f;--line:#e3e7ec;--back:#fff;--card:#f4f6f9}
-@media(prefers-color-scheme:dark){:root{--ink:#d8dde5;--soft:#8d97a5;--line:#2a3039;--back:#14171c;--card:#1d2128}}
-body{margin:0;background:var(--back);color:var(--ink);font:15px/1.55 system-ui,"Segoe UI","DejaVu Sans",sans-serif}
-main{max-width:1080px;margin:auto;padding:40px 28px}h1{font-size:28px;margin:0}h2{font-size:18px;margin:46px 0 12px}
-p{max-width:84ch}.wide{overflow-x:auto}.tiles{display:flex;flex-wrap:wrap;gap:14px;margin:26px 0}
-pre{flex:1;min-width:160px;margin:0;background:var(--card);border-radius:10px;padding:14px 18px;font-family:inherit}
-pre b{display:block;font-weight:400}pre b::first-line{font-size:30px;font-weight:700}.soft,pre,td{color:var(--soft)}
-table,pre{font-size:13px;font-variant-numeric:tabular-nums}table{border-collapse:collapse;width:100%}
-td,th{padding:5px 8px;text-align:right;vertical-align:bottom;font-weight:400}td{vertical-align:top;white-space:pre}
-tbody tr{border-top:1px solid var(--line)}tr>:first-child{text-align:left;padding:5px 0}td{font-size:11.5px}
-img{width:100%}figure{margin:0 0 26px}figure img{background:#000;border-radius:8px;max-height:440px;object-fit:contain}
-td::first-line{font-size:13.5px}i{display:inline-block;padding:6px;border-radius:3px;margin:0 5px -2px 14px}
-td::first-line,pre b::first-line{color:var(--ink)}th[colspan]{text-align:center}thead,figcaption{color:var(--soft)}"""
+def p_value(p: float) -> str:
+    """Three decimals."""
+    if isnan(p):
+        return NO_NUMBER
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def dice_or_status(row: Row) -> str:
+    """The Dice of a class, or that it is missed, spurious or absent."""
+    return number(row["dice"], "dice") if row["status"] == OK else row["status"]
+
+
+def tolerances(tolerance: float | Mapping[int, float], names: Mapping[int, str]) -> str:
+    """One tolerance, or each with the classes that have it: "1.5 (liver, spleen), 3 (aorta)"."""
+    if not isinstance(tolerance, Mapping):
+        return f"{tolerance:g}"
+
+    names_by_mm = defaultdict(list)
+    for label, name in names.items():
+        names_by_mm[tolerance[label]].append(name)
+    parts = [f"{mm:g} ({', '.join(names_by_mm[mm])})" for mm in sorted(names_by_mm)]
+    return ", ".join(parts)
+
+
+def counted(n: int, singular: str, plural: str) -> str:
+    """Like "1 case" and "2 cases"."""
+    return f"{n} {singular if n == 1 else plural}"
+
+
+# --- the page
 
 
 def write_page(
     rows: Sequence[Row], summary: Mapping[str, Any], pictures: Mapping[str, bytes], path: Path
 ) -> None:
-    """One HTML file of what `summarise` and `figures` gave, for light and dark, with nothing outside itself."""
-    names, means = {row["class"]: row["name"] for row in rows}, summary["mean_of_cases"]
-    definition, policy = (escape(str(summary[key])) for key in ("definition", "policy"))
-    tolerance = escape(in_words(summary["tolerance_mm"], names))
-    unknown = (
-        ""
-        if summary["ignore"] is None
-        else f"What is labelled {summary['ignore']} counts for nothing. "
+    """report.html from what `statistics.summarise` and `figures` give."""
+    names = {row["class"]: row["name"] for row in rows}
+    worst = [case_figure(case, rows, pictures[f"worst-{case}"]) for case in worst_cases(rows)]
+    ignored = ""
+    if summary["ignore"] is not None:
+        ignored = f"What is labelled {summary['ignore']} counts for nothing."
+
+    template = Template(PAGE.read_text(encoding="utf-8"))
+    page = template.substitute(
+        cases=counted(summary["cases"], "case", "cases"),
+        classes=counted(len(names), "class", "classes"),
+        definition=escape(summary["definition"]),
+        policy=escape(summary["policy"]),
+        tiles=tiles(summary["mean_of_cases"]),
+        class_table=class_table(summary),
+        distribution=image_tag(pictures["distribution"], "Dice, HD and MSD by class"),
+        lowest_cases="\n".join(worst),
+        legend=legend(names),
+        case_table=case_table(rows, names),
+        ignored=ignored,
+        surfaces=escape(summary["surfaces"]),
+        tolerance=escape(tolerances(summary["tolerance_mm"], names)),
+        empty=escape(summary["empty"]),
     )
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>Segmentation scores</title><style>{STYLE}
-</style><meta name="viewport" content="width=device-width"><main><h1>Segmentation scores</h1><div class="soft">
-{summary["cases"]} cases, {len(names)} classes; surfaces by definition {definition}, averages by policy {policy}
-</div><div class="tiles">{"".join(f"<pre>{SHOWN[m]}<b>{spread_cells(means[m], m)[0]}</b></pre>" for m in SHOWN)}</div>
-<h2>Classes</h2>{class_table(summary)}<h2>Distribution</h2>{image(pictures["distribution"], "Dice and HD95 by class")}
-<p class="soft">A dot is a case, a box the middle half of them, its line the median; ∞ counts missed and spurious.</p>
-<h2>Lowest cases</h2>{"".join(worst(case, rows, pictures[f"worst-{case}"]) for case in worst_cases(rows))}
-<p class="soft">Truth filled, prediction a line; in each direction the plane with most wrong voxels.
-{"".join(f'<i style="background:{c}"></i>{escape(name)}' for name, c in zip(names.values(), cycle(COLOURS)))}</p>
-<h2>Dice of every case</h2>{case_table(rows, names)}<h2>What the numbers are</h2>
-<p>{unknown}Surfaces are {escape(summary["surfaces"])}. The outside of a volume is background. Distances are in mm, on
-the grid of the labels. ASSD is the mean over both surfaces, NSD the share of both within {tolerance} mm of the other.
-A class is missed if it is in the truth alone, spurious if in the prediction alone, absent if in neither. Absent ones
-count nowhere; {escape(summary["empty"])}. The numbers on top and the last line of the table are of each case's mean
-over its classes. Small print under a mean is its 95 % interval, a percentile bootstrap over cases.</p></main>"""
     write_bytes(path, page.encode())
 
 
-def in_words(tolerance: float | Mapping[int, float], names: Mapping[int, str]) -> str:
-    """One tolerance, or each with the classes that have it: "1.5 (liver, spleen), 3 (aorta)"."""
-    if not isinstance(tolerance, Mapping):
-        return f"{tolerance:g}"
-    classes = defaultdict(list)
-    for cls, name in names.items():
-        classes[tolerance[cls]].append(name)
-    return ", ".join(f"{mm:g} ({', '.join(its)})" for mm, its in sorted(classes.items()))
-
-
-def number(value: float, metric: str) -> str:
-    return "–" if isnan(value) else f"{value:z.{3 if metric in HIGHER_IS_BETTER else 2}f}"
-
-
-def span(scores: Mapping[str, Any], metric: str) -> str:
-    return (
-        "–"
-        if isnan(scores["low"])
-        else f"{number(scores['low'], metric)} to {number(scores['high'], metric)}"
-    )
-
-
-def spread_cells(scores: Mapping[str, Any], metric: str) -> list[str]:
-    """Mean over its interval, median, n."""
-    mean, median = (number(scores[key], metric) for key in ("mean", "median"))
-    return [f"{mean}\n{span(scores, metric)}", median, str(scores["n"])]
-
-
-def table(head: str, lines: Iterable[Sequence[str]]) -> str:
-    """An HTML table of texts; the head is HTML."""
-    body = "".join(f"<tr><td>{'<td>'.join(map(escape, line))}\n" for line in lines)
-    return f'<div class="wide"><table><thead>{head}<tbody>{body}</table></div>'
+def tiles(means: Mapping[str, Any]) -> str:
+    """The mean over cases of each metric that is shown."""
+    items = []
+    for metric, title in SHOWN.items():
+        mean = number(means[metric]["mean"], metric)
+        range_ = interval(means[metric], metric)
+        items.append(f"<li>{title}<b>{mean}</b><small>{range_}</small></li>")
+    return "\n".join(items)
 
 
 def class_table(summary: Mapping[str, Any]) -> str:
     """A line for each class, and one of the means over cases."""
-    groups = "".join(f"<th colspan=3>{head}" for head in SHOWN.values())
-    lines = []
-    for scores in (
-        *summary["classes"].values(),
-        {"name": "mean of classes", "status": {}, **summary["mean_of_cases"]},
-    ):
-        statuses = ", ".join(f"{n} {status}" for status, n in scores["status"].items() if n)
-        lines.append(
-            [
-                scores["name"],
-                statuses,
-                *(cell for m in SHOWN for cell in spread_cells(scores[m], m)),
-            ]
-        )
-    return table(
-        f"<tr><th><th>{groups}<tr><th>class<th>cases{'<th>mean<th>median<th>n' * len(SHOWN)}", lines
+    groups = "".join(f'<th colspan="3" class="group">{title}</th>' for title in SHOWN.values())
+    columns = "<th>mean</th><th>median</th><th>n</th>" * len(SHOWN)
+    head = (
+        f"<tr><th></th><th></th>{groups}</tr>"
+        f'<tr><th>class</th><th class="text">cases</th>{columns}</tr>'
     )
+    overall = {"name": OVERALL_NAME, "status": {}, **summary["mean_of_cases"]}
+    lines = [class_line(scores) for scores in (*summary["classes"].values(), overall)]
+    return table(head, lines)
+
+
+def class_line(scores: Mapping[str, Any]) -> str:
+    """Name, how many cases have which status, and mean, median and n of each metric."""
+    statuses = [f"{n} {status}" for status, n in scores["status"].items() if n]
+
+    cells = [f"<th>{escape(scores['name'])}</th>", f'<td class="text">{", ".join(statuses)}</td>']
+    for metric in SHOWN:
+        of_metric = scores[metric]
+        mean = number(of_metric["mean"], metric)
+        median = number(of_metric["median"], metric)
+        cells.append(f"<td>{mean}<small>{interval(of_metric, metric)}</small></td>")
+        cells.append(f"<td>{median}</td><td>{of_metric['n']}</td>")
+    return "".join(cells)
 
 
 def case_table(rows: Sequence[Row], names: Mapping[int, str]) -> str:
-    """A line for each case with the Dice of every class, or that it is missed, spurious or absent."""
-    cells = {
-        (r["case"], r["class"]): number(r["dice"], "dice") if r["status"] == "ok" else r["status"]
-        for r in rows
-    }
-    means = case_means(rows, "dice")
-    lines = [
-        [case, *(cells.get((case, k), "") for k in names), number(mean, "dice")]
-        for case, mean in means.items()
-    ]
-    return table(f"<tr><th>case<th>{'<th>'.join(map(escape, names.values()))}<th>mean", lines)
+    """A line for each case with the Dice of every class, or its status, and their mean."""
+    classes = "".join(f"<th>{escape(name)}</th>" for name in names.values())
+    text = {(row["case"], row["class"]): dice_or_status(row) for row in rows}
+
+    lines = []
+    for case, mean in case_means(rows, "dice").items():
+        cells = "".join(f"<td>{text.get((case, label), '')}</td>" for label in names)
+        lines.append(f"<th>{escape(case)}</th>{cells}<td>{number(mean, 'dice')}</td>")
+    return table(f"<tr><th>case</th>{classes}<th>mean</th></tr>", lines)
 
 
-def image(png: bytes, text: str) -> str:
-    return f'<img src="data:image/png;base64,{b64encode(png).decode()}" alt="{escape(text)}">'
-
-
-def worst(case: str, rows: Sequence[Row], picture: bytes) -> str:
-    """A case's overlay with its mean Dice and its three lowest classes."""
-    its = sorted(
-        (r for r in rows if r["case"] == case and isfinite(r["dice"])), key=lambda r: r["dice"]
-    )[:3]
-    lowest = ", ".join(
-        f"{r['name']} {number(r['dice'], 'dice') if r['status'] == 'ok' else r['status']}"
-        for r in its
+def table(head: str, lines: Iterable[str]) -> str:
+    """An HTML table that scrolls where it is wider than the screen; each line is HTML cells."""
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return (
+        f'<div class="wide"><table>\n<thead>{head}</thead>\n<tbody>\n{body}\n</tbody></table></div>'
     )
-    mean = f"<b>{escape(case)}</b>, mean Dice {number(case_means(rows, 'dice')[case], 'dice')}"
-    return f"<figure>{image(picture, case)}<figcaption>{mean}; lowest {escape(lowest)}</figcaption></figure>"
+
+
+def case_figure(case: str, rows: Sequence[Row], picture: bytes) -> str:
+    """A case's overlay with its mean Dice and its three lowest classes."""
+    scored = [row for row in rows if row["case"] == case and isfinite(row["dice"])]
+    lowest = sorted(scored, key=lambda row: row["dice"])[:3]
+    in_words = ", ".join(f"{row['name']} {dice_or_status(row)}" for row in lowest)
+    mean = number(case_means(rows, "dice")[case], "dice")
+    return (
+        f'<figure class="case"><div class="wide">{image_tag(picture, case)}</div>\n'
+        f"<figcaption><b>{escape(case)}</b>, mean Dice {mean}; lowest {escape(in_words)}"
+        "</figcaption></figure>"
+    )
+
+
+def legend(names: Mapping[int, str]) -> str:
+    """The colour of each class in the overlays."""
+    items = []
+    for name, colour in zip(names.values(), colours_of(list(names))):
+        items.append(f'<li><i style="background:{colour}"></i>{escape(name)}</li>')
+    return "\n".join(items)
+
+
+def image_tag(picture: bytes, text: str) -> str:
+    """A PNG within the page."""
+    data = b64encode(picture).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{escape(text)}">'
+
+
+# --- tables of a comparison
 
 
 def comparison_text(lines: Sequence[Row], *, a: str = "A", b: str = "B") -> str:
-    """What `statistics.compare` found, as Markdown that is also easy to read as it stands."""
-    head, body = ["n", "A", "B", "B - A", "95 %", *COMPARED.values(), "left out"], defaultdict(list)
+    """What `statistics.compare` gives, as Markdown that is also easy to read as it is."""
+    head = ["n", "A", "B", "B - A", "95 %", "t-test p", "Holm", "Wilcoxon p", "Holm", "left out"]
+    body = defaultdict(list)
     for line in lines:
-        means = [number(line[k], line["metric"]) for k in ("mean_a", "mean_b", "difference")]
-        p = [
-            "–" if isnan(line[k]) else "<0.001" if line[k] < 0.001 else f"{line[k]:.3f}"
-            for k in COMPARED
-        ]
-        why = ", ".join(f"{n} {reason}" for reason, n in line["left_out"].items())
-        body[line["metric"]].append(
-            [line["name"], str(line["n"]), *means, span(line, line["metric"]), *p, why]
-        )
-    return f"A is {a}, B is {b}.\n\n{aligned(head, body)}"
+        metric = line["metric"]
+        cells = [line["name"], str(line["n"])]
+        cells += [number(line[key], metric) for key in ("mean_a", "mean_b", "difference")]
+        cells.append(interval(line, metric))
+        for p in P_VALUES:
+            cells += [p_value(line[p]), p_value(line[f"{p}_holm"])]
+        cells.append(", ".join(f"{n} {reason}" for reason, n in line["left_out"].items()))
+        body[metric].append(cells)
+    return f"A is {a}, B is {b}.\n\n{markdown_tables(head, body)}"
 
 
 def fold_text(lines: Sequence[Row]) -> str:
-    """What `statistics.fold_table` found, in the same way."""
-    head, body = (
-        [*lines[0]["folds"], "mean of folds", "std", "mean of cases", "95 %", "n"],
-        defaultdict(list),
-    )
+    """What `statistics.fold_table` gives, in the same way."""
+    head = [*lines[0]["folds"], "mean of folds", "std", "mean of cases", "95 %", "n"]
+    body = defaultdict(list)
     for line in lines:
+        metric = line["metric"]
         means = [fold["mean"] for fold in line["folds"].values()]
         means += [line["mean_of_folds"], line["std_of_folds"], line["mean"]]
-        cells = [number(value, line["metric"]) for value in means]
-        body[line["metric"]].append(
-            [line["name"], *cells, span(line, line["metric"]), str(line["n"])]
-        )
-    return aligned(head, body)
+        cells = [line["name"]]
+        cells += [number(mean, metric) for mean in means]
+        cells += [interval(line, metric), str(line["n"])]
+        body[metric].append(cells)
+    return markdown_tables(head, body)
 
 
-def aligned(head: Sequence[str], body: Mapping[str, list[list[str]]]) -> str:
-    """A Markdown table for each metric."""
-    tables = []
-    for metric, title in SHOWN.items():
-        lines = [[title, *head], *body[metric]]
-        widths = [max(2, *map(len, column)) for column in zip(*lines)]
-        lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-        lines = [
-            [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines
-        ]
-        tables.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+def markdown_tables(head: Sequence[str], body: Mapping[str, Sequence[Sequence[str]]]) -> str:
+    """A Markdown table for each metric that is shown, which is its first column's title."""
+    tables = [aligned([[title, *head], *body[metric]]) for metric, title in SHOWN.items()]
     return "\n\n".join(tables) + "\n"
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of a head and other lines: the first column to the left, others right."""
+    # At least 2: of one character the rule would be a colon alone, which is no rule in Markdown.
+    widths = [max(2, *map(len, column)) for column in zip(*lines)]
+    rule = ["-" * widths[0]]
+    rule += ["-" * (width - 1) + ":" for width in widths[1:]]
+
+    padded = []
+    for first, *others in lines:
+        cells = [first.ljust(widths[0])]
+        cells += [text.rjust(width) for text, width in zip(others, widths[1:])]
+        padded.append(cells)
+
+    head, *body = padded
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *body))
+
+
 def write_table(lines: Sequence[Row], path: Path) -> None:
-    """The rows of `compare`, or of `fold_table`, as .csv."""
-    flat = [
-        {k: strict(v) if isinstance(v, Mapping) else v for k, v in line.items()} for line in lines
-    ]
+    """The rows of `compare` or of `fold_table` as .csv; what is no text or number in it is JSON."""
+    flat = []
+    for line in lines:
+        row = dict(line)
+        for key, value in line.items():
+            if isinstance(value, Mapping):
+                row[key] = strict_json(value)
+        flat.append(row)
     write_csv(flat, path, list(flat[0]))
 
 
 def write_lines(lines: Sequence[Row], path: Path) -> None:
     """The same as .json."""
-    write_bytes(path, strict(lines, indent=1).encode())
+    write_bytes(path, strict_json(lines, indent=1).encode())

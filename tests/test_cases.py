@@ -382,13 +382,17 @@ def some_rows(tmp_path: Path) -> list[Row]:
     return score_case(*files, names)
 
 
+def in_columns(row: Row) -> Row:
+    return {name: row[name] for name in COLUMNS}
+
+
 def test_scores_come_back_exactly(tmp_path: Path) -> None:
     rows = some_rows(tmp_path)
     assert {row["status"] for row in rows} == {"ok", "missed", "spurious", "absent"}
     write_scores(rows, tmp_path / "out.csv")
     found = read_scores(tmp_path / "out.csv")
     assert [list(row) for row in found] == [list(COLUMNS)] * len(rows)
-    assert repr(found) == repr([{name: row[name] for name in COLUMNS} for row in rows])
+    assert repr(found) == repr([in_columns(row) for row in rows])
     assert found[0]["dice"] == 5 / 6
     assert found[2]["hd95"] == inf
     assert isnan(found[4]["dice"])
@@ -410,7 +414,7 @@ def test_a_file_without_the_column_msd_takes_it_from_assd(tmp_path: Path) -> Non
     without = [name for name in COLUMNS if name != "msd"]
     write_csv(rows, tmp_path / "scores.csv", without)
     assert "hd,hd95" in (tmp_path / "scores.csv").read_text()
-    expected = [{name: row[name] for name in COLUMNS} for row in rows]
+    expected = [in_columns(row) for row in rows]
     assert repr(read_scores(tmp_path / "scores.csv")) == repr(expected)
 
 

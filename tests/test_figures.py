@@ -112,9 +112,10 @@ def test_curves_have_the_points_of_their_events(tmp_path: Path, drawn: list[Any]
     seg_curve(tmp_path / "seg.png", events)
     loss_curve(tmp_path / "nothing.png", [])
 
-    points = [
-        line.get_xydata().tolist() for figure in drawn for ax in figure.axes for line in ax.lines
-    ]
+    points = []
+    for figure in drawn:
+        for ax in figure.axes:
+            points += [line.get_xydata().tolist() for line in ax.lines]
     assert points[:3] == [[[1, 0.5]], [[1, 0.4], [2, 0.3]], [[1, 0.6]]]
     assert points[3:5] == [[[1, 2.0], [2, 1.0]], [[1, 0.1]]]
     assert points[5:] == [[], [], []]

@@ -20,7 +20,6 @@ Maps are (d, h, w), spacing is mm in that order.
 
 from collections.abc import Mapping, Sequence
 from math import inf, nan
-from statistics import fmean
 from typing import Any, get_args
 
 import numpy as np
@@ -295,18 +294,3 @@ def check(
         )
     if not all(mm >= 0 for mm in tolerances.values()):
         raise ValueError(f"every class needs a tolerance of 0 mm or more: {tolerances}")
-
-
-# --- what postprocess.py still imports from here
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """The mean of the finite values."""
-    finite = [value for value in values if np.isfinite(value)]
-    return {"mean": fmean(finite) if finite else nan}
-
-
-def refuse(wrong: object, message: str) -> None:
-    """Raises ValueError with `message` if something is wrong."""
-    if wrong:
-        raise ValueError(message)

@@ -27,7 +27,8 @@ from scipy import ndimage
 from dae.boxes import Box, bounding_box
 from dae.errors import InputError
 from dae.evaluation.cases import Case, Spacing
-from dae.evaluation.metrics import Labels, Mask, count_voxels, spread
+from dae.evaluation.metrics import Labels, Mask, count_voxels
+from dae.evaluation.statistics import spread
 from dae.files import write_bytes
 
 Step = dict[str, Any]  # {"do": name of the step, and its settings}

@@ -104,10 +104,9 @@ def penalised(rows: Sequence[Row], diagonal_mm: float | Sequence[float] | None) 
 
     It is one length in mm, or one for each row. Raises ValueError where there is none.
     """
-    if isinstance(diagonal_mm, Iterable):
-        lengths = list(diagonal_mm)
-    else:
-        lengths = [diagonal_mm or nan] * len(rows)
+    if not isinstance(diagonal_mm, Iterable):
+        diagonal_mm = [nan if diagonal_mm is None else diagonal_mm] * len(rows)
+    lengths = list(diagonal_mm)
     if len(lengths) != len(rows) or not all(0 < mm < inf for mm in lengths):
         raise ValueError(
             "policy diagonal needs diagonal_mm: one positive length in mm, or one for each row"

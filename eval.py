@@ -79,8 +79,7 @@ from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Recipe, normalise
 from dae.data.sides import AXES, flips_of, in_words, likely_pairs
-from dae.evaluation import cases as scoring
-from dae.evaluation import postprocess, report, statistics
+from dae.evaluation import cases, postprocess, report, statistics
 from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
 from dae.evaluation.windows import Predict, sliding_window
@@ -117,14 +116,14 @@ def predict(config: PredictConfig) -> list[Path]:
     items = items_to_predict(config, model.plan, seen, unknown)
     for item in items:
         check_intensity(item, [state["plan"] for state in saved])
-    names = scoring.case_names([item.image[0] for item in items])
-    before = leaks.read_record(out)  # found damaged now, and not after hours of prediction
+    names = cases.case_names([item.image[0] for item in items])
+    before = leaks.read_predicted(out)  # found damaged now, and not after hours of prediction
     trained = trained_cases(config, items, names, seen, unknown)
 
     # The folder: label maps replace nothing there, and all of them are made in one way.
     written = Written(out)
     check_targets(written, dict(zip(names, items)), model.settings)
-    written.check([leaks.RECORD])
+    written.check([leaks.PREDICTED])
     record = Record(written, config, seen, before, trained)
     print(
         f"{counted(len(items), 'image')}, {counted(len(networks), 'checkpoint')}, "
@@ -160,7 +159,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     written.check(("scores.csv", "summary.json", "report.html", "figures/distribution.png"), inputs)
 
     tolerance = tolerance_of(config, truths)
-    rows, diagonals, labels = scoring.score(
+    rows, diagonals, labels = cases.score(
         truths.pairs,
         truths.classes,
         tolerance=tolerance,
@@ -180,7 +179,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
 
     # Which cases are the worst, and have a picture, is known only now.
     written.check(f"figures/{name}.png" for name in pictures)
-    written.write("scores.csv", partial(scoring.write_scores, rows))
+    written.write("scores.csv", partial(cases.write_scores, rows))
     written.write("summary.json", partial(report.write_summary, summary))
     for name, picture in pictures.items():
         written.write(f"figures/{name}.png", partial(Path.write_bytes, data=picture))
@@ -201,11 +200,11 @@ def tune(config: TuneConfig) -> postprocess.Steps:
     written.check(["postprocess.json"], [Path(config.data)])
 
     # All cases at once: every step is tried on all of them.
-    cases = []
+    validation_cases = []
     for pair in truths.pairs:
-        case = scoring.read_case(pair.prediction, pair.label, truths.classes, ignore=truths.ignore)
-        cases.append(case)
-    steps, table = postprocess.choose(cases, truths.classes)
+        case = cases.read_case(pair.prediction, pair.label, truths.classes, ignore=truths.ignore)
+        validation_cases.append(case)
+    steps, table = postprocess.choose(validation_cases, truths.classes)
 
     written.write("postprocess.json", partial(postprocess.save, steps))
     print(postprocess.as_text(table))
@@ -222,7 +221,7 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     terms = [(config.a, report.terms_of(file_a)), (config.b, report.terms_of(file_b))]
     warn(report.check_terms(terms))
     lines = statistics.compare(
-        scoring.read_scores(file_a), scoring.read_scores(file_b), seed=config.seed
+        cases.read_scores(file_a), cases.read_scores(file_b), seed=config.seed
     )
 
     if written:
@@ -235,11 +234,11 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
     """One table over folds, or over seeds: printed, and written to --out."""
     # Each run is called by the folder of its scores.
     files = [scores_file(name) for name in config.scores or ("",)]
-    names = scoring.case_names([file.absolute().parent for file in files])
+    names = cases.case_names([file.absolute().parent for file in files])
     written = tables_in(config.out, "folds")
 
     warn(report.check_terms([(name, report.terms_of(file)) for name, file in zip(names, files)]))
-    runs = [(name, scoring.read_scores(file)) for name, file in zip(names, files)]
+    runs = [(name, cases.read_scores(file)) for name, file in zip(names, files)]
     lines = statistics.fold_table(runs, seed=config.seed)
 
     if written:
@@ -473,7 +472,7 @@ def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
         path = Path(name)
         if not path.exists():
             raise InputError(f"--images {path}: no such file")
-        inside = scoring.volumes_in(path) if path.is_dir() else [path]
+        inside = cases.volumes_in(path) if path.is_dir() else [path]
         if not inside:
             raise InputError(f"--images {path}: no .nii or .nii.gz files in it")
         files += inside
@@ -597,7 +596,7 @@ def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping
     predicted_before = {line["file"] for line in written.lines if "settings" in line}
     for file in sorted(predicted_before):
         if (written.folder / file).exists():
-            case = scoring.case_name(Path(file))
+            case = cases.case_name(Path(file))
             check_label_map(written, file, items.get(case), settings)
 
 
@@ -645,14 +644,14 @@ class Record:
 
     def write(self) -> None:
         make = partial(
-            leaks.write_record,
+            leaks.write_predicted,
             seen=self.seen,
             before=self.before,
             split="" if self.config.images else self.config.split,
             cases=self.predicted,
             trained=sorted(self.trained),
         )
-        self.written.write(leaks.RECORD, make)
+        self.written.write(leaks.PREDICTED, make)
 
 
 # --- predict: case by case
@@ -708,7 +707,7 @@ def predict_case(item: Item, name: str, model: Model, record: Record) -> bool:
             leaks.refuse_trained([name], str(item.image[0]), "predict")
         record.trained.add(name)
 
-    labels = predicted(item, volume, model)
+    labels = predict_image(item, volume, model)
     record.written.write(
         file,
         partial(save_like, item.image[0], labels),
@@ -746,7 +745,7 @@ def is_finished(written: Written, file: str, source: Mapping[str, Any]) -> bool:
     return written.is_whole(file)
 
 
-def predicted(item: Item, volume: Volume, model: Model) -> Labels:
+def predict_image(item: Item, volume: Volume, model: Model) -> Labels:
     """The label map of one image (d, h, w), on the image's own grid. Raises InputError."""
     plan = model.plan
     recipe = Recipe(
@@ -811,7 +810,7 @@ class Truths(NamedTuple):
     """What predictions are scored against."""
 
     classes: dict[int, str]  # without the background and what is ignored
-    pairs: list[scoring.Pair]
+    pairs: list[cases.Pair]
     images: dict[str, Path]  # by case, where known
     tolerance: dict[int, float]  # of NSD in mm, for classes to which the list gives one
     ignore: int | None
@@ -830,7 +829,7 @@ def truths_of(config: TruthsConfig) -> Truths:
             "--labels: not beside --data, whose list names the labels; give one of them"
         )
 
-    record = leaks.read_record(Path(config.predictions))
+    record = leaks.read_predicted(Path(config.predictions))
     truths = truths_of_folder(config) if config.labels else truths_of_list(config, record)
 
     if not config.allow_trained:
@@ -847,8 +846,8 @@ def truths_of(config: TruthsConfig) -> Truths:
 
 def truths_of_folder(config: TruthsConfig) -> Truths:
     """Label maps of the same names as the predictions. Every label in them is a class."""
-    pairs = scoring.pair(Path(config.predictions), Path(config.labels))
-    names = scoring.classes_in(pair.label for pair in pairs)
+    pairs = cases.pair(Path(config.predictions), Path(config.labels))
+    names = cases.classes_in(pair.label for pair in pairs)
     return Truths(scored(names, config.ignore), pairs, {}, {}, config.ignore)
 
 
@@ -856,11 +855,11 @@ def truths_of_list(config: TruthsConfig, record: leaks.Seen) -> Truths:
     """The labels of --split of the list. `record` is what predict left beside the predictions."""
     # Scoring reads no intensity, so that a list that names no modality will do.
     items, chosen = cases_of(config, "mr", record)
-    cases = scoring.case_names([item.image[0] for item in chosen])
-    labels = [(case, item.label) for case, item in zip(cases, chosen)]
-    pairs = scoring.pair(Path(config.predictions), labels)
+    names = cases.case_names([item.image[0] for item in chosen])
+    labels = [(case, item.label) for case, item in zip(names, chosen)]
+    pairs = cases.pair(Path(config.predictions), labels)
 
-    images = {case: item.image[0] for case, item in zip(cases, chosen)}
+    images = {case: item.image[0] for case, item in zip(names, chosen)}
     ignore = items.ignore if config.ignore is None else config.ignore
     return Truths(scored(items.labels, ignore), pairs, images, items.tolerance, ignore)
 

@@ -409,7 +409,7 @@ def load_weights_into(
 
 def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: Ranks) -> list[str]:
     """In words what differs from the run so far, of what may differ, and what follows from it."""
-    changes = resume.what_differs(resumed, config, world=ranks.world)
+    changes = resume.changes_in_words(resumed, config, world=ranks.world)
 
     saved = resumed["config"]
     before = replace(config, batch_size=saved["batch_size"], accumulate=saved["accumulate"])

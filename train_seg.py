@@ -329,7 +329,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         resume.check_same_samples(out / "last.pt", resumed, metadata, data_by_size=by_size)
         restore(out / "last.pt", resumed, network, optimizer, scaler)
         state = {key: resumed[key] for key in state}
-        notes += resume.what_differs(resumed, config, world=ranks.world)
+        notes += resume.changes_in_words(resumed, config, world=ranks.world)
 
     # DDP and the compiler wrap the forward pass. Parameters, optimiser and checkpoints are those of
     # `network` itself.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import refusal
 
-from dae.data.datalist import Content, DataList, Item, check_labels, load
+from dae.data.datalist import Content, DataList, Item, check_all_labelled, load
 from dae.data.holdout import (
     five_folds,
     for_evaluation,
@@ -228,7 +228,7 @@ def test_regions_of_several_labels_are_refused_and_not_dropped(loaded: Load) -> 
     labels = {"background": 0, "whole tumor": [1, 2, 3]}
     items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})
     assert items.regions == ("whole tumor",)  # pre-training has no use for labels
-    assert "'whole tumor'" in refusal(check_labels, items, "list.json")
+    assert "'whole tumor'" in refusal(check_all_labelled, items, "list.json")
 
 
 def test_a_path_that_leads_to_no_list_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_cases_that_were_trained_on_are_refused_until_they_are_allowed(
     # What was allowed once is still known when it is scored, against the list or a folder of
     # labels, after other cases were predicted into the folder as well.
     assert predicted(config, out, data=data) == ["ct_001"]
-    assert json.loads((out / leaks.RECORD).read_text())["trained"] == ["ct_000"]
+    assert json.loads((out / leaks.PREDICTED).read_text())["trained"] == ["ct_000"]
     (out / "ct_001.nii.gz").unlink()
     labels = tmp_path / "labels"
     labels.mkdir()
@@ -262,7 +262,7 @@ def test_a_trained_image_is_known_by_its_voxels_whatever_its_name(
     assert predicted(config, tmp_path / "q", images=(str(tmp_path / "anonymous.nii"),)) == [
         "anonymous"
     ]
-    assert json.loads((tmp_path / "q" / leaks.RECORD).read_text())["trained"] == ["anonymous"]
+    assert json.loads((tmp_path / "q" / leaks.PREDICTED).read_text())["trained"] == ["anonymous"]
 
 
 def test_a_trained_image_stays_known_when_prediction_stops_after_it(
@@ -281,7 +281,7 @@ def test_a_trained_image_stays_known_when_prediction_stops_after_it(
         "amp": "off",
         "out": str(tmp_path / "p"),
     }
-    predicted = evaluate.predicted
+    predicted = evaluate.predict_image
     calls: list[Any] = []
 
     def stop_at_the_second(*given: Any) -> Any:
@@ -290,7 +290,7 @@ def test_a_trained_image_stays_known_when_prediction_stops_after_it(
             raise KeyboardInterrupt
         return predicted(*given)
 
-    monkeypatch.setattr(evaluate, "predicted", stop_at_the_second)
+    monkeypatch.setattr(evaluate, "predict_image", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
         evaluate.predict(PredictConfig(images=(image, other), **common))
     name = Path(image).name.removesuffix(".nii.gz")

@@ -15,7 +15,7 @@ from conftest import refusal
 from dae.data import nifti
 from dae.data.nifti import (
     Grid,
-    difference,
+    difference_in_words,
     read,
     read_channels,
     read_grid,
@@ -406,7 +406,7 @@ def test_grids_are_one_where_all_corners_lie_within_a_tenth_of_a_voxel(
     shape: tuple[int, ...], a: np.ndarray, b: np.ndarray, one: bool
 ) -> None:
     """And what is said is the largest distance, by a loop over the eight corners."""
-    words = difference(Grid(shape, a), Grid(shape, b))
+    words = difference_in_words(Grid(shape, a), Grid(shape, b))
     assert (words == "") == one
 
     voxels = mm = 0.0
@@ -420,7 +420,7 @@ def test_grids_are_one_where_all_corners_lie_within_a_tenth_of_a_voxel(
 
 
 def test_grids_of_different_sizes_are_named_by_both() -> None:
-    words = difference(Grid((4, 5, 6), RAS), Grid((4, 5, 7), RAS))
+    words = difference_in_words(Grid((4, 5, 6), RAS), Grid((4, 5, 7), RAS))
     assert words == "4 x 5 x 6 and 4 x 5 x 7 voxels"
 
 
@@ -444,7 +444,7 @@ def test_a_file_read_along_another_grid_takes_its_axes_from_every_order(tmp_path
         nib.save(image.as_reoriented(list(zip(axes, flips))), tmp_path / "a.nii")
         label_map = read_labels(tmp_path / "a.nii", like=turned(30, SPACING))
         assert np.array_equal(label_map.labels, LABELS)
-        assert not difference(label_map.grid, Grid(SIZE, image.affine))
+        assert not difference_in_words(label_map.grid, Grid(SIZE, image.affine))
 
 
 # --- channels in files of their own

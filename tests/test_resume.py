@@ -24,11 +24,11 @@ def test_the_factors_of_a_global_batch_may_change_and_a_change_is_said() -> None
     for batch_size, accumulate, world in ((2, 8, 1), (16, 1, 1), (1, 1, 16)):
         now = OptimConfig(batch_size=batch_size, accumulate=accumulate)
         resume.check_same_batch(Path("last.pt"), saved, now, world=world)
-        (note,) = resume.what_differs(saved, now, world=world)
+        (note,) = resume.changes_in_words(saved, now, world=world)
         assert note.startswith("2 ranks x batch 4 x 2 before")
 
     resume.check_same_batch(Path("last.pt"), saved, BATCH, world=2)
-    assert resume.what_differs(saved, BATCH, world=2) == []
+    assert resume.changes_in_words(saved, BATCH, world=2) == []
 
 
 def test_the_product_of_the_factors_may_not_change() -> None:
@@ -39,7 +39,7 @@ def test_the_product_of_the_factors_may_not_change() -> None:
 
 def test_another_number_of_threads_is_said() -> None:
     saved = saved_on_two_ranks() | {"threads": torch.get_num_threads() + 1}
-    (note,) = resume.what_differs(saved, BATCH, world=2)
+    (note,) = resume.changes_in_words(saved, BATCH, world=2)
     assert note.endswith("the last bits will differ")
 
 

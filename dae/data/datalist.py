@@ -294,7 +294,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     )
 
 
-def check_labels(items: DataList, data: str) -> None:
+def check_all_labelled(items: DataList, data: str) -> None:
     """Raises InputError unless there are classes, and a label for every item but those to test."""
     for item in (*items.training, *items.validation):
         if item.label is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from dae.data import leaks
-from dae.data.datalist import DataList, check_labels
+from dae.data.datalist import DataList, check_all_labelled
 from dae.data.leaks import Seen
 from dae.errors import InputError
 
@@ -59,7 +59,7 @@ def for_segmentation(
     split = hold_out_fold(items, fold=fold, split_seed=seed_of_folds)
     if not allow_trained:
         leaks.check_sides(split, test=True)
-    check_labels(split, data)
+    check_all_labelled(split, data)
 
     split = leaks.with_doubts(split, drawn=is_drawn(items))
     return fraction(split, label_fraction, split_seed=split_seed or 0)

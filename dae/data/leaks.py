@@ -20,7 +20,7 @@ from dae.data.datalist import Content, DataList, Item
 from dae.data.listfile import read_json
 from dae.errors import InputError
 
-RECORD = "predicted.json"  # beside predictions
+PREDICTED = "predicted.json"  # beside predictions
 Seen = Mapping[str, Any]  # what a checkpoint says of its training; see `seen_by`
 Identity = Literal["image", "subject", "label"]  # what an item can have in common with another
 
@@ -271,9 +271,9 @@ def is_trained(image: NDArray[np.float32], seen: Seen) -> bool:
 # --- what predictions know
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What `write_record` left beside predictions, or {}. Raises InputError where it is damaged."""
-    path = folder / RECORD
+def read_predicted(folder: Path) -> dict[str, Any]:
+    """What `write_predicted` left beside predictions, or {}. Raises InputError if it is damaged."""
+    path = folder / PREDICTED
     if not path.is_file():
         return {}
     content = read_json(path)
@@ -282,7 +282,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     return content
 
 
-def write_record(
+def write_predicted(
     path: Path,
     seen: Seen,
     *,

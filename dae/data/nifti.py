@@ -170,7 +170,7 @@ def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
             f"{path}: holds labels from {labels.min()} to {labels.max()}; they must lie in 0 to 255"
         )
 
-    if deviation := difference(label_map.grid, image.grid):
+    if deviation := difference_in_words(label_map.grid, image.grid):
         raise InputError(
             f"{path}: not on the grid of its image: {deviation}{without_affine_in_words(path)}"
         )
@@ -186,7 +186,7 @@ def read_channels(paths: Sequence[Path]) -> Volume:
         volumes.append(read(path, like=first.affine))
 
     for path, volume in zip(paths, volumes):
-        if deviation := difference(volume.grid, first.grid):
+        if deviation := difference_in_words(volume.grid, first.grid):
             raise InputError(
                 f"{path}: not on the grid of {paths[0]}: {deviation}{without_affine_in_words(path)}"
                 "; channels must be registered and resampled first"
@@ -221,7 +221,7 @@ def affine_in_mm(image: Any) -> Affine:
 # --- two grids
 
 
-def difference(a: Grid, b: Grid) -> str:
+def difference_in_words(a: Grid, b: Grid) -> str:
     """How two grids differ, in words; empty where they are one.
 
     They are one where all corners lie within a tenth of a voxel of each other. Entries of affines

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dae.config.evaluate import DefinitionName
-from dae.data.nifti import SHEAR, difference, read_grid, read_labels
+from dae.data.nifti import SHEAR, difference_in_words, read_grid, read_labels
 from dae.errors import InputError
 from dae.evaluation.metrics import METRICS, Labels, Mask, Row, score_labels
 from dae.files import write_bytes
@@ -197,7 +197,7 @@ def read_case(
     """
     true = read_labels(label)
     predicted = read_labels(prediction, like=true.affine)
-    differing = difference(predicted.grid, true.grid)
+    differing = difference_in_words(predicted.grid, true.grid)
     if differing:
         raise InputError(f"{prediction} and {label} lie on different grids: {differing}")
 

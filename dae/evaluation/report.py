@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dae.data.nifti import LabelMap, difference, read, read_labels
+from dae.data.nifti import LabelMap, difference_in_words, read, read_labels
 from dae.errors import InputError
 from dae.evaluation.cases import Pair, write_csv
 from dae.evaluation.metrics import OK, Row
@@ -196,7 +196,7 @@ def image_under(path: Path, true: LabelMap) -> Any:
         image = read(path, like=true.affine)
     except InputError:
         return None
-    return None if difference(image.grid, true.grid) else image.data[0]
+    return None if difference_in_words(image.grid, true.grid) else image.data[0]
 
 
 # --- numbers as text

@@ -32,11 +32,11 @@ SIGNS_OF_A_RUN = ("log.jsonl", "last.pt")
 
 
 def check_out_folder(
-    out: Path, *, resume: bool, free: bool = False, inputs: Sequence[str] = ()
+    out: Path, *, resume: bool, may_replace: bool = False, inputs: Sequence[str] = ()
 ) -> None:
     """The folder can be made, and a run in it replaces only the files of the run it continues.
 
-    free: an earlier run may be replaced.
+    may_replace: an earlier run may be replaced.
     inputs: files that the run reads, which no run may replace.
     Raises InputError.
     """
@@ -46,7 +46,7 @@ def check_out_folder(
         raise InputError(f"--out {out}: {existing} is not a folder that can be written to")
 
     present = [name for name in RUN_FILES if (out / name).exists()]
-    if present and not resume and not free:
+    if present and not resume and not may_replace:
         if present[0] in SIGNS_OF_A_RUN:
             raise InputError(
                 f"--out {out}: holds a run already; add --resume to go on with it, "
@@ -137,7 +137,7 @@ def check_same_samples(
     )
 
 
-def what_differs(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
+def changes_in_words(saved: Mapping[str, Any], config: OptimConfig, *, world: int) -> list[str]:
     """A line for each thing that may change in a resumed run and did, with the consequence."""
     notes = []
 

@@ -50,7 +50,7 @@ def how_to_start(
     resume.check_out_folder(
         out,
         resume=config.resume,
-        free=is_demo(config) and config.out == demo_out,  # it may be run again and again
+        may_replace=is_demo(config) and config.out == demo_out,  # it may be run again and again
         inputs=(given, config.data),
     )
 
@@ -64,7 +64,7 @@ def how_to_start(
     if resumed:
         return resumed, None
     if given:
-        return None, foreign.read(Path(given), foreign.asked_quirks(config))
+        return None, foreign.read(Path(given), foreign.quirks_set(config))
     return None, None
 
 

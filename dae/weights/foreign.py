@@ -50,7 +50,7 @@ class Weights(NamedTuple):
     extra: Sequence[str] = ()  # names of its tensors that no network here has
 
 
-def asked_quirks(config: Any) -> dict[str, Any]:
+def quirks_set(config: Any) -> dict[str, Any]:
     """The values of QUIRKS that the user has set."""
     return {name: getattr(config, name) for name in QUIRKS if was_set(config, name)}
 

@@ -447,13 +447,13 @@ def predict(tmp_path: Path) -> Predict:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images that a network was asked about, in order."""
     seen: list[Path] = []
-    predicted = evaluate.predicted
+    predicted = evaluate.predict_image
 
     def remember(item: Any, *arguments: Any) -> Any:
         seen.append(item.image[0])
         return predicted(item, *arguments)
 
-    monkeypatch.setattr(evaluate, "predicted", remember)
+    monkeypatch.setattr(evaluate, "predict_image", remember)
     return seen
 
 
@@ -806,7 +806,7 @@ def test_an_ensemble_holds_its_networks_and_nothing_else_of_its_checkpoints(
         return np.zeros((12, 14, 16), np.uint8)
 
     monkeypatch.setattr(checkpoint, "load", load)
-    monkeypatch.setattr(evaluate, "predicted", background)
+    monkeypatch.setattr(evaluate, "predict_image", background)
     predict(noise(tmp_path / "s0.nii.gz"), checkpoint=(str(path),) * 3)
     assert len(loaded) > 30
     assert alive() == 0

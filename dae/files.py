@@ -9,10 +9,12 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
     """Call `write` with a path beside `path`, then give what it has written the name `path`.
 
     The path beside ends as `path` does, for libraries that choose a format by the ending. `durable`
-    waits until the file is on the disk, so that it also survives a loss of power. Raises OSError,
-    or what `write` raises; then `path` is as it was before.
+    waits until the file is on the disk, so that it also survives a loss of power; such a file has
+    one writer at a time. Raises OSError, or what `write` raises; then `path` is as it was before.
     """
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    # A killed process leaves the file beside. That of a checkpoint is large: under one fixed name
+    # the next save replaces it. Other files may have several writers, each with a name of its own.
+    beside = path.with_name(f".{path.name}" if durable else f".{os.getpid()}.{path.name}")
     try:
         write(beside)
         if durable:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from dae.config.command_line import from_command_line, run_or_explain, with_tuples
 from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
-from dae.errors import InputError
+from dae.errors import InputError, counted
 
 CONFIGS = {
     "predict": PredictConfig,
@@ -78,7 +78,7 @@ from dae.data import datalist, holdout, leaks
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Recipe, normalise
-from dae.data.sides import AXES, flips_of, in_words, likely_pairs
+from dae.data.sides import AXES, flips_of, likely_pairs, pairs_in_words
 from dae.evaluation import cases, postprocess, report, statistics
 from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
@@ -158,7 +158,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         inputs += [pair.prediction, pair.label]
     written.check(("scores.csv", "summary.json", "report.html", "figures/distribution.png"), inputs)
 
-    tolerance = tolerance_of(config, truths)
+    tolerance = tolerance_by_class(config, truths)
     rows, diagonals, labels = cases.score(
         truths.pairs,
         truths.classes,
@@ -206,7 +206,7 @@ def tune(config: TuneConfig) -> postprocess.Steps:
         validation_cases.append(case)
     steps, table = postprocess.choose(validation_cases, truths.classes)
 
-    written.write("postprocess.json", partial(postprocess.save, steps))
+    written.write("postprocess.json", partial(postprocess.save_steps, steps))
     print(postprocess.as_text(table))
     return steps
 
@@ -377,7 +377,7 @@ def model_of(
         config=config,
         plan=plan,
         predictors=[partial(forward, network, dtype, device) for network in networks],
-        steps=steps_of(config, plan),
+        steps=postprocessing_of(config, plan),
         settings=settings_of(config, dtype),
         device=device,
     )
@@ -391,11 +391,11 @@ def forward(
         return network(x)  # type: ignore[no-any-return]
 
 
-def steps_of(config: PredictConfig, plan: Mapping[str, Any]) -> postprocess.Steps:
+def postprocessing_of(config: PredictConfig, plan: Mapping[str, Any]) -> postprocess.Steps:
     """The steps of --postprocess, if any. Raises InputError on a label that the network has not."""
     if not config.postprocess:
         return {}
-    steps = postprocess.load(Path(config.postprocess))
+    steps = postprocess.load_steps(Path(config.postprocess))
     for label in steps:
         if str(label) not in plan["classes"]:
             raise InputError(
@@ -427,7 +427,7 @@ def averaging(config: PredictConfig, plan: Mapping[str, Any]) -> str:
         return "no flips: --tta takes those of the training, which had none"
 
     axes = ", ".join(f"{axis} ({AXES[axis]})" for axis in plan["flip_axes"])
-    swap = f", {in_words(plan['swap'], names)} change places" if plan["swap"] else ""
+    swap = f", {pairs_in_words(plan['swap'], names)} change places" if plan["swap"] else ""
     return f"averaged over flips along axes {axes}{swap}{doubt}"
 
 
@@ -441,9 +441,8 @@ def doubt_about_sides(plan: Mapping[str, Any], names: Mapping[int, str]) -> str:
     pairs = likely_pairs(names)
     if not pairs:
         return ""
-    return (
-        f"; trained with left-right flips, so {in_words(pairs, names)} may be taken for each other"
-    )
+    alike = pairs_in_words(pairs, names)
+    return f"; trained with left-right flips, so {alike} may be taken for each other"
 
 
 # --- predict: the images
@@ -680,7 +679,7 @@ def predict_cases(
         except (InputError, ValueError, RuntimeError, MemoryError) as error:
             if os.environ.get("DAE_DEBUG") == "1":
                 raise
-            failed.append(reason_of(error, item))
+            failed.append(failure_in_words(error, item))
             continue
 
         label_maps.append(record.written.folder / f"{name}.nii.gz")
@@ -786,7 +785,7 @@ def predict_image(item: Item, volume: Volume, model: Model) -> Labels:
     return postprocess.apply(labels, model.steps, volume.spacing)
 
 
-def reason_of(error: Exception, item: Item) -> str:
+def failure_in_words(error: Exception, item: Item) -> str:
     """Why a case could not be predicted, on one line that names its file."""
     reason = " ".join(str(error).split()) or type(error).__name__
     file = str(item.image[0])
@@ -869,7 +868,7 @@ def scored(names: Mapping[int, str], ignore: int | None) -> dict[int, str]:
     return {label: name for label, name in names.items() if label not in (0, ignore)}
 
 
-def tolerance_of(config: ScoreConfig, truths: Truths) -> float | dict[int, float]:
+def tolerance_by_class(config: ScoreConfig, truths: Truths) -> float | dict[int, float]:
     """Of NSD in mm: --tolerance, or one for each class where the list has some of its own."""
     if not truths.tolerance:
         return config.tolerance
@@ -922,10 +921,6 @@ def warn(warning: str) -> None:
     """Print a warning, if there is one."""
     if warning:
         print(warning, file=sys.stderr)
-
-
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 COMMANDS: dict[str, Callable[[Any], object]] = {

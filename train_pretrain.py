@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from dae.config.command_line import value_if_set
 from dae.data import datalist, holdout, leaks
-from dae.data.batches import Batch, Crops, spread
+from dae.data.batches import Batch, Crops, spread_over_modalities
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
 from dae.errors import InputError
@@ -43,7 +43,7 @@ from dae.training.distributed import (
     sync_at_last,
 )
 from dae.training.kernels import advice, choose_kernels, lay_out
-from dae.training.log import Clock, Log, read
+from dae.training.log import Clock, Log, read_log
 from dae.training.optim import adamw, due, learning_rate, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler
 from dae.training.reconstruction import by_modality, l1_of_samples, reconstruct
@@ -359,7 +359,8 @@ def crops_of(
 
     # Hundreds may be held out. Only those that are validated on are prepared.
     held_out = [names.index(item.modality_name) for item in items.validation]
-    validated = [items.validation[n] for n in spread(held_out, config.validate_crops)]
+    chosen = spread_over_modalities(held_out, config.validate_crops)
+    validated = [items.validation[n] for n in chosen]
 
     # Pre-training does not look at labels.
     used = [replace(item, label=None) for item in (*items.training, *validated)]
@@ -414,8 +415,8 @@ def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: 
     saved = resumed["config"]
     before = replace(config, batch_size=saved["batch_size"], accumulate=saved["accumulate"])
     world_before = resumed["global_batch"] // (before.batch_size * before.accumulate)
-    was = contrasted(before, world_before)
-    now = contrasted(config, ranks.world)
+    was = samples_contrasted(before, world_before)
+    now = samples_contrasted(config, ranks.world)
     if config.alpha and was != now:
         changes.append(f"CMCL compared {was} samples with each other before, {now} now")
 
@@ -442,7 +443,7 @@ def has_other_crops(resumed: Mapping[str, Any], config: PretrainConfig) -> bool:
     return not same and resumed["step"] < config.steps
 
 
-def contrasted(config: PretrainConfig, world: int) -> int:
+def samples_contrasted(config: PretrainConfig, world: int) -> int:
     """How many samples CMCL compares with each other: a micro-batch over all ranks.
 
     In the authors' form (--cmcl ranks), that of one rank.
@@ -496,7 +497,7 @@ def say_start(run: Run) -> None:
     )
 
     trained = {run.modalities[index] for index in run.crops.modalities}
-    warning = nothing_to_contrast(config, contrasted(config, run.ranks.world), trained)
+    warning = nothing_to_contrast(config, samples_contrasted(config, run.ranks.world), trained)
     if warning:
         run.log.warn(step, warning)
 
@@ -558,7 +559,7 @@ def in_words(validation: Mapping[str, Any]) -> str:
 def draw_losses(run: Run) -> None:
     """figures/loss.png, from the log so far."""
     if run.ranks.is_main:
-        loss_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
+        loss_curve(run.out / "figures" / "loss.png", read_log(run.out / "log.jsonl"))
 
 
 def save(run: Run, name: str) -> None:

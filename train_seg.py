@@ -47,7 +47,7 @@ from dae.training.distributed import (
     sync_at_last,
 )
 from dae.training.kernels import advice, choose_kernels, lay_out
-from dae.training.log import Clock, Log, read
+from dae.training.log import Clock, Log, read_log
 from dae.training.losses import LOSSES
 from dae.training.optim import adamw_in_parts, due, fine_tuning_factors, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler
@@ -561,7 +561,7 @@ def in_words(validation: Mapping[str, Any]) -> str:
 def draw_losses(run: Run) -> None:
     """figures/loss.png, from the log so far."""
     if run.ranks.is_main:
-        seg_curve(run.out / "figures" / "loss.png", read(run.out / "log.jsonl"))
+        seg_curve(run.out / "figures" / "loss.png", read_log(run.out / "log.jsonl"))
 
 
 def save(run: Run, name: str) -> None:

@@ -21,7 +21,7 @@ from dae.config.segment import SegConfig
 from dae.config.shared import RunConfig
 from dae.demo.phantom import write_phantoms
 from dae.errors import InputError
-from dae.training.log import read
+from dae.training.log import read_log
 
 ROOT = Path(__file__).parents[1]
 NETWORK: dict[str, Any] = {
@@ -148,7 +148,7 @@ def tiny_seg(pretrained: Path, tmp_path: Path) -> Callable[..., SegConfig]:
 
 
 def events(config: RunConfig, kind: str) -> list[dict[str, Any]]:
-    return [e for e in read(Path(config.out) / "log.jsonl") if e["event"] == kind]
+    return [e for e in read_log(Path(config.out) / "log.jsonl") if e["event"] == kind]
 
 
 def refusal(call: Callable[..., object], *arguments: Any, **keys: Any) -> str:
@@ -204,7 +204,7 @@ def interrupt(config: RunConfig, number: signal.Signals, *, after_step: int, ran
     )
     path = Path(config.out) / "log.jsonl"
     while process.poll() is None and not (
-        path.exists() and any(e.get("step", 0) >= after_step for e in read(path))
+        path.exists() and any(e.get("step", 0) >= after_step for e in read_log(path))
     ):
         time.sleep(0.05)
     os.killpg(process.pid, number)  # as schedulers do: the workers that read ahead are hit as well

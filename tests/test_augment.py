@@ -10,12 +10,12 @@ import pytest
 from dae.config.segment import AugmentConfig
 from dae.data.augment import (
     augment,
-    contrasted,
     corner_around,
     crop,
     labelled_crop,
     random_corner,
     random_crop,
+    with_contrast,
     zoomed_image,
     zoomed_label,
 )
@@ -320,7 +320,7 @@ def test_contrast_is_a_gamma_between_each_channels_own_ends() -> None:
 
 def test_contrast_of_a_constant_channel_is_that_channel() -> None:
     constant = np.full((1, 3, 3, 3), 2.0, np.float32)
-    assert np.array_equal(contrasted(constant, 0.8), constant)
+    assert np.array_equal(with_contrast(constant, 0.8), constant)
 
 
 def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:

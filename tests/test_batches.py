@@ -26,7 +26,7 @@ from dae.data.batches import (
     by_turns,
     class_index,
     loader,
-    spread,
+    spread_over_modalities,
     why_unread,
 )
 from dae.data.cache import Cached
@@ -371,7 +371,7 @@ def test_workers_outlive_a_stop_signal_and_not_their_run(volumes: list[Cached]) 
 def test_a_few_of_many_held_out_volumes_are_evenly_spread_over_each_modality() -> None:
     """16 of 500, whose list has its modalities in blocks of 300, 180 and 20."""
     modalities = [0] * 300 + [1] * 180 + [2] * 20
-    chosen = spread(modalities, 16)
+    chosen = spread_over_modalities(modalities, 16)
     assert len(set(chosen)) == 16
     assert [modalities[n] for n in chosen[:6]] == [0, 1, 2, 0, 1, 2]
     assert Counter(modalities[n] for n in chosen) == {0: 6, 1: 5, 2: 5}
@@ -383,8 +383,8 @@ def test_a_few_of_many_held_out_volumes_are_evenly_spread_over_each_modality() -
 
 def test_where_few_are_held_out_all_are_taken_in_turn() -> None:
     modalities = [0, 0, 0, 1, 1, 2]
-    assert spread(modalities, 16) == by_turns(modalities)
-    assert spread([], 16) == []
+    assert spread_over_modalities(modalities, 16) == by_turns(modalities)
+    assert spread_over_modalities([], 16) == []
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_a_cache_of_an_older_format_is_made_again(
 ) -> None:
     """Its folders hold no hashes."""
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "FORMAT", cache.FORMAT - 1)
+        patch.setattr(cache, "CACHE_FORMAT", cache.CACHE_FORMAT - 1)
         old = cached(item, RECIPE, root).path
     assert cached(item, RECIPE, root).path != old
 

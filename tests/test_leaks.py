@@ -20,7 +20,7 @@ from dae.config.segment import SegConfig
 from dae.data import datalist, holdout, leaks
 from dae.data.datalist import Content, DataList, Item
 from dae.weights import checkpoint
-from dae.weights.foreign import read as read_weights
+from dae.weights.foreign import read_weights as read_weights
 from train_pretrain import main as pretrain
 from train_seg import main
 

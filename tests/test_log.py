@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dae.errors import InputError
-from dae.training.log import Clock, Log, commit_of, read, time_left
+from dae.training.log import Clock, Log, commit_of, read_log, time_left
 from dae.training.run import check_finite
 from train_pretrain import in_words
 
@@ -46,7 +46,7 @@ def test_a_torn_line_is_left_out_and_of_repeated_steps_the_last_one_counts(tmp_p
     resumed = log_at(path)
     resumed.event("resume", step=1)
     resumed.event("train", step=2, loss=5.0)
-    events = read(path)
+    events = read_log(path)
     assert [e["event"] for e in events] == ["start", "train", "train", "resume"]
     assert [e.get("loss") for e in events] == [None, 1.0, 5.0, None]
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from dae.boxes import Box
 from dae.data.datalist import Item
-from dae.data.nifti import Volume, read, read_labels_of
+from dae.data.nifti import Volume, read_image, read_labels_of
 from dae.data.preprocess import Recipe, prepare, resample, resample_labels
 from dae.errors import InputError
 from dae.evaluation import native_grid
@@ -346,7 +346,7 @@ def test_labels_of_a_scan_at_45_degrees_lie_on_it_in_every_unit(
     image.header.set_xyzt_units(unit)
     nib.save(image, tmp_path / "scan.nii")
 
-    volume = read(tmp_path / "scan.nii")
+    volume = read_image(tmp_path / "scan.nii")
     save_like(tmp_path / "scan.nii", volume.data[0].astype(np.uint8), tmp_path / "labels.nii")
     found = nib.load(tmp_path / "labels.nii")
     assert np.array_equal(found.dataobj, stored)
@@ -419,7 +419,7 @@ def test_the_file_has_the_images_own_grid_and_header(
     ending: str, cls: type, shape: tuple[int, ...], dtype: str, tmp_path: Path
 ) -> None:
     source = scan(tmp_path / f"scan{ending}", cls=cls, shape=shape)
-    grid = read(source).data.shape[1:]
+    grid = read_image(source).data.shape[1:]
     labels = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, grid, dtype=dtype)
     save_like(source, labels, tmp_path / f"labels{ending}")
 
@@ -452,7 +452,7 @@ def test_the_file_has_the_images_own_grid_and_header(
 
 def test_labels_that_were_written_are_read_on_the_grid_of_their_image(tmp_path: Path) -> None:
     source = scan(tmp_path / "scan.nii.gz")
-    volume = read(source)
+    volume = read_image(source)
     labels = np.random.default_rng(0).integers(0, 9, volume.data.shape[1:], dtype=np.uint8)
     save_like(source, labels, tmp_path / "labels.nii.gz")
     assert np.array_equal(read_labels_of(tmp_path / "labels.nii.gz", volume), labels)
@@ -471,7 +471,7 @@ def test_a_write_that_breaks_off_leaves_the_old_file_and_nothing_else(
 ) -> None:
     source = scan(tmp_path / "scan.nii")
     target = tmp_path / "labels.nii.gz"
-    labels = np.ones(read(source).data.shape[1:], np.uint8)
+    labels = np.ones(read_image(source).data.shape[1:], np.uint8)
     save_like(source, labels, target)
     before = target.read_bytes()
 

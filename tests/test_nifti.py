@@ -16,9 +16,9 @@ from dae.data import nifti
 from dae.data.nifti import (
     Grid,
     difference_in_words,
-    read,
     read_channels,
     read_grid,
+    read_image,
     read_labels,
     read_labels_of,
 )
@@ -46,7 +46,7 @@ def refused(reader: Callable[..., object], path: Path, *more: object) -> str:
 
 def refusals(path: Path) -> list[str]:
     """Of an image and of labels."""
-    return [refused(read, path), refused(read_labels, path)]
+    return [refused(read_image, path), refused(read_labels, path)]
 
 
 def patched(path: Path, offset: int, form: str, *values: float) -> Path:
@@ -89,7 +89,7 @@ def test_every_axis_order_and_flip_comes_back_as_the_same_ras_volume(tmp_path: P
             if flip < 0:  # the first voxel is now the one that was last
                 stored = np.flip(stored, stored_axis)
                 affine[axis, 3] += SPACING[axis] * (SIZE[axis] - 1)
-        volume = read(saved(tmp_path / "a.nii", stored, affine))
+        volume = read_image(saved(tmp_path / "a.nii", stored, affine))
         assert np.array_equal(volume.data[0], x)
         assert volume.spacing == SPACING
         assert np.allclose(volume.affine[:3, 3], origin)
@@ -101,7 +101,7 @@ def test_stored_types_all_come_back_in_float32(tmp_path: Path) -> None:
         ("int16", "uint8", "int32", "float32", "float64"), ("a.nii", "a.nii.gz")
     ):
         x = np.arange(120).reshape(SIZE).astype(kind)
-        volume = read(saved(tmp_path / name, x))
+        volume = read_image(saved(tmp_path / name, x))
         assert volume.data.dtype == np.float32 and volume.data.shape == (1, *SIZE)
         assert np.array_equal(volume.data[0], x)
 
@@ -109,12 +109,12 @@ def test_stored_types_all_come_back_in_float32(tmp_path: Path) -> None:
 def test_slope_and_intercept_of_the_header_are_applied(tmp_path: Path) -> None:
     x = np.arange(120, dtype=np.int16).reshape(SIZE)
     path = patched(saved(tmp_path / "a.nii", x), 112, "<2f", 0.5, -1024)  # scl_slope, scl_inter
-    assert np.array_equal(read(path).data[0], 0.5 * x - 1024)
+    assert np.array_equal(read_image(path).data[0], 0.5 * x - 1024)
 
 
 def test_the_fourth_axis_of_a_file_holds_channels(tmp_path: Path) -> None:
     x = np.random.default_rng(1).normal(size=(*SIZE, 3)).astype(np.float32)
-    volume = read(saved(tmp_path / "a.nii.gz", x, LPS))
+    volume = read_image(saved(tmp_path / "a.nii.gz", x, LPS))
     assert volume.data.shape == (3, *SIZE)
     for channel in range(3):
         assert np.array_equal(volume.data[channel], x[::-1, ::-1, :, channel])
@@ -128,7 +128,7 @@ def test_spacing_of_an_oblique_volume_is_the_length_of_its_steps(tmp_path: Path)
     affine = np.eye(4)
     rotated = about_z @ about_x @ np.diag(SPACING)
     affine[:3, :3] = rotated[:, [2, 0, 1]]  # stored as superior, right, anterior
-    volume = read(saved(tmp_path / "a.nii", np.arange(120.0).reshape(SIZE), affine))
+    volume = read_image(saved(tmp_path / "a.nii", np.arange(120.0).reshape(SIZE), affine))
     assert volume.spacing == pytest.approx(SPACING, abs=1e-5)
     assert volume.data.shape == (1, 5, 6, 4)
 
@@ -192,9 +192,9 @@ def test_one_wrong_bit_of_a_gzip_stream_is_never_read_as_voxels(tmp_path: Path) 
         except Exception:
             sound = False
         if sound:  # the name of the file in the stream's own header
-            assert np.array_equal(read(path).data[0], smooth)
+            assert np.array_equal(read_image(path).data[0], smooth)
         else:
-            refused(read, path)
+            refused(read_image, path)
 
 
 def test_what_follows_a_gzip_stream_is_judged_as_by_gzip_t(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_follows_a_gzip_stream_is_judged_as_by_gzip_t(tmp_path: Path) -> No
         gzip.compress(content + b"more"),
     ):
         path.write_bytes(good)
-        assert np.array_equal(read(path).data[0], LABELS)
+        assert np.array_equal(read_image(path).data[0], LABELS)
         assert np.array_equal(read_labels(path).labels, LABELS)
     for garbage in (b"x", b"<html>" * 9, gzip.compress(b"more")[:-3]):
         path.write_bytes(gzip.compress(content) + garbage)
@@ -235,7 +235,7 @@ def test_nan_and_infinity_are_counted_and_refused(tmp_path: Path) -> None:
     x[0, 0, :2] = np.nan
     x[1, 1, 1] = np.inf
     path = saved(tmp_path / "a.nii.gz", x)
-    assert "3 voxels" in refused(read, path)
+    assert "3 voxels" in refused(read_image, path)
 
 
 @pytest.mark.parametrize("of", ["volume", "channel"])
@@ -243,7 +243,7 @@ def test_a_constant_is_refused_and_its_value_said(of: str, tmp_path: Path) -> No
     x = np.full((*SIZE, 2), 7, dtype=np.int16)
     x[..., 0] = np.arange(6)  # so only the second channel has nothing in it
     path = saved(tmp_path / "a.nii", x if of == "channel" else x[..., 1])
-    assert "every voxel is 7" in refused(read, path)
+    assert "every voxel is 7" in refused(read_image, path)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_what_has_not_three_axes_is_refused_with_its_size(
     shape: tuple[int, ...], tmp_path: Path
 ) -> None:
     path = saved(tmp_path / "a.nii", np.arange(np.prod(shape), dtype=np.float32).reshape(shape))
-    assert " x ".join(map(str, shape)) in refused(read, path)
+    assert " x ".join(map(str, shape)) in refused(read_image, path)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_lengths_are_in_mm_whatever_the_unit_of_the_header(
     nib.save(image, tmp_path / "a.nii")
     expected = turned(20, SPACING)
     expected[:3, 3] = 10, -20, 30
-    for reader in (read, read_labels, read_grid):
+    for reader in (read_image, read_labels, read_grid):
         result = reader(tmp_path / "a.nii")
         assert np.allclose(result.affine, expected, rtol=1e-6, atol=1e-5)
         assert result.spacing == pytest.approx(SPACING, rel=1e-6)
@@ -314,7 +314,7 @@ def test_a_unit_that_is_none_and_voxels_no_scanner_has_are_refused(tmp_path: Pat
 
     # Half a micrometre is a size.
     tiny = saved(tmp_path / "c.nii", LABELS, np.diag([5e-4, 5e-4, 5e-4, 1]))
-    assert read(tiny).spacing == pytest.approx((5e-4,) * 3)
+    assert read_image(tiny).spacing == pytest.approx((5e-4,) * 3)
 
 
 def test_a_sheared_grid_is_said_once_with_its_error(
@@ -333,7 +333,7 @@ def test_a_sheared_grid_is_said_once_with_its_error(
         assert grid.spacing == pytest.approx((1, 1, 3))
         assert Grid((9, 9, 9), rotation @ RAS).shear == pytest.approx(0, abs=1e-12)
     for name in ("a.nii", "b.nii"):
-        read(saved(tmp_path / name, LABELS, tilted))
+        read_image(saved(tmp_path / name, LABELS, tilted))
 
     said = capsys.readouterr().err
     assert said.count("not perpendicular") == said.count("\n") == 1
@@ -344,7 +344,7 @@ def test_voxel_sizes_that_differ_between_affine_and_pixdim_are_said_and_the_affi
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = patched(saved(tmp_path / "a.nii", LABELS), 80, "<3f", 0.7, 0.7, 3.0)
-    assert read(path).spacing == SPACING
+    assert read_image(path).spacing == SPACING
     expected = "1.5 x 2 x 3 mm by its affine, which counts, but 0.7 x 0.7 x 3 mm by its pixdim"
     assert expected in capsys.readouterr().err
 
@@ -354,14 +354,14 @@ def test_a_file_without_an_affine_is_read_by_convention_and_said(
 ) -> None:
     path = saved(tmp_path / "a.nii", LABELS, None)
     convention = LABELS[::-1]  # the first axis runs to the left
-    assert np.array_equal(read(path).data[0], convention)
-    assert np.array_equal(read_labels_of(path, read(path)), convention)
+    assert np.array_equal(read_image(path).data[0], convention)
+    assert np.array_equal(read_labels_of(path, read_image(path)), convention)
     warning = "neither qform nor sform; left and right are by convention only"
     assert capsys.readouterr().err.count(warning) == 1
 
 
 def test_labels_without_an_affine_do_not_lie_on_an_image_that_has_one(tmp_path: Path) -> None:
-    image = read(saved(tmp_path / "image.nii", LABELS))
+    image = read_image(saved(tmp_path / "image.nii", LABELS))
     path = saved(tmp_path / "a.nii", LABELS, None)
     line = refused(read_labels_of, path, image)
     assert "not on the grid of its image" in line and "was it saved without an affine?" in line
@@ -372,7 +372,7 @@ def test_sound_files_are_read_without_a_word(
 ) -> None:
     for number, affine in enumerate((RAS, LPS, turned(12, SPACING), turned(45))):
         path = saved(tmp_path / f"{number}.nii.gz", LABELS, affine)
-        read_labels_of(path, read(path))
+        read_labels_of(path, read_image(path))
     assert capsys.readouterr().err == ""
 
 
@@ -432,7 +432,7 @@ def test_two_headers_of_one_grid_at_45_degrees_are_one_though_their_axes_are_ord
     above = saved(tmp_path / "above.nii", LABELS, turned(degrees + 1e-5))
     assert read_labels(below).labels.shape != read_labels(above).labels.shape
     for one, other in ((below, above), (above, below)):
-        image = read(one)
+        image = read_image(one)
         assert np.array_equal(read_labels_of(other, image), image.data[0])
         assert np.array_equal(*read_channels([one, other]).data)
     assert read_grid(below).shape == read_labels(below).labels.shape
@@ -516,7 +516,7 @@ def test_further_axes_of_one_are_no_axes(tail: tuple[int, ...], tmp_path: Path) 
         path = saved(tmp_path / name, LABELS.reshape(*SIZE, *tail), affine)
         assert np.array_equal(read_labels(path).labels, expected)
         if len(tail) == 1:
-            assert np.array_equal(read_labels_of(path, read(path)), expected)
+            assert np.array_equal(read_labels_of(path, read_image(path)), expected)
 
 
 def test_an_empty_map_is_a_label_map(tmp_path: Path) -> None:
@@ -553,7 +553,7 @@ def test_what_is_not_a_label_map_is_refused_by_name(
 
 
 def test_labels_of_an_image_lie_on_its_grid_and_in_0_to_255(tmp_path: Path) -> None:
-    image = read(saved(tmp_path / "image.nii", NOISE))
+    image = read_image(saved(tmp_path / "image.nii", NOISE))
     path = tmp_path / "a.nii"
     whole = np.full(NOISE.shape, 255, np.int16)
     for rounding in (0, 0.005):

@@ -25,8 +25,8 @@ from dae.evaluation.postprocess import (
     choose,
     fill_holes,
     largest_components,
-    load,
-    save,
+    load_steps,
+    save_steps,
     smooth_boundary,
 )
 
@@ -270,8 +270,8 @@ def test_steps_are_done_in_order() -> None:
 
 
 def test_steps_are_json_and_come_back(tmp_path: Path) -> None:
-    save(STEPS, tmp_path / "steps.json")
-    assert load(tmp_path / "steps.json") == STEPS
+    save_steps(STEPS, tmp_path / "steps.json")
+    assert load_steps(tmp_path / "steps.json") == STEPS
     assert [path.name for path in tmp_path.iterdir()] == ["steps.json"]
 
     written = json.loads((tmp_path / "steps.json").read_text())
@@ -299,14 +299,14 @@ def test_what_is_no_plan_is_refused_by_name(content: str, tmp_path: Path) -> Non
     path = tmp_path / "steps.json"
     path.write_text(content)
     with pytest.raises(InputError) as error:
-        load(path)
+        load_steps(path)
     assert str(error.value).startswith(f"{path}: not a post-processing plan")
     assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.json: not a post-processing plan"):
-        load(tmp_path / "none.json")
+        load_steps(tmp_path / "none.json")
 
 
 # --- the choice

@@ -16,7 +16,7 @@ from dae.data import nifti
 from dae.data.augment import labelled_crop
 from dae.data.cache import Cached, cached
 from dae.data.datalist import Item, load
-from dae.data.nifti import Volume, read
+from dae.data.nifti import Volume, read_image
 from dae.data.preprocess import (
     Recipe,
     bright_voxels,
@@ -194,7 +194,7 @@ def refusal(item: Item, recipe: Recipe) -> str:
     with pytest.raises(InputError) as in_training:
         prepare(item, recipe)
     with pytest.raises(InputError) as in_prediction:
-        normalise(read(item.image[0]), item, recipe)
+        normalise(read_image(item.image[0]), item, recipe)
 
     line = str(in_training.value)
     assert line == str(in_prediction.value)

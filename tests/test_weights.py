@@ -21,7 +21,7 @@ from dae.model import MONAI, SwinUNETR, UNet
 from dae.model.swin import MergeOrder, relative_position_index
 from dae.weights import checkpoint
 from dae.weights.__main__ import ConvertConfig, convert
-from dae.weights.foreign import Weights, find_state_dict, for_monai, read
+from dae.weights.foreign import Weights, find_state_dict, for_monai, read_weights
 from dae.weights.layouts import reads_twice, reorder, to_monai
 
 Tensors = dict[str, Tensor]
@@ -150,7 +150,7 @@ def test_a_file_of_each_key_list_loads_whole_into_the_options_it_was_trained_wit
     name: str, layout: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
     tensors = key_list(name)
-    weights = read(save(tmp_path / "file.pt", {"model": tensors, "epoch": 3}))
+    weights = read_weights(save(tmp_path / "file.pt", {"model": tensors, "epoch": 3}))
 
     assert weights.plan["method"] == layout
     expected = {"clipped_bias": "sliced", "feature_size": 48, "heads": [3, 6, 12, 24], **options}
@@ -216,7 +216,7 @@ def test_each_layout_gives_the_outputs_of_monai(
 ) -> None:
     golden = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")[f"{case}/logits_stride4"]
     tensors = monai_weights(SwinUNETR(1, 2, **SMALL, stage_conv=case == "v2net_64"))
-    model = network(read(save(tmp_path / "file.pt", wrap(tensors)), quirks))
+    model = network(read_weights(save(tmp_path / "file.pt", wrap(tensors)), quirks))
     logits = model(noise(1000 + number))[..., ::4, ::4, ::4].numpy()
     assert np.abs(logits - golden).max() < 2e-4
 
@@ -224,7 +224,7 @@ def test_each_layout_gives_the_outputs_of_monai(
 @torch.inference_mode()
 def test_the_encoder_of_model_swinvit_gives_the_bottleneck_of_legacy_monai(tmp_path: Path) -> None:
     golden = np.load(GOLDENS / "monai_swin_unetr_1.6.1.npz")["legacy_64/hidden4"]
-    weights = read(save(tmp_path / "model_swinvit.pt", {"state_dict": as_swinvit(small())}))
+    weights = read_weights(save(tmp_path / "model_swinvit.pt", {"state_dict": as_swinvit(small())}))
     assert all(name.startswith("encoder.") for name in weights.tensors)
     assert "rotation_head.bias" in weights.extra
 
@@ -254,10 +254,10 @@ def test_a_network_is_found_at_any_depth_and_with_anything_beside_it(tmp_path: P
         {"ema": {"student.x": tensors}},
     ]
     for content in contents:
-        weights = read(save(tmp_path / "w.pt", content))
+        weights = read_weights(save(tmp_path / "w.pt", content))
         assert len(weights.tensors) == 151
 
-    weights = read(save(tmp_path / "w.pt", lightning))
+    weights = read_weights(save(tmp_path / "w.pt", lightning))
     assert weights.extra[0] == "loss.weight"
 
 
@@ -275,7 +275,7 @@ def test_self_supervised_heads_beside_the_encoder_are_left_out(tmp_path: Path) -
     tensors = encoder_of(monai_weights(SwinUNETR(4, 3, **SMALL)))
     for head in ("rotation_head", "contrastive_head", "conv.0", "norm"):
         tensors[f"{head}.weight"] = torch.ones(2)
-    weights = read(save(tmp_path / "w.pt", {"state_dict": with_prefix("module.", tensors)}))
+    weights = read_weights(save(tmp_path / "w.pt", {"state_dict": with_prefix("module.", tensors)}))
     assert weights.plan["in_channels"] == 4
     assert all(name.startswith("encoder.") for name in weights.tensors)
 
@@ -283,7 +283,7 @@ def test_self_supervised_heads_beside_the_encoder_are_left_out(tmp_path: Path) -
 def test_four_channels_and_three_classes_are_read(tmp_path: Path) -> None:
     """A fine-tuned checkpoint of BraTS."""
     tensors = monai_weights(SwinUNETR(4, 3, **SMALL))
-    weights = read(save(tmp_path / "w.pt", {"state_dict": tensors, "epoch": 3}))
+    weights = read_weights(save(tmp_path / "w.pt", {"state_dict": tensors, "epoch": 3}))
     assert weights.plan["in_channels"] == 4
     assert weights.plan["out_channels"] == 3
 
@@ -293,19 +293,19 @@ def test_the_position_index_says_which_window_it_is(
     window: tuple[int, int, int], tmp_path: Path
 ) -> None:
     model = SwinUNETR(1, 2, **{**TINY, "window": window})
-    weights = read(save(tmp_path / "w.pt", to_monai(model.state_dict(), window)))
+    weights = read_weights(save(tmp_path / "w.pt", to_monai(model.state_dict(), window)))
     assert tuple(weights.plan["arguments"]["window"]) == window
     network(weights)
 
 
 def test_ssl_pretrained_weights_and_the_authors_files_are_told_apart(tmp_path: Path) -> None:
     ssl = as_pretraining(without("out.", monai_weights(SwinUNETR(1, 1, **SMALL))))
-    weights = read(save(tmp_path / "ssl.pth", {"model": ssl}))
+    weights = read_weights(save(tmp_path / "ssl.pth", {"model": ssl}))
     assert weights.plan["method"] == "ssl"
     assert weights.plan["arguments"]["stem"] == "patch"
 
     fine_tuned = with_prefix("module.", with_authors_stem(small()))
-    weights = read(save(tmp_path / "model.pt", {"state_dict": fine_tuned}))
+    weights = read_weights(save(tmp_path / "model.pt", {"state_dict": fine_tuned}))
     assert weights.plan["method"] == "official-seg"
     assert weights.plan["arguments"]["stem"] == "conv"
     assert weights.plan["arguments"]["normalize_hidden"]
@@ -338,7 +338,7 @@ def test_trained_weights_show_whether_merging_read_two_octants_twice(
     assert reads_twice(model.state_dict()) == (order == "legacy")
 
     # A file in MONAI's layout is taken for one of MONAI since 1.5, unless its weights show legacy.
-    weights = read(save(tmp_path / "w.pt", to_monai(model.state_dict())))
+    weights = read_weights(save(tmp_path / "w.pt", to_monai(model.state_dict())))
     expected = "legacy" if order == "legacy" else "monai"
     assert weights.plan["arguments"]["merge_order"] == expected
 
@@ -354,7 +354,7 @@ def test_weights_that_were_never_trained_show_nothing() -> None:
 
 def test_monai_to_ours_to_monai_is_the_identity(tmp_path: Path) -> None:
     tensors = monai_weights(SwinUNETR(1, 2, **SMALL, stage_conv=True))
-    back, notes = for_monai(read(save(tmp_path / "w.pt", tensors)))
+    back, notes = for_monai(read_weights(save(tmp_path / "w.pt", tensors)))
     assert not notes
     assert back.keys() == tensors.keys()
     for name, value in back.items():
@@ -386,7 +386,7 @@ def test_a_real_monai_network_gives_the_same_logits_when_it_is_read(tmp_path: Pa
     nets = pytest.importorskip("monai.networks.nets")
     torch.manual_seed(0)
     theirs = nets.SwinUNETR(in_channels=1, out_channels=3, feature_size=12).eval()
-    ours = network(read(save(tmp_path / "w.pt", theirs.state_dict())))
+    ours = network(read_weights(save(tmp_path / "w.pt", theirs.state_dict())))
     x = torch.randn(1, 1, 64, 64, 64)
     assert torch.allclose(ours(x), theirs(x), atol=2e-4)
 
@@ -527,7 +527,7 @@ def test_a_file_without_a_swin_unetr_is_refused_in_one_line(
 
 def check_refused(path: Path, words: str) -> None:
     with pytest.raises(InputError, match=words) as refused:
-        read(path)
+        read_weights(path)
     assert str(refused.value).startswith(f"{path}: ")
     assert "\n" not in str(refused.value)
 
@@ -536,7 +536,7 @@ def check_refused(path: Path, words: str) -> None:
 def test_what_torch_has_not_saved_is_refused_in_one_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(InputError, match="not a whole file"):
-        read(tmp_path / "file.pt")
+        read_weights(tmp_path / "file.pt")
 
 
 def test_a_damaged_checkpoint_of_ours_is_not_taken_for_a_file_of_others(tmp_path: Path) -> None:
@@ -547,11 +547,11 @@ def test_a_damaged_checkpoint_of_ours_is_not_taken_for_a_file_of_others(tmp_path
     damaged[len(damaged) // 2] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(InputError, match="checksum"):
-        read(path)
+        read_weights(path)
 
     torch.save({"format": 1, **state}, path)
     with pytest.raises(InputError, match="checksum"):
-        read(path)
+        read_weights(path)
 
 
 # --- the command

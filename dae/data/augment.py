@@ -154,7 +154,7 @@ def augment(
         x = x * scale + shift
 
     if rng.random() < chances.contrast:
-        x = contrasted(x, rng.uniform(0.7, 1.5))
+        x = with_contrast(x, rng.uniform(0.7, 1.5))
 
     if rng.random() < chances.noise:
         std = rng.uniform(0, 0.1)
@@ -194,7 +194,7 @@ def zoomed(volume: NDArray[np.generic], factor: float, *, order: int) -> NDArray
     )
 
 
-def contrasted(x: Array, gamma: float) -> Array:
+def with_contrast(x: Array, gamma: float) -> Array:
     """Gamma on each channel of (c, d, h, w), between its own least and largest value."""
     low = np.min(x, axis=(1, 2, 3), keepdims=True)
     high = np.max(x, axis=(1, 2, 3), keepdims=True)

@@ -83,7 +83,7 @@ def by_turns(modalities: Sequence[int]) -> list[int]:
     return [n for _, _, n in sorted(turns)]
 
 
-def spread(modalities: Sequence[int], count: int) -> list[int]:
+def spread_over_modalities(modalities: Sequence[int], count: int) -> list[int]:
     """Up to `count` of the indices: the modalities take turns, each evenly over its own volumes."""
     # How many of each modality.
     shares = Counter(modalities[n] for n in by_turns(modalities)[:count])
@@ -248,7 +248,7 @@ def loader(
             Reader(crops, gather),
             sampler=addresses,
             batch_size=None,  # an address is already one of a whole micro-batch
-            collate_fn=unchanged,
+            collate_fn=as_it_is,
             num_workers=workers,
             pin_memory=pin,
             worker_init_fn=partial(live_as_long_as_the_run, worker_end, run_end),
@@ -301,7 +301,7 @@ def move_to_shared_memory(batch: Any) -> None:
             value.share_memory_()
 
 
-def unchanged(batch: Any) -> Any:
+def as_it_is(batch: Any) -> Any:
     """The batch that `Reader` has gathered."""
     return batch
 

@@ -42,7 +42,7 @@ from dae.data.nifti import read_grid
 from dae.data.preprocess import Prepared, Recipe, prepare
 from dae.errors import InputError
 
-FORMAT = 4  # of the folders below; counts up when what they hold changes
+CACHE_FORMAT = 4  # of the folders below; counts up when what they hold changes
 DTYPE = (
     np.float16
 )  # 3 digits of z-scores and [0, 1], far below the noise of eq. 1, in half the room
@@ -84,7 +84,7 @@ def default_folder() -> Path:
 
 def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
     """Where an item's prepared volume belongs. Raises InputError if a file is missing."""
-    made_from: list[object] = [FORMAT, asdict(recipe), item.intensity, item.channel]
+    made_from: list[object] = [CACHE_FORMAT, asdict(recipe), item.intensity, item.channel]
     files = list(item.image)
     if item.label:
         files.append(item.label)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from dae.data import leaks
 from dae.data.datalist import DataList, check_all_labelled
 from dae.data.leaks import Seen
-from dae.errors import InputError
+from dae.errors import InputError, counted
 
 FOLDS = 5
 SHARE = 0.05  # of the subjects are held out of pre-training (Table 1)
@@ -273,8 +273,3 @@ def refuse_flags(reason: str, *, fold: int | None = None, split_seed: int | None
     for flag, value in (("--fold", fold), ("--split-seed", split_seed)):
         if value is not None:
             raise InputError(f"{flag} {value}: cannot choose what is held out: {reason}")
-
-
-def counted(number: int, noun: str) -> str:
-    """2, "case" -> "2 cases"."""
-    return f"1 {noun}" if number == 1 else f"{number} {noun}s"

@@ -111,7 +111,7 @@ class LabelMap(NamedTuple):
 # --- images, labels, grids
 
 
-def read(path: Path, like: Affine | None = None) -> Volume:
+def read_image(path: Path, like: Affine | None = None) -> Volume:
     """One .nii or .nii.gz file, 3D or 4D (channels last in the file). Raises InputError on others.
 
     Its axes are put in RAS order, or in the order of the grid `like` where that is given: at 45
@@ -138,7 +138,7 @@ def read(path: Path, like: Affine | None = None) -> Volume:
 def read_labels(path: Path, like: Affine | None = None) -> LabelMap:
     """A file of whole numbers, stored as integers or floats, 3D or (x, y, z, 1).
 
-    Raises InputError on anything else. `like`: as in `read`.
+    Raises InputError on anything else. `like`: as in `read_image`.
     """
     image = open_image(path)
     shape = image.shape
@@ -180,10 +180,10 @@ def read_labels_of(path: Path, image: Volume) -> NDArray[np.uint8]:
 def read_channels(paths: Sequence[Path]) -> Volume:
     """Several files of one grid as the channels of one volume. Raises InputError on other grids."""
     # All take the order of axes of the first, which is RAS.
-    first = read(paths[0])
+    first = read_image(paths[0])
     volumes = [first]
     for path in paths[1:]:
-        volumes.append(read(path, like=first.affine))
+        volumes.append(read_image(path, like=first.affine))
 
     for path, volume in zip(paths, volumes):
         if deviation := difference_in_words(volume.grid, first.grid):
@@ -289,11 +289,11 @@ def open_image(path: Path) -> Any:
         raise InputError(
             f"{path}: voxels of type {image.get_data_dtype()}; only integers and floats are read"
         )
-    check_size(path, image)
+    check_claimed_size(path, image)
     return image
 
 
-def check_size(path: Path, image: Any) -> None:
+def check_claimed_size(path: Path, image: Any) -> None:
     """A header may claim any size; no memory is asked for that the file cannot fill."""
     claimed = prod(image.shape) * image.get_data_dtype().itemsize
     claim = f"its header claims {size_in_words(image.shape)} voxels ({bytes_in_words(claimed)})"

@@ -234,7 +234,7 @@ def minmax(x: Array) -> Array:
     return window(x, low, max(high, low + 1e-8))
 
 
-def unchanged(x: Array) -> Array:
+def not_normalised(x: Array) -> Array:
     """The values of the file, as nnU-Net's channel `noNorm`."""
     return x
 
@@ -253,7 +253,7 @@ NORMALISERS: dict[str, Callable[[Array], Array]] = {
     "percentile": percentile,
     "zscore_all": zscore_of_all,
     "minmax": minmax,
-    "none": unchanged,
+    "none": not_normalised,
 }
 
 

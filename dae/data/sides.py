@@ -124,11 +124,11 @@ def check_swap(organs: Mapping[int, str], swap: Pairs | None) -> None:
 
 def reason_of_swap(swap: Pairs, pairs: Pairs, organs: Mapping[int, str]) -> str:
     """What changes places, and which pairs look as if they should and do not."""
-    reason = f'{in_words(swap, organs)} change places, as the list\'s "swap" says'
+    reason = f'{pairs_in_words(swap, organs)} change places, as the list\'s "swap" says'
     swapped = {frozenset(pair) for pair in swap}
     missing = [pair for pair in pairs if frozenset(pair) not in swapped]
     if missing:
-        reason += f", which does not name {in_words(missing, organs)}; add {missing[0]}"
+        reason += f", which does not name {pairs_in_words(missing, organs)}; add {missing[0]}"
     return reason
 
 
@@ -140,8 +140,8 @@ def doubt_of(organs: Mapping[int, str], pairs: Pairs) -> str:
         line = f'"swap": {[list(pair) for pair in pairs]}'
         like = "look like a pair" if len(pairs) == 1 else "look like pairs"
         return (
-            f"{in_words(pairs, organs)} {like}; add {line} to the list if each is the mirror image "
-            'of the other, or "swap": [] if left and right may be flipped as they are'
+            f"{pairs_in_words(pairs, organs)} {like}; add {line} to the list if each is the mirror "
+            'image of the other, or "swap": [] if left and right may be flipped as they are'
         )
 
     for name in organs.values():
@@ -153,7 +153,7 @@ def doubt_of(organs: Mapping[int, str], pairs: Pairs) -> str:
     return ""
 
 
-def in_words(pairs: Pairs, organs: Mapping[int, str], most: int = 3) -> str:
+def pairs_in_words(pairs: Pairs, organs: Mapping[int, str], most: int = 3) -> str:
     """'left kidney' and 'right kidney', 'lad' and 'rad' and 4 more"""
     named = ", ".join(f"{organs[a]!r} and {organs[b]!r}" for a, b in pairs[:most])
     if len(pairs) > most:

@@ -43,7 +43,7 @@ from dae.files import write_bytes
 Size = tuple[int, int, int]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Case = dict[str, Any]  # an entry of a data list
+Entry = dict[str, Any]  # an entry of a data list
 
 VERSION = 1  # to be raised whenever the same seed gives other volumes
 SPACING = 1.5  # mm
@@ -269,7 +269,7 @@ def write_phantoms(
     """
     lists = Lists(folder / "pretrain.json", folder / "ct_seg.json", folder / "mr_seg.json")
     name = f"phantoms {VERSION}: {subjects} + {validation} + {test} of size {size}, seed {seed}"
-    if all(name_of(path) == name for path in lists):
+    if all(name_of_list(path) == name for path in lists):
         return lists
 
     # If this run is cut short, no list shall name what it has not written.
@@ -296,7 +296,7 @@ def write_phantoms(
     return lists
 
 
-def name_of(path: Path) -> str | None:
+def name_of_list(path: Path) -> str | None:
     """The name that a list gives itself; None where there is no list."""
     if not path.is_file():
         return None
@@ -304,7 +304,7 @@ def name_of(path: Path) -> str | None:
     return name
 
 
-def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Case:
+def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:
     """Write one torso, its axes in RAS order, and return its entry for a data list."""
     subject = f"ct_{number:03d}"
     image, label = body_ct(np.random.default_rng([seed, 0, number]), size=size)
@@ -319,7 +319,7 @@ def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Case:
     }
 
 
-def write_head(folder: Path, number: int, *, size: Size, seed: int) -> Case:
+def write_head(folder: Path, number: int, *, size: Size, seed: int) -> Entry:
     """Write one head in all contrasts and return its entry for a data list.
 
     Its axes are in LPS order, so that a reader who counts on RAS is found out.
@@ -342,7 +342,7 @@ def write_head(folder: Path, number: int, *, size: Size, seed: int) -> Case:
 
 
 def pretraining_list(
-    torsos: Sequence[Case], heads: Sequence[Case], splits: Mapping[str, slice]
+    torsos: Sequence[Entry], heads: Sequence[Entry], splits: Mapping[str, slice]
 ) -> dict[str, Any]:
     """Every image by itself.
 
@@ -357,14 +357,14 @@ def pretraining_list(
 
 
 def segmentation_list(
-    cases: Sequence[Case], labels: dict[int, str], splits: Mapping[str, slice]
+    cases: Sequence[Entry], labels: dict[int, str], splits: Mapping[str, slice]
 ) -> dict[str, Any]:
     """All images of a subject together, and the names of the labels."""
     content: dict[str, Any] = {split: cases[part] for split, part in splits.items()}
     return content | {"labels": labels}
 
 
-def one_case_per_image(case: Case) -> list[Case]:
+def one_case_per_image(case: Entry) -> list[Entry]:
     """The entry of a subject of several images as one entry for each image."""
     entries = []
     for image, modality in zip(case["image"], case["modality"]):

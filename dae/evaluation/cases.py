@@ -26,9 +26,9 @@ from dae.files import write_bytes
 
 ENDINGS = (".nii.gz", ".nii")
 
-WORDS = ("case", "class", "name", "status")
+TEXT_COLUMNS = ("case", "class", "name", "status")
 NUMBERS = (*METRICS, "volume_truth_ml", "volume_prediction_ml")
-COLUMNS = (*WORDS, *NUMBERS)  # of scores.csv
+COLUMNS = (*TEXT_COLUMNS, *NUMBERS)  # of scores.csv
 
 Classes = Mapping[int, str] | Sequence[int]
 Spacing = tuple[float, float, float]
@@ -353,7 +353,7 @@ def read_scores(path: Path) -> list[Row]:
             for line in csv.DictReader(file):
                 line.setdefault("msd", line.get("assd"))
                 numbers = {name: float(line[name]) for name in NUMBERS}
-                words = {name: line[name] for name in WORDS}
+                words = {name: line[name] for name in TEXT_COLUMNS}
                 rows.append({**words, "class": int(line["class"]), **numbers})
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__} after {len(rows)} rows: {error}"

@@ -68,7 +68,7 @@ def score_labels(
     in neither (absent), all are nan. Voxels where `ignore` is true count in no volume and bear no
     border; a class left without one has nan distances. Raises ValueError on input that is wrong.
     """
-    names = names_of(classes)
+    names = names_by_label(classes)
     tolerances = tolerances_of(tolerance, names)
     voxel = np.asarray(spacing, np.float64)
     check(prediction, truth, ignore, voxel, tolerances)
@@ -249,7 +249,7 @@ def ignored_value(labels: Labels) -> int:
 # --- what is asked
 
 
-def names_of(classes: Mapping[int, str] | Sequence[int]) -> dict[int, str]:
+def names_by_label(classes: Mapping[int, str] | Sequence[int]) -> dict[int, str]:
     """Name by label; without names each label's is its number."""
     if isinstance(classes, Mapping):
         return dict(classes)

@@ -34,7 +34,7 @@ from dae.files import write_bytes
 Step = dict[str, Any]  # {"do": name of the step, and its settings}
 Steps = dict[int, list[Step]]  # label of a class -> its steps, in order
 
-REACH = 3  # standard deviations after which a Gaussian is taken for zero
+GAUSSIAN_REACH = 3  # standard deviations after which a Gaussian is taken for zero
 
 # A component of the truth with a smaller share of its class's voxels is a slip of the annotator.
 SMALLEST_ORGAN = 0.05
@@ -101,7 +101,7 @@ def smooth_boundary(labels: Labels, cls: int, spacing: Spacing, sigma_mm: float)
 
     result = labels.copy()
     sigma = [sigma_mm / mm for mm in spacing]  # in voxels
-    margin = [2 * int(np.ceil(REACH * s)) + 1 for s in sigma]
+    margin = [2 * int(np.ceil(GAUSSIAN_REACH * s)) + 1 for s in sigma]
     box = bounding_box(labels == cls, margin)
     if not box or sigma_mm == 0:
         return result
@@ -112,7 +112,7 @@ def smooth_boundary(labels: Labels, cls: int, spacing: Spacing, sigma_mm: float)
     rival_label = np.zeros_like(old)
     for value in np.unique(old):
         mask = (old == value).astype(np.float32)
-        blurred = ndimage.gaussian_filter(mask, sigma, mode="nearest", truncate=REACH)
+        blurred = ndimage.gaussian_filter(mask, sigma, mode="nearest", truncate=GAUSSIAN_REACH)
         if value == cls:
             own = blurred
         else:
@@ -153,11 +153,11 @@ def apply(labels: Labels, steps: Steps, spacing: Spacing) -> Labels:
     return labels
 
 
-def save(steps: Steps, path: Path) -> None:
+def save_steps(steps: Steps, path: Path) -> None:
     write_bytes(path, json.dumps(steps, indent=1).encode())
 
 
-def load(path: Path) -> Steps:
+def load_steps(path: Path) -> Steps:
     """The steps in a JSON file. Raises InputError on a file of anything else."""
     steps: Steps = {}
     nothing = np.ones((1, 1, 1), np.uint8)

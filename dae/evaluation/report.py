@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dae.data.nifti import LabelMap, difference_in_words, read, read_labels
+from dae.data.nifti import LabelMap, difference_in_words, read_image, read_labels
 from dae.errors import InputError
 from dae.evaluation.cases import Pair, write_csv
 from dae.evaluation.metrics import OK, Row
@@ -110,14 +110,14 @@ def check_flags(a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str
 def differing_tolerance(terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> str:
     """The first class of both that has two tolerances, in words; empty where none has."""
     for label in sorted(terms_a["classes"].keys() & terms_b["classes"].keys()):
-        a = tolerance_of(terms_a["tolerance_mm"], label)
-        b = tolerance_of(terms_b["tolerance_mm"], label)
+        a = tolerance_of_label(terms_a["tolerance_mm"], label)
+        b = tolerance_of_label(terms_b["tolerance_mm"], label)
         if a != b:
             return f"{a} and {b} mm for {terms_a['classes'][label]['name']}"
     return ""
 
 
-def tolerance_of(tolerance: Any, label: str) -> Any:
+def tolerance_of_label(tolerance: Any, label: str) -> Any:
     """A class's tolerance in mm, from one number or one for each class."""
     return tolerance.get(label) if isinstance(tolerance, dict) else tolerance
 
@@ -193,7 +193,7 @@ def image_under(path: Path, true: LabelMap) -> Any:
     Scores need no image, so this is no error.
     """
     try:
-        image = read(path, like=true.affine)
+        image = read_image(path, like=true.affine)
     except InputError:
         return None
     return None if difference_in_words(image.grid, true.grid) else image.data[0]
@@ -241,7 +241,7 @@ def tolerances(tolerance: float | Mapping[int, float], names: Mapping[int, str])
     return ", ".join(parts)
 
 
-def counted(n: int, singular: str, plural: str) -> str:
+def count_in_words(n: int, singular: str, plural: str) -> str:
     """Like "1 case" and "2 cases"."""
     return f"{n} {singular if n == 1 else plural}"
 
@@ -261,8 +261,8 @@ def write_page(
 
     template = Template(PAGE.read_text(encoding="utf-8"))
     page = template.substitute(
-        cases=counted(summary["cases"], "case", "cases"),
-        classes=counted(len(names), "class", "classes"),
+        cases=count_in_words(summary["cases"], "case", "cases"),
+        classes=count_in_words(len(names), "class", "classes"),
         definition=escape(summary["definition"]),
         policy=escape(summary["policy"]),
         tiles=tiles(summary["mean_of_cases"]),

@@ -64,7 +64,7 @@ def sliding_window(
     """
     pixels: NDArray[Any] = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
     predictors = [predict] if callable(predict) else list(predict)
-    check_arguments(pixels, predictors, overlap=overlap, batch=batch, background=background)
+    check_window(pixels, predictors, overlap=overlap, batch=batch, background=background)
     check_averaging(classes, flips=flips, swap=swap, combine=combine)
 
     d, h, w = pixels.shape[1:]
@@ -99,7 +99,7 @@ def sliding_window(
     return crop_slabs(slabs, margin, (d, h, w))
 
 
-def check_arguments(
+def check_window(
     image: NDArray[Any],
     predictors: Sequence[Predict],
     *,

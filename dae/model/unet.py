@@ -136,7 +136,7 @@ class UNet(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(feature_size, depths)
+        check_unet(feature_size, depths)
         widths = [min(WIDEST, feature_size * 2**n) for n in range(len(depths))]
         self.embed_dim = feature_size
         self.divisor = 2 ** (len(depths) - 1)
@@ -175,7 +175,7 @@ class UNet(nn.Module):
         return self.decode(self.encode(self.tokenize(x)), x)
 
 
-def check_arguments(feature_size: int, depths: Sequence[int]) -> None:
+def check_unet(feature_size: int, depths: Sequence[int]) -> None:
     """Raises ValueError on arguments that make no network."""
     if not 2 <= len(depths) <= 7 or min(depths) < 1:
         raise ValueError(f"depths {tuple(depths)}: give 2 to 7 stages of at least one block")

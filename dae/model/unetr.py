@@ -59,7 +59,7 @@ class SwinUNETR(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(feature_size, depths, heads, window)
+        check_swin_unetr(feature_size, depths, heads, window)
         options = SwinOptions(
             depths=depths,
             heads=heads,
@@ -121,7 +121,7 @@ class SwinUNETR(nn.Module):
         return self.decode(self.encode(self.tokenize(x)), x)
 
 
-def check_arguments(
+def check_swin_unetr(
     feature_size: int, depths: Sequence[int], heads: Sequence[int], window: Sequence[int]
 ) -> None:
     """Raises ValueError where the arguments of a network contradict each other."""

@@ -107,7 +107,7 @@ class ViTUNETR(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_arguments(vit_channels, vit_depth, vit_heads, vit_patch)
+        check_vit(vit_channels, vit_depth, vit_heads, vit_patch)
         self.stride = self.divisor = vit_patch
         self.embed_dim = vit_channels
         self.encoder = ViTEncoder(
@@ -162,7 +162,7 @@ class ViTUNETR(nn.Module):
         return self.decode(self.encode(self.tokenize(x)), x)
 
 
-def check_arguments(channels: int, depth: int, heads: int, patch: int) -> None:
+def check_vit(channels: int, depth: int, heads: int, patch: int) -> None:
     """Raises ValueError on arguments that make no network."""
     if patch not in LEVELS:
         raise ValueError(f"vit patch {patch}: take 8 or 16")

@@ -1,8 +1,8 @@
 """What a run leaves and shows: log.jsonl for machines, a progress line for people, and its speed.
 
 log.jsonl has one JSON object per line. A killed run may leave half a line at its end, and a resumed
-run repeats the steps since the last checkpoint. `read` leaves out the half line, and of repeated
-steps it keeps the last.
+run repeats the steps since the last checkpoint. `read_log` leaves out the half line, and keeps the
+last of repeated steps.
 """
 
 import json
@@ -91,7 +91,7 @@ def finite(value: Any) -> Any:
     return value
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> list[dict[str, Any]]:
     """Events of a log.jsonl, in order. Of the events of one name and step, the last one counts."""
     events: dict[Any, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text().splitlines()):

@@ -64,7 +64,7 @@ def how_to_start(
     if resumed:
         return resumed, None
     if given:
-        return None, foreign.read(Path(given), foreign.quirks_set(config))
+        return None, foreign.read_weights(Path(given), foreign.quirks_set(config))
     return None, None
 
 

@@ -65,7 +65,7 @@ from pathlib import Path
 from typing import Any
 
 from dae.weights import checkpoint
-from dae.weights.foreign import Weights, for_monai, read
+from dae.weights.foreign import Weights, for_monai, read_weights
 from dae.weights.transfer import PARTS, count_of
 
 # What a plan says about the input of its network.
@@ -75,17 +75,17 @@ INPUT = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes"
 def inspect(path: Path, config: InspectConfig) -> Weights:
     """Print what a file is."""
     quirks = {"merge_order": config.merge_order} if config.merge_order else {}
-    weights = read(path, quirks)
+    weights = read_weights(path, quirks)
     what, *notes = weights.notes
 
     print(f"{path}: {what}")
     print_line("network", [network_in_words(weights.plan)])
-    print_line("options", in_words(weights.plan["arguments"]))
+    print_line("options", options_in_words(weights.plan["arguments"]))
     print_line("tensors", tensors_in_words(weights))
 
     print_line("left out", extra_in_words(weights.extra) or ["none"])
     known = {name: weights.plan[name] for name in INPUT if weights.plan.get(name)}
-    print_line("fed with", in_words(known) or ["not known"])
+    print_line("fed with", options_in_words(known) or ["not known"])
 
     for note in notes:
         print(f"  {note}")
@@ -116,7 +116,7 @@ def extra_in_words(names: Iterable[str]) -> list[str]:
     return entries
 
 
-def in_words(options: dict[str, Any]) -> list[str]:
+def options_in_words(options: dict[str, Any]) -> list[str]:
     """{"window": [7, 7, 7], "stem": "patch"} -> ["window 7 7 7", "stem patch"]."""
     entries = []
     for name, value in options.items():

@@ -58,7 +58,7 @@ def quirks_set(config: Any) -> dict[str, Any]:
 # --- read
 
 
-def read(path: Path, quirks: Mapping[str, Any] | None = None) -> Weights:
+def read_weights(path: Path, quirks: Mapping[str, Any] | None = None) -> Weights:
     """Any file of weights, on the CPU.
 
     quirks: values of QUIRKS that the user has set; for a foreign file they go before what is known
@@ -107,7 +107,7 @@ def read_foreign(path: Path, quirks: Mapping[str, Any]) -> Weights:
     try:
         recognised = recognise(tensors)
         options, options_in_words = quirks_of(recognised, quirks)
-        plan = plan_of(recognised, options)
+        plan = plan_of_foreign(recognised, options)
         check_complete(recognised, plan)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
@@ -230,7 +230,7 @@ def quirks_of(recognised: Recognised, quirks: Mapping[str, Any]) -> tuple[dict[s
     )
 
 
-def plan_of(recognised: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
+def plan_of_foreign(recognised: Recognised, options: Mapping[str, Any]) -> dict[str, Any]:
     """The plan of a foreign file. Raises ValueError where its tensors do not tell the network."""
     arguments = {**arguments_of(SwinUNETR, NetworkConfig()), **options_of(recognised), **options}
 

@@ -25,7 +25,7 @@ from dae.config.pretrain import PretrainConfig
 from dae.errors import InputError
 from dae.pretext.methods import METHODS
 from dae.training.distributed import Ranks
-from dae.training.log import read
+from dae.training.log import read_log
 from dae.training.run import with_phantoms
 from dae.weights import checkpoint
 from train_pretrain import main
@@ -52,7 +52,7 @@ def test_a_run_leaves_its_folder_as_promised(tiny: Config) -> None:
     assert files == {"config.json", "log.jsonl", "last.pt", "best.pt", *pictures, *kept}
     assert [e["step"] for e in events(config, "validation")] == [0, 3, 6]
     assert [e["step"] for e in events(config, "train")] == [1, 2, 3, 4, 5, 6]
-    first = read(out / "log.jsonl")[0]
+    first = read_log(out / "log.jsonl")[0]
     assert first["event"] == "start" and first["torch"] == torch.__version__ and "git" in first
     names = {
         "loss",
@@ -417,7 +417,7 @@ def test_a_run_whose_worker_fails_ends_in_a_line(
 def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
     path = Path(config.out) / "log.jsonl"
     while process.poll() is None and not (
-        path.exists() and any(e.get("step", 0) >= step for e in read(path))
+        path.exists() and any(e.get("step", 0) >= step for e in read_log(path))
     ):
         time.sleep(0.05)
 
@@ -616,7 +616,7 @@ def test_the_demo_beats_its_input_in_every_modality_and_leaves_its_pictures(tmp_
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    last = [e for e in read(tmp_path / "runs/demo/log.jsonl") if e["event"] == "validation"][-1]
+    last = [e for e in read_log(tmp_path / "runs/demo/log.jsonl") if e["event"] == "validation"][-1]
     assert last["l1"] <= 0.8 * last["l1_input"]
     assert all(
         last["l1_by_modality"][kind] < l1 for kind, l1 in last["l1_input_by_modality"].items()

@@ -108,8 +108,8 @@ def main(config: PretrainConfig) -> dict[str, Any]:
 def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, Any]:
     """Train, validate, save.
 
-    It takes one turn more than there are steps, so that the last validation and the last save are
-    written as all others are.
+    The body of the loop runs once more than there are steps, so that the last validation and the
+    last save are written as all others are.
     """
     config = run.config
     first = run.state["step"]

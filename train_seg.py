@@ -112,8 +112,8 @@ def main(config: SegConfig) -> dict[str, Any]:
 def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
     """Train, validate, save.
 
-    It takes one turn more than there are steps, so that the last validation and the last save are
-    written as all others are.
+    The body of the loop runs once more than there are steps, so that the last validation and the
+    last save are written as all others are.
     """
     config = run.config
     first = run.state["step"]

@@ -15,9 +15,10 @@ from dae.config.pretrain import PretrainConfig
 from dae.data import nifti
 from dae.data.augment import labelled_crop
 from dae.data.cache import Cached, cached
-from dae.data.datalist import Item, load
+from dae.data.datalist import INTENSITIES, Item, load
 from dae.data.nifti import Volume, read_image
 from dae.data.preprocess import (
+    NORMALISERS,
     Recipe,
     bright_voxels,
     labelled_voxels,
@@ -645,3 +646,7 @@ def test_small_organs_are_met_as_often_as_large_ones(tmp_path: Path) -> None:
     standard_deviation = (900 * 2 / 9) ** 0.5
     for count in counts.values():
         assert abs(count - 300) < 4 * standard_deviation
+
+
+def test_a_list_may_name_each_way_of_normalising_and_no_other() -> None:
+    assert sorted(INTENSITIES) == sorted({"window", "mr", *NORMALISERS})

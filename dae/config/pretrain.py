@@ -52,7 +52,7 @@ class PretextConfig:
     l1_units: Literal["auto", "raw", "crop"] = opt(
         "auto", "L1 trains in raw intensities or in units of the crop's std; auto: raw for plain"
     )
-    alpha: float = opt(0.05, "weight of CMCL, eq. 4; 0 turns it off; sec. 2", low=0)
+    alpha: float = opt(0.05, "weight of CMCL, eq. 4; 0 takes it out of the loss; sec. 2", low=0)
     cmcl: Literal["bce", "softmax", "ranks"] = opt(
         "bce",
         "binary cross-entropy on the label matrix (eq. 3-4), softmax over positives, or class "

@@ -68,6 +68,8 @@ ALIASES = {
     "mri": "mr",
 }
 
+# How intensities are normalised: `preprocess.NORMALISERS`, and two that flags decide (--ct-window,
+# --mr-intensity).
 INTENSITIES = ("window", "mr", "zscore", "nonzero", "percentile", "zscore_all", "minmax", "none")
 
 # How people write the name of the label that is no class.

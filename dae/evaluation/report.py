@@ -18,9 +18,8 @@ from typing import Any
 from dae.data.nifti import LabelMap, difference_in_words, read_image, read_labels
 from dae.errors import InputError
 from dae.evaluation.cases import Pair, write_csv
-from dae.evaluation.metrics import OK, Row
+from dae.evaluation.metrics import DISTANCES, OK, Row
 from dae.evaluation.statistics import (
-    HIGHER_IS_BETTER,
     OVERALL_NAME,
     P_VALUES,
     case_means,
@@ -206,7 +205,7 @@ def number(value: float, metric: str) -> str:
     """Three decimals of a share, two of mm."""
     if isnan(value):
         return NO_NUMBER
-    decimals = 3 if metric in HIGHER_IS_BETTER else 2
+    decimals = 2 if metric in DISTANCES else 3
     return f"{value:z.{decimals}f}"
 
 

@@ -32,7 +32,7 @@ from dae.pretext.disrupt import (
     token_mask,
 )
 
-Change = Callable[..., Tensor]  # of a volume or of its tokens; the shape stays
+Transform = Callable[..., Tensor]  # of a volume or of its tokens; the shape stays
 
 
 class Drawn(NamedTuple):
@@ -77,7 +77,7 @@ def coarse_alone(x: Tensor, noise: Tensor | None, options: PretextConfig) -> Ten
 
 
 def some_channels(tokens: Tensor, mask: Tensor, mask_token: None) -> Tensor:
-    """Local masking: r c of the c embedding channels become 0."""
+    """Local masking: a share r of the c embedding channels becomes 0."""
     return local_mask(tokens, mask)
 
 
@@ -87,7 +87,7 @@ def some_tokens(tokens: Tensor, mask: Tensor, mask_token: Tensor) -> Tensor:
 
 
 # What happens to the volume, and what happens to its tokens. ("mae" is a row of Table 4 as well.)
-METHODS: dict[str, tuple[Change, Change]] = {
+METHODS: dict[str, tuple[Transform, Transform]] = {
     "dae": (noise_and_coarse, some_channels),
     "noise": (noise_alone, unchanged),
     "downsample": (coarse_alone, unchanged),
@@ -99,7 +99,7 @@ METHODS: dict[str, tuple[Change, Change]] = {
 # --- the forms of x_rec
 
 
-def standardized(x_hat: Tensor) -> Tensor:
+def standardised(x_hat: Tensor) -> Tensor:
     """Each channel of each crop at mean 0 and standard deviation 1."""
     return (x_hat - mean(x_hat)) / std(x_hat)
 
@@ -112,13 +112,13 @@ def added_to_x_hat(y: Tensor, x_hat: Tensor) -> Tensor:
     return std(x_hat) * y + x_hat
 
 
-# --recon: how x_hat is normalized for the network, and how its output y becomes x_rec.
+# --recon: how x_hat is normalised for the network, and how its output y becomes x_rec.
 #
 # Every path through the decoder ends in an instance norm, so the output alone (`plain`) cannot
 # carry the mean and the scale of a crop; the other forms take them from x_hat.
-RECON: dict[str, tuple[Change, Change]] = {
+RECON: dict[str, tuple[Transform, Transform]] = {
     "plain": (unchanged, unchanged),
-    "scaled": (standardized, rescaled),
+    "scaled": (standardised, rescaled),
     "output": (unchanged, rescaled),
     "residual": (unchanged, added_to_x_hat),
 }
@@ -144,7 +144,7 @@ class Pretext(nn.Module):
         self.backbone: Any = backbone  # a Backbone and a Module
         self.options = options
         self.disrupt, self.mask = METHODS[method]
-        self.normalize, self.restore = RECON[options.recon]
+        self.normalise, self.restore = RECON[options.recon]
 
         self.mask_token = None
         if self.mask is some_tokens:
@@ -165,7 +165,7 @@ class Pretext(nn.Module):
             if input_is_target:
                 raise ValueError(
                     f"--recon residual: with --method {method} x_hat is the target; "
-                    "take plain or scaled"
+                    "take plain, scaled or output"
                 )
             # With a head of zeros x_rec is x_hat: training starts from doing nothing.
             for parameter in backbone.head.parameters():
@@ -176,10 +176,10 @@ class Pretext(nn.Module):
         options = self.options
 
         x_hat = self.disrupt(x, drawn.noise, options)  # eq. 1 and 2: noise, then down and up
-        image = self.normalize(x_hat)  # x_hat itself, except for --recon scaled
+        image = self.normalise(x_hat)  # x_hat itself, except for --recon scaled
 
         tokens = self.backbone.tokenize(image)  # (b, c, d, h, w)
-        tokens = self.mask(tokens, drawn.mask, self.mask_token)  # r c of the c channels become 0
+        tokens = self.mask(tokens, drawn.mask, self.mask_token)  # a share r of the channels is 0
         states = self.backbone.encode(tokens)  # of each stage; the last is the bottleneck
 
         skip = torch.zeros_like(image) if self.skip_is_zero else image  # at full resolution
@@ -291,7 +291,7 @@ def token_grid(net: Pretext, x: Tensor) -> list[int]:
 
 
 # What is drawn for a column of METHODS; nothing for those that are not here.
-DRAWS: dict[Change, Callable[[Pretext, Tensor, Sequence[Generator]], Tensor | None]] = {
+DRAWS: dict[Transform, Callable[[Pretext, Tensor, Sequence[Generator]], Tensor | None]] = {
     noise_and_coarse: draw_voxel_noise,
     noise_alone: draw_voxel_noise,
     some_channels: draw_channel_mask,

@@ -22,6 +22,7 @@ from conftest import command, environment, events, interrupt, same_weights, trai
 
 import train_pretrain
 from dae.config.pretrain import PretrainConfig
+from dae.demo.phantom import Lists
 from dae.errors import InputError
 from dae.pretext.methods import METHODS
 from dae.training.distributed import Ranks
@@ -336,23 +337,24 @@ def test_cmcl_with_nothing_to_compare_is_said_once_at_the_start(
 def test_the_demos_earlier_run_is_started_over_with_a_word(
     tiny: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("dae.training.run.write_phantoms", lambda folder: None)
     config = tiny(data="", preset="demo")
     resumed = replace(config, resume=True)
     main_rank = Ranks(0, 1, torch.device("cpu"))
     other_rank = Ranks(1, 2, torch.device("cpu"))
     folder = Path(config.out)
     phantoms = folder / "phantoms"
+    lists = Lists(phantoms / "pretrain.json", phantoms / "ct_seg.json", phantoms / "mr_seg.json")
+    monkeypatch.setattr("dae.demo.write_phantoms", lambda folder: lists)
     (folder / "figures").mkdir(parents=True)
 
     for name in ("last.pt", "best.pt"):
         (folder / name).touch()
-    with_phantoms(resumed, main_rank, phantoms, "pretrain.json")
-    with_phantoms(config, other_rank, phantoms, "pretrain.json")  # rank 0 may have begun to write
+    with_phantoms(resumed, main_rank, phantoms)
+    with_phantoms(config, other_rank, phantoms)  # rank 0 may have begun to write
     assert (folder / "last.pt").exists() and (folder / "best.pt").exists()
     assert capsys.readouterr().err == ""
 
-    changed = with_phantoms(config, main_rank, phantoms, "pretrain.json")
+    changed = with_phantoms(config, main_rank, phantoms)
     assert changed.data == str(phantoms / "pretrain.json")
     told = capsys.readouterr().err
     assert f"{folder}: the demo's earlier run is removed and started over" in told

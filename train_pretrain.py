@@ -259,7 +259,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     """Everything before the first step. What needs no data is tried before any data is touched."""
     # How to start: where the run in --out was stopped, from the weights of --init, or from scratch.
     out = Path(config.out)
-    resumed, weights = how_to_start(config, given=config.init, script="train_pretrain.py")
+    resumed, weights = how_to_start(config, path=config.init, script="train_pretrain.py")
     if resumed:
         resume.check_same_flags(out / "last.pt", resumed, config)
         resume.check_same_batch(out / "last.pt", resumed, config, world=ranks.world)

@@ -256,7 +256,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     # How to start: where the run in --out was stopped, from the weights of --pretrained, or from
     # scratch. The weights also say how the network is built and fed.
     out = Path(config.out)
-    resumed, weights = how_to_start(config, given=config.pretrained, script="train_seg.py")
+    resumed, weights = how_to_start(config, path=config.pretrained, script="train_seg.py")
     if resumed:
         config = with_plan(config, resumed["plan"], out / "last.pt")
         resume.check_same_batch(out / "last.pt", resumed, config, world=ranks.world)

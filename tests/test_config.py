@@ -13,7 +13,7 @@ import pytest
 
 from dae.config import pretrain, shared
 from dae.config.command_line import from_command_line, parse, run_or_explain, to_json, with_tuples
-from dae.config.evaluate import ScoreConfig
+from dae.config.evaluate import PredictConfig, ScoreConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import FREE_ON_RESUME, differences
@@ -169,7 +169,7 @@ def test_a_resumed_run_may_differ_only_in_what_no_weight_depends_on() -> None:
 
 
 def test_the_literal_names_are_those_of_the_methods_backbones_and_losses() -> None:
-    assert tuple(METHODS) == pretrain.METHOD_NAMES
+    assert tuple(METHODS) == get_args(pretrain.Method)
     assert tuple(BACKBONES) == shared.BACKBONE_NAMES
     assert tuple(LOSSES) == get_args(get_type_hints(SegConfig)["loss"])
 
@@ -235,3 +235,10 @@ def test_a_refusal_becomes_one_line_and_exit_code_2_or_under_dae_debug_a_traceba
     monkeypatch.setenv("DAE_DEBUG", "1")
     with pytest.raises(InputError):
         run_or_explain(refuse, "train_pretrain.py")
+
+
+def test_the_name_of_a_backbone_is_checked_wherever_it_is_a_flag() -> None:
+    for config in (PretrainConfig, SegConfig, PredictConfig):
+        with pytest.raises(InputError, match=r"^--backbone resnet: take swin_unetr, "):
+            parse(config, ["--backbone", "resnet"], prog="", description="")
+        parse(config, ["--backbone", "mine:Net"], prog="", description="")

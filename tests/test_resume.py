@@ -71,7 +71,14 @@ def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_
 def test_a_run_of_the_other_script_is_named_when_it_is_resumed(
     classes: dict[str, str], script: str, other: str, tmp_path: Path
 ) -> None:
-    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": classes}})
+    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": classes}, "step": 3})
     with pytest.raises(InputError, match=f"is of a run of {script}; name another --out"):
         resume.saved_run(tmp_path, resume=True, script=other)
     assert resume.saved_run(tmp_path, resume=True, script=script) is not None
+
+
+def test_a_file_of_weights_alone_is_no_run(tmp_path: Path) -> None:
+    """As `python -m dae.weights convert` may have written it to last.pt."""
+    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": {}}, "model": {}})
+    with pytest.raises(InputError, match=r"last\.pt: holds weights and no run; name another --out"):
+        resume.saved_run(tmp_path, resume=True, script="train_pretrain.py")

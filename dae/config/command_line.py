@@ -185,7 +185,8 @@ def check_values(config: "DataclassInstance") -> None:
     Every number must be finite and within the range of its field, and the `check` of every class
     must pass.
     """
-    for base in type(config).__mro__:
+    # In the order in which --help shows the groups.
+    for base in reversed(type(config).__mro__):
         if "check" in vars(base):
             vars(base)["check"](config)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dae.config.command_line import opt
-from dae.config.shared import Amp, DeviceName
+from dae.config.shared import Amp, DeviceName, check_backbone_name
 
 Policy = Literal["exclude", "diagonal"]
 
@@ -55,6 +55,10 @@ class PredictConfig(CasesConfig):
     batch: int = opt(4, "windows at once", low=1)
     device: DeviceName = opt("auto", "cpu, cuda, or auto")
     amp: Amp = opt("auto", "autocast, as in training")
+
+    def check(self) -> None:
+        if self.backbone:
+            check_backbone_name(self.backbone)
 
 
 @dataclass(frozen=True, kw_only=True)

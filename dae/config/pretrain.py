@@ -1,13 +1,12 @@
 """Command line of train_pretrain.py."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
 
 Method = Literal["dae", "noise", "downsample", "local_mask", "mae"]
-METHOD_NAMES = get_args(Method)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,15 @@ Amp = Literal["auto", "bf16", "fp16", "off"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
+def check_backbone_name(name: str) -> None:
+    """Raises InputError where the backbone is neither one of ours nor module:Class."""
+    if name in BACKBONE_NAMES:
+        return
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        names = ", ".join(BACKBONE_NAMES)
+        raise InputError(f"--backbone {name}: take {names}, or your own as module:Class")
+
+
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """network"""
@@ -53,14 +62,7 @@ class NetworkConfig:
     )
 
     def check(self) -> None:
-        """Raises InputError where the backbone is neither one of ours nor module:Class."""
-        if self.backbone in BACKBONE_NAMES:
-            return
-        if not re.fullmatch(r"\w+(\.\w+)*:\w+", self.backbone):
-            names = ", ".join(BACKBONE_NAMES)
-            raise InputError(
-                f"--backbone {self.backbone}: take {names}, or your own as module:Class"
-            )
+        check_backbone_name(self.backbone)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +158,7 @@ class RunConfig:
 
 # What may differ between a run and its resumption, since no weight depends on it but for its last
 # bits. The product of --batch-size, --accumulate and ranks must not change: see
-# weights/checkpoint.py, check_same_batch.
+# training/resume.py, check_same_batch.
 FREE_ON_RESUME = frozenset(
     {
         "out",

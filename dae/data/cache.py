@@ -43,9 +43,10 @@ from dae.data.preprocess import Prepared, Recipe, prepare
 from dae.errors import InputError
 
 CACHE_FORMAT = 4  # of the folders below; counts up when what they hold changes
-DTYPE = (
-    np.float16
-)  # 3 digits of z-scores and [0, 1], far below the noise of eq. 1, in half the room
+
+# Three digits of z-scores and of [0, 1]: far below the noise of eq. 1, in half the room.
+DTYPE = np.float16
+
 FOREGROUND = 4096 * 3 * 4  # bytes of the voxels that crops are centred on, at most
 PATIENCE = 600.0  # seconds that a volume may take another process, before it is prepared here too
 DAY = 86_400  # seconds, after which a lock or a half-made folder is that of a killed process

@@ -148,8 +148,8 @@ class DataList:
 
         `training` and `validation` are what the files hold, in the order in which they are used.
         """
-        kinds = [kinds_of(self.training), kinds_of(self.validation)]
-        content: list[Any] = [kinds, training, validation]
+        intensities = [intensities_of(self.training), intensities_of(self.validation)]
+        content: list[Any] = [intensities, training, validation]
         if labels:
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
         return BY_VOXELS + short_hash(content)
@@ -172,7 +172,7 @@ class DataList:
         return known + sorted(names.difference(MODALITIES))
 
 
-def kinds_of(items: Sequence[Item]) -> list[Any]:
+def intensities_of(items: Sequence[Item]) -> list[Any]:
     return [(item.modality, item.intensity) for item in items]
 
 

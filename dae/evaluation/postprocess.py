@@ -225,7 +225,7 @@ def choose(
             continue
         organs = [organs_of(case.truth, cls) for case in cases]
 
-        for settings in by_kind(candidates):
+        for settings in by_name_of_step(candidates):
             before = outcome(maps, cases, classes, cls, organs)
             trials = []
             for candidate in settings:
@@ -246,12 +246,12 @@ def choose(
     return steps, table
 
 
-def by_kind(candidates: Sequence[Step]) -> list[list[Step]]:
+def by_name_of_step(candidates: Sequence[Step]) -> list[list[Step]]:
     """The candidates that differ in their settings alone, together."""
-    kinds: dict[str, list[Step]] = {}
+    by_name: dict[str, list[Step]] = {}
     for step in candidates:
-        kinds.setdefault(step["do"], []).append(step)
-    return list(kinds.values())
+        by_name.setdefault(step["do"], []).append(step)
+    return list(by_name.values())
 
 
 def organs_of(truth: Labels, cls: int) -> Organs | None:
@@ -357,8 +357,3 @@ def as_text(table: Sequence[Mapping[str, Any]]) -> str:
         change = f"Dice {line['dice_before']:.4f} to {line['dice_after']:.4f}"
         lines.append(f"{mark} {line['name']:{width}}  {step:21}  {change}  {line['why']}")
     return "\n".join(lines)
-
-
-def box_of(labels: Labels, cls: int, margin: Sequence[int] = (0, 0, 0)) -> Box | None:
-    """The bounding box of a class."""
-    return bounding_box(labels == cls, margin)

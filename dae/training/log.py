@@ -44,10 +44,10 @@ class Log:
             smoothing=0.1,
         )
 
-    def event(self, event: str, **facts: Any) -> None:
+    def event(self, event: str, **metadata: Any) -> None:
         """One line of log.jsonl. NaN and infinity, which JSON does not have, become null."""
         if self.main:
-            self._append(json.dumps({"event": event, **finite(facts)}, allow_nan=False) + "\n")
+            self._append(json.dumps({"event": event, **finite(metadata)}, allow_nan=False) + "\n")
 
     def say(self, text: str) -> None:
         """A line for the reader, above the progress line."""
@@ -141,11 +141,11 @@ class Clock:
     def read(self, step: int) -> None:
         """Work out the three figures at a train event; `restart` begins the next stretch."""
         seconds = time.perf_counter() - self.since
-        turns = step - self.logged
+        steps = step - self.logged
         self.logged = step
-        self.rate = turns * self.global_batch / seconds
+        self.rate = steps * self.global_batch / seconds
         self.data_wait = self.waited / seconds
-        self.left = time_left((self.steps - step) * seconds / turns)
+        self.left = time_left((self.steps - step) * seconds / steps)
 
 
 def time_left(seconds: float) -> str:

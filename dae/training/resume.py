@@ -76,6 +76,8 @@ def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
         return None
 
     saved = checkpoint.load(path)
+    if "step" not in saved:  # as `python -m dae.weights convert` writes it
+        raise InputError(f"{path}: holds weights and no run; name another --out")
     written_by = "train_seg.py" if saved["plan"]["classes"] else "train_pretrain.py"
     if written_by != script:
         raise InputError(f"{path}: is of a run of {written_by}; name another --out")

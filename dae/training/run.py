@@ -37,13 +37,13 @@ C = TypeVar("C", PretrainConfig, SegConfig)
 
 
 def how_to_start(
-    config: Config, *, given: str, script: str
+    config: Config, *, path: str, script: str
 ) -> tuple[dict[str, Any] | None, Weights | None]:
     """What to start from: the checkpoint of a run that is resumed, or the weights in a file.
 
-    (checkpoint, None), (None, weights), or (None, None) to start from scratch. given: the path of
-    the weights, or nothing. script: the one that runs, whose checkpoint it must be. Raises
-    InputError, also where a file in --out would be replaced.
+    (checkpoint, None), (None, weights), or (None, None) to start from scratch. path: of the
+    weights, or nothing. script: the one that runs, whose checkpoint it must be. Raises InputError,
+    also where a file in --out would be replaced.
     """
     out = Path(config.out)
     demo_out = config.presets["demo"]["out"]
@@ -51,7 +51,7 @@ def how_to_start(
         out,
         resume=config.resume,
         may_replace=is_demo(config) and config.out == demo_out,  # it may be run again and again
-        inputs=(given, config.data),
+        inputs=(path, config.data),
     )
 
     resumed = resume.saved_run(out, resume=config.resume, script=script)
@@ -63,8 +63,8 @@ def how_to_start(
 
     if resumed:
         return resumed, None
-    if given:
-        return None, foreign.read_weights(Path(given), foreign.quirks_set(config))
+    if path:
+        return None, foreign.read_weights(Path(path), foreign.quirks_set(config))
     return None, None
 
 

@@ -269,8 +269,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config)
     with torch.device("meta"):
-        rehearsed = build(config, channels=1)
-    load_weights_into(rehearsed, weights, config)
+        build(config, 1, weights)
 
     # Data.
     config = with_phantoms(config, ranks, out / "phantoms")
@@ -281,9 +280,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     # Network.
     torch.manual_seed(config.seed)
     choose_kernels(ranks.device, tf32=config.tf32)
-    pretext = build(config, channels).to(ranks.device)
+    pretext, report = build(config, channels, weights)
+    pretext = pretext.to(ranks.device)
     lay_out(pretext, ranks.device, compiled=config.compile)
-    report = load_weights_into(pretext, weights, config)
 
     # Optimiser.
     optimizer = adamw(pretext.named_parameters(), config)
@@ -382,30 +381,28 @@ def crops_of(
     return crops, fixed
 
 
-def build(config: PretrainConfig, channels: int) -> Pretext:
-    """Backbone and method of the flags. Raises InputError where flags contradict each other."""
+def build(
+    config: PretrainConfig, channels: int, weights: Weights | None
+) -> tuple[Pretext, Report | None]:
+    """The backbone and the method of the flags, with the weights of --init, whole.
+
+    Raises InputError, naming the flags, where they contradict each other or the weights.
+    """
     backbone = build_backbone(config, channels, channels)
     try:
-        return Pretext(backbone, config.method, config)
+        pretext = Pretext(backbone, config.method, config)
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def load_weights_into(
-    pretext: Pretext, weights: Weights | None, config: PretrainConfig
-) -> Report | None:
-    """The weights of --init, whole.
-
-    Raises InputError, naming the flags, where their network is another.
-    """
     if weights is None:
-        return None
+        return pretext, None
+
     path = Path(config.init)
     check_same_network(weights.plan, config, path)
-    parts = parts_that_fit(pretext.backbone, weights.tensors)
-    return transfer(
-        pretext.backbone, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
+    parts = parts_that_fit(backbone, weights.tensors)
+    report = transfer(
+        backbone, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
     )
+    return pretext, report
 
 
 def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: Ranks) -> list[str]:

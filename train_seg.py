@@ -272,8 +272,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
     with torch.device("meta"):
-        rehearsed = build_backbone(config, 1, 2)
-    load_weights_into(rehearsed, weights, config)
+        build(config, 1, 2, weights)
 
     # Data.
     phantoms = Path(config.pretrained).parent / "phantoms"  # those of the demo of pre-training
@@ -292,8 +291,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
 
     # Network.
     torch.manual_seed(config.seed)
-    network = build_backbone(config, channels, len(classes))
-    report = load_weights_into(network, weights, config)
+    network, report = build(config, channels, len(classes), weights)
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
@@ -439,15 +437,23 @@ def crops_of(
     return crops, volumes[n:]
 
 
-def load_weights_into(
-    network: nn.Module, weights: Weights | None, config: SegConfig
-) -> Report | None:
-    """The parts that --transfer names; none with --from-scratch. Raises InputError."""
+def build(
+    config: SegConfig, channels: int, classes: int, weights: Weights | None
+) -> tuple[nn.Module, Report | None]:
+    """The network of the flags, with the weights that --transfer names; none with --from-scratch.
+
+    Raises InputError, naming the flags, where they contradict each other or the weights.
+    """
+    network = build_backbone(config, channels, classes)
     if weights is None or config.from_scratch:
-        return None
+        return network, None
+
     path = Path(config.pretrained)
     parts = parts_to_transfer(config.transfer, weights.tensors, path)
-    return transfer(network, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes)
+    report = transfer(
+        network, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
+    )
+    return network, report
 
 
 def plan_of(

@@ -163,10 +163,10 @@ def restore(
 ) -> None:
     """Weights, optimiser, scaler and random state as they were saved at `path`."""
     checkpoint.load_weights(network, resumed["model"], path)
+    checkpoint.restore_rng(resumed["rng"])
     optimizer.load_state_dict(resumed["optimizer"])
     adopt_layout(optimizer)
     scaler.load_state_dict(resumed["scaler"])
-    checkpoint.restore_rng(resumed["rng"])
 
 
 def open_log(config: Config, ranks: Ranks, step: int) -> Log:

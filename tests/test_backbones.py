@@ -20,6 +20,7 @@ from conftest import NETWORK, same_weights
 from test_porting import block
 from torch import Tensor, nn
 
+from dae import check
 from dae.config.command_line import check_values
 from dae.config.evaluate import PredictConfig, ScoreConfig
 from dae.config.pretrain import PretextConfig, PretrainConfig
@@ -41,13 +42,7 @@ MINE = "mynet:MyNet"
 TINY: dict[str, dict[str, Any]] = {
     "swin_unetr": NETWORK,
     "unet": {"feature_size": 6, "depths": (1, 2, 1)},
-    "vit_unetr": {
-        "feature_size": 4,
-        "vit_channels": 24,
-        "vit_depth": 3,
-        "vit_heads": 2,
-        "vit_patch": 8,
-    },
+    "vit_unetr": check.SMALL["vit_unetr"],
     MINE: {"feature_size": 6},
 }
 every = pytest.mark.parametrize("name", TINY)

@@ -7,6 +7,7 @@ import torch
 from conftest import NETWORK
 from torch import Tensor
 
+from dae import check
 from dae.config.pretrain import PretextConfig
 from dae.model import BACKBONES
 from dae.pretext.methods import METHODS, Pretext
@@ -18,13 +19,7 @@ SMALL: dict[str, dict[str, Any]] = {
     # Windows that do not fill the grid, so that it is padded, rolled and clipped.
     "swin_unetr": {**NETWORK, "depths": (2, 1), "window": (3, 3, 3)},
     "unet": {"feature_size": 6, "depths": (1, 2, 1)},
-    "vit_unetr": {
-        "feature_size": 4,
-        "vit_channels": 24,
-        "vit_depth": 3,
-        "vit_heads": 2,
-        "vit_patch": 8,
-    },
+    "vit_unetr": check.SMALL["vit_unetr"],
 }
 
 

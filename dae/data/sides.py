@@ -29,8 +29,8 @@ WORDS: dict[Side, str] = {
     "izquierdo izquierda izq esquerdo esquerda sinistro sx lewy lewa lewe vänster venstre vasen "
     "левый левая левое 左 左侧 왼쪽",
     "right": "right r rt rgt rh rhs dexter dextra dextrum droit droite rechts rechte rechter "
-    "rechtes derecho derecha direito direita destro destra dx prawy prawa prawe höger højre høyre "
-    "oikea правый правая правое 右 右侧 오른쪽",
+    "rechtes derecho derecha direito direita destro destra dx prawy prawa prawe höger højre "
+    "høyre oikea правый правая правое 右 右侧 오른쪽",
 }
 
 # Words that name a side only where another class has the opposite one in their place: "rein g" and

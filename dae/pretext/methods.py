@@ -194,9 +194,9 @@ class Pretext(nn.Module):
         z = embed(states[-1], options.z)
         if self.training and options.cmcl != "ranks":
             z, modality = gather(z, modality)
-        contrast = cmcl(z, modality, temperature=options.temperature, form=options.cmcl)  # eq. 3, 4
+        contrast = cmcl(z, modality, temperature=options.temperature, form=options.cmcl)  # eq. 3
 
-        loss = l1 + options.alpha * contrast  # eq. 5
+        loss = l1 + options.alpha * contrast  # eq. 5; alpha times CE is eq. 4
         return Output(loss, l1.detach(), contrast.detach(), x_hat, x_rec)
 
     def draw(self, x: Tensor, seeds: Sequence[int]) -> Drawn:

@@ -34,7 +34,7 @@ def warmup_steps(config: OptimConfig) -> int:
 
 
 def half_cosine(step: int, steps: int) -> float:
-    """From 1 at step 0 down to 0 at the last of `steps`."""
+    """From 1 at step 0 down to 0 at step `steps`, which comes after the last one."""
     return 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 

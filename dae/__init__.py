@@ -42,6 +42,8 @@ AROUND IT: what a run needs
     demo/anatomy.py              a torso and a head as tables of ellipsoids
     demo/phantom.py              synthetic CT and MR volumes made from them
     demo/__init__.py             the demo's data, made where it is not there yet
+    demo/hard.py                 bodies in which brightness alone does not tell organs apart
+    demo/__main__.py             the command that writes them
 
   weights
     weights/checkpoint.py        all of a run in one file, sealed with a checksum

@@ -70,17 +70,24 @@ def smooth_field(rng: Generator, size: Size, modes: int) -> Floats:
     return np.asarray(field / np.abs(field).max(), dtype=np.float32)
 
 
-def pose(rng: Generator, size: Size) -> Floats:
+def pose(
+    rng: Generator,
+    size: Size,
+    *,
+    turn: float = 4,
+    scale: tuple[float, float] = (0.94, 1.03),
+    warp: float = 0.03,
+) -> Floats:
     """The coordinates (3, d, h, w) of one subject's voxels in the atlas.
 
-    The subject is turned a little, scaled, and gently warped.
+    The subject is turned by up to `turn` degrees about each axis, scaled, and gently warped.
     """
-    turn = Rotation.from_euler("xyz", rng.uniform(-4, 4, 3), degrees=True).as_matrix()
-    to_atlas = (turn / rng.uniform(0.94, 1.03, 3)).astype(np.float32)
-    warp = np.stack([smooth_field(rng, size, 4) for _ in range(3)])
+    rotation = Rotation.from_euler("xyz", rng.uniform(-turn, turn, 3), degrees=True).as_matrix()
+    to_atlas = (rotation / rng.uniform(*scale, 3)).astype(np.float32)
+    waves = np.stack([smooth_field(rng, size, 4) for _ in range(3)])
 
     turned = np.einsum("ij,j...->i...", to_atlas, grid(size))
-    return np.asarray(turned + 0.03 * warp, dtype=np.float32)
+    return np.asarray(turned + warp * waves, dtype=np.float32)
 
 
 def furrowed(rng: Generator, xyz: Floats) -> Floats:
@@ -103,12 +110,17 @@ def furrowed(rng: Generator, xyz: Floats) -> Floats:
     return np.asarray(xyz / (1 - 0.22 * furrow), dtype=np.float32)
 
 
-def vary(rng: Generator, shapes: Iterable[Shape]) -> list[Shape]:
-    """The same shapes, each moved by up to 0.03 units and up to a tenth larger or smaller."""
+def vary(
+    rng: Generator, shapes: Iterable[Shape], *, move: float = 0.03, grow: float = 0.1
+) -> list[Shape]:
+    """The same shapes, moved by up to `move` units and larger or smaller by a share up to `grow`.
+
+    Each shape and each axis by itself.
+    """
     varied = []
     for shape in shapes:
-        x, y, z = np.add(shape.centre, rng.uniform(-0.03, 0.03, 3)).tolist()
-        a, b, c = np.multiply(shape.radii, rng.uniform(0.9, 1.1, 3)).tolist()
+        x, y, z = np.add(shape.centre, rng.uniform(-move, move, 3)).tolist()
+        a, b, c = np.multiply(shape.radii, rng.uniform(1 - grow, 1 + grow, 3)).tolist()
         varied.append(shape._replace(centre=(x, y, z), radii=(a, b, c)))
     return varied
 

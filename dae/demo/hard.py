@@ -1,0 +1,251 @@
+"""Bodies in which brightness alone does not tell one organ from another.
+
+The demo's phantoms are too easy to compare methods on. Each of their organs has a brightness of its
+own, so that a threshold finds it, and a network of any weights learns that from a single body.
+
+Here all organs of the torso, and all soft tissue around them, share one range of brightness, drawn
+anew for each body. What tells them apart is what a network has to learn: the grain of the tissue
+(fine, coarse, or drawn out along an axis), the shape, and the place. Loops of bowel, the pancreas,
+the heart and the muscles share their grain with organs and are none. Organs have cysts that look
+like nothing else, and differ more from body to body than those of the demo.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+from tqdm import tqdm
+
+from dae.demo.anatomy import CT_LABELS, CT_TISSUES, ORGANS, TABLE, TORSO, Shape, Vector
+from dae.demo.phantom import (
+    Bytes,
+    Entry,
+    Floats,
+    Size,
+    bowel,
+    grid,
+    head_mr,
+    inside,
+    name_of_list,
+    nifti,
+    paint,
+    pose,
+    vary,
+)
+from dae.files import write_bytes
+
+VERSION = 1  # to be raised whenever the same seed gives other volumes
+
+# --- what tells tissues apart ---------------------------------------------------------------------
+
+# fmt: off
+# The grain of a tissue: the standard deviations, in voxels along d h w, of the Gaussian that white
+# noise is smoothed with. None is smooth.
+GRAINS: dict[str, Vector] = {
+    "fine":   (0.7, 0.7, 0.7),
+    "coarse": (1.7, 1.7, 1.7),
+    "d":      (2.5, 0.6, 0.6),
+    "h":      (0.6, 2.5, 0.6),
+    "w":      (0.6, 0.6, 2.5),
+}
+
+GRAIN_OF = {
+    "liver": "fine",     "heart": "fine",
+    "spleen": "coarse",  "pancreas": "coarse",
+    "stomach": "d",      "bowel": "h",          "muscle": "h",
+    "right kidney": "w", "left kidney": "w",
+}
+# fmt: on
+
+# Tissues that share one range of brightness; the others keep that of the demo.
+SOFT = (*GRAIN_OF, "aorta", "inferior vena cava", "bladder", "meal")
+SOFT_HU = (40.0, 120.0)
+
+GRAIN_HU = 40.0  # the standard deviation of a grain
+NOISE_HU = 20.0
+CYST_HU = (-20.0, 220.0)
+
+
+def grain(rng: Generator, size: Size, sigma: Vector) -> Floats:
+    """White noise (d, h, w), smoothed by `sigma` voxels, without what is slower than twice that.
+
+    Of mean 0 and standard deviation 1.
+    """
+    white = rng.standard_normal(size, dtype=np.float32)
+    field = gaussian_filter(white, sigma) - gaussian_filter(white, [2 * s for s in sigma])
+    return np.asarray(field / field.std(), dtype=np.float32)
+
+
+def cysts(rng: Generator, organs: Bytes, image: Floats) -> Floats:
+    """The image (d, h, w) with up to six balls of another brightness in its organs."""
+    image = image.copy()
+    xyz = grid(image.shape)
+    voxels = np.argwhere(organs)
+    for _ in range(rng.integers(2, 7)):
+        d, h, w = rng.choice(voxels)
+        x, y, z = xyz[:, d, h, w].tolist()
+        radius = rng.uniform(0.05, 0.11)
+        ball = inside(Shape("", (x, y, z), (radius, radius, radius)), xyz) & (organs > 0)
+        image[ball] = rng.uniform(*CYST_HU)
+    return image
+
+
+# --- bodies ---------------------------------------------------------------------------------------
+
+
+def hard_ct(rng: Generator, *, size: Size) -> tuple[NDArray[np.int16], Bytes]:
+    """A torso as `body_ct` makes it, with the same labels; (d, h, w) each, the image in HU."""
+    names = list(CT_TISSUES)
+    label, hu = np.array(list(CT_TISSUES.values())).T
+
+    xyz = pose(rng, size, turn=8, scale=(0.88, 1.06), warp=0.05)
+    air = np.zeros(size, dtype=np.uint8)
+    room = paint(air, TABLE, grid(size), names)
+    body = paint(room, TORSO, xyz, names)
+    filled = paint(body, bowel(rng) + vary(rng, ORGANS, move=0.06, grow=0.2), xyz, names)
+    canvas = np.where(body == names.index("cavity"), filled, body)
+    organs = label.astype(np.uint8)[canvas]
+
+    brightness = hu.copy()
+    for name in SOFT:
+        brightness[names.index(name)] = rng.uniform(*SOFT_HU)
+
+    image = brightness.astype(np.float32)[canvas]
+    grains = {name: grain(rng, size, sigma) for name, sigma in GRAINS.items()}
+    for tissue, name in GRAIN_OF.items():
+        here = canvas == names.index(tissue)
+        image[here] += GRAIN_HU * grains[name][here]
+    image = cysts(rng, organs, image)
+
+    image = gaussian_filter(image, sigma=0.4, truncate=3)  # edges are half a voxel soft
+    image += NOISE_HU * rng.standard_normal(size, dtype=np.float32)
+    return np.rint(image).clip(-1024).astype(np.int16), organs
+
+
+def hard_mr(rng: Generator, *, size: Size) -> dict[str, Floats]:
+    """A head in the contrasts of `head_mr`, with grain in its tissues and more noise."""
+    images, label = head_mr(rng, size=size)
+    texture = np.zeros(size, dtype=np.float32)
+    for tissue, sigma in enumerate(GRAINS.values(), start=2):
+        here = label == tissue
+        texture[here] = 0.08 * grain(rng, size, sigma)[here]
+
+    result = {}
+    for contrast, image in images.items():
+        noise = 0.03 * image.max() * rng.standard_normal(size, dtype=np.float32)
+        seen = image * (1 + texture) + noise
+        result[contrast] = np.where(image > 0, np.rint(seen).clip(1), 0).astype(np.float32)
+    return result
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+
+def progress(numbers: range, what: str) -> Iterable[int]:
+    """The numbers, with a progress bar on a terminal."""
+    return tqdm(numbers, what, disable=not sys.stderr.isatty())
+
+
+class HardLists(NamedTuple):
+    """The data lists of the hard phantoms."""
+
+    pretrain: Path  # every image by itself: torsos with and without labels, and heads
+    ct_seg: Path  # torsos with their labels
+
+
+def write_hard_phantoms(
+    folder: Path,
+    *,
+    subjects: int,
+    validation: int,
+    test: int,
+    unlabelled: int = 0,
+    heads: int = 0,
+    size: Size = (56, 56, 56),
+    seed: int = 0,
+) -> HardLists:
+    """Write torsos and heads as `.nii.gz`, unless this very set is there, and lists that name them.
+
+    `subjects` (to train on), `validation`, `test` and `unlabelled` count torsos; the last are for
+    pre-training alone, as are all heads, of which one in ten is held out. Pre-training never sees a
+    torso of the test. A subject depends on the seed, its modality and its number alone.
+    """
+    lists = HardLists(folder / "pretrain.json", folder / "ct_seg.json")
+    counts = f"{subjects} + {validation} + {test} + {unlabelled} torsos, {heads} heads"
+    name = f"hard phantoms {VERSION}: {counts} of size {size}, seed {seed}"
+    if all(name_of_list(path) == name for path in lists):
+        return lists
+
+    # If this run is cut short, no list shall name what it has not written.
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in lists:
+        path.unlink(missing_ok=True)
+
+    # Numbered from the test on, so that more subjects to train on leave the test as it was.
+    parts: dict[str, list[Entry]] = {}
+    number = 0
+    for split, count in (
+        ("test", test),
+        ("validation", validation),
+        ("training", subjects),
+        ("unlabelled", unlabelled),
+    ):
+        numbers = range(number, number + count)
+        parts[split] = [
+            write_torso(folder, n, size=size, seed=seed) for n in progress(numbers, split)
+        ]
+        number += count
+
+    images: list[Entry] = []
+    for n in progress(range(heads), "heads"):
+        images += write_head(folder, n, size=size, seed=seed)
+    held_out = 4 * (heads // 10)
+
+    pretrain = {
+        "training": [*parts["training"], *parts["unlabelled"], *images[held_out:]],
+        "validation": [*parts["validation"], *images[:held_out]],
+        "labels": {0: "background"},
+    }
+    ct_seg = {
+        "training": parts["training"],
+        "validation": parts["validation"],
+        "test": parts["test"],
+        "labels": CT_LABELS,
+    }
+    for path, content in zip(lists, (pretrain, ct_seg)):
+        write_bytes(path, json.dumps({"name": name} | content, indent=1).encode())
+    return lists
+
+
+def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:
+    """Write one torso and return its entry for a data list."""
+    subject = f"ct_{number:03d}"
+    image, label = hard_ct(np.random.default_rng([seed, 2, number]), size=size)
+
+    write_bytes(folder / f"{subject}.nii.gz", nifti(image, "RAS"))
+    write_bytes(folder / f"{subject}_label.nii.gz", nifti(label, "RAS"))
+    return {
+        "image": f"{subject}.nii.gz",
+        "label": f"{subject}_label.nii.gz",
+        "modality": "ct",
+        "subject": subject,
+    }
+
+
+def write_head(folder: Path, number: int, *, size: Size, seed: int) -> list[Entry]:
+    """Write one head in all contrasts and return an entry for each, without labels."""
+    subject = f"mr_{number:03d}"
+    images = hard_mr(np.random.default_rng([seed, 3, number]), size=size)
+
+    entries: list[Entry] = []
+    for contrast, image in images.items():
+        file = f"{subject}_{contrast}.nii.gz"
+        write_bytes(folder / file, nifti(image, "LPS"))
+        entries.append({"image": file, "modality": contrast, "subject": subject})
+    return entries

@@ -7,7 +7,8 @@ Here all organs of the torso, and all soft tissue around them, share one range o
 anew for each body. What tells them apart is what a network has to learn: the grain of the tissue
 (fine, coarse, or drawn out along an axis), the shape, and the place. Loops of bowel, the pancreas,
 the heart and the muscles share their grain with organs and are none. Organs have cysts that look
-like nothing else, and differ more from body to body than those of the demo.
+like nothing else. Bodies, and the scanners that see them, differ far more than in the demo, so
+that a few labelled ones do not show what the others are like.
 """
 
 import json
@@ -65,11 +66,14 @@ GRAIN_OF = {
 
 # Tissues that share one range of brightness; the others keep that of the demo.
 SOFT = (*GRAIN_OF, "aorta", "inferior vena cava", "bladder", "meal")
-SOFT_HU = (40.0, 120.0)
 
-GRAIN_HU = 40.0  # the standard deviation of a grain
-NOISE_HU = 20.0
-CYST_HU = (-20.0, 220.0)
+# Drawn anew for each body, or each scan: a few bodies do not show how far others differ.
+SOFT_HU = (-20.0, 160.0)  # for each of the tissues
+FAT_HU = (-140.0, -60.0)
+GRAIN_HU = (25.0, 60.0)  # the standard deviation of a grain
+NOISE_HU = (10.0, 60.0)
+BLUR = (0.4, 1.0)  # standard deviation, in voxels
+CYST_HU = (-100.0, 250.0)
 
 
 def grain(rng: Generator, size: Size, sigma: Vector) -> Floats:
@@ -104,27 +108,30 @@ def hard_ct(rng: Generator, *, size: Size) -> tuple[NDArray[np.int16], Bytes]:
     names = list(CT_TISSUES)
     label, hu = np.array(list(CT_TISSUES.values())).T
 
-    xyz = pose(rng, size, turn=8, scale=(0.88, 1.06), warp=0.05)
+    xyz = pose(rng, size, turn=15, scale=(0.8, 1.08), warp=0.07)
     air = np.zeros(size, dtype=np.uint8)
     room = paint(air, TABLE, grid(size), names)
     body = paint(room, TORSO, xyz, names)
-    filled = paint(body, bowel(rng) + vary(rng, ORGANS, move=0.06, grow=0.2), xyz, names)
+    filled = paint(body, bowel(rng) + vary(rng, ORGANS, move=0.09, grow=0.3), xyz, names)
     canvas = np.where(body == names.index("cavity"), filled, body)
     organs = label.astype(np.uint8)[canvas]
 
     brightness = hu.copy()
     for name in SOFT:
         brightness[names.index(name)] = rng.uniform(*SOFT_HU)
+    for name in ("fat", "cavity", "renal fat"):
+        brightness[names.index(name)] = rng.uniform(*FAT_HU)
 
     image = brightness.astype(np.float32)[canvas]
+    strength = rng.uniform(*GRAIN_HU)
     grains = {name: grain(rng, size, sigma) for name, sigma in GRAINS.items()}
     for tissue, name in GRAIN_OF.items():
         here = canvas == names.index(tissue)
-        image[here] += GRAIN_HU * grains[name][here]
+        image[here] += strength * grains[name][here]
     image = cysts(rng, organs, image)
 
-    image = gaussian_filter(image, sigma=0.4, truncate=3)  # edges are half a voxel soft
-    image += NOISE_HU * rng.standard_normal(size, dtype=np.float32)
+    image = gaussian_filter(image, sigma=rng.uniform(*BLUR), truncate=3)
+    image += rng.uniform(*NOISE_HU) * rng.standard_normal(size, dtype=np.float32)
     return np.rint(image).clip(-1024).astype(np.int16), organs
 
 

@@ -26,6 +26,7 @@ AROUND IT: what a run needs
     boxes.py                     the box of a mask
     config/evaluate.py           options of eval.py
     config/segment.py            options of fine-tuning, and its presets
+    config/lists.py              options of the command that writes a data list
 
   what it sees
     data/nifti.py                volumes, their grids, and what is wrong with a file
@@ -34,6 +35,8 @@ AROUND IT: what a run needs
     data/datalist.py             the list: which volumes there are, and what each is
     data/leaks.py                nobody is on both sides of a split
     data/holdout.py              which of them train, and which are held out
+    data/datasets.py             the data sets of sec. 3.1 as a table
+    data/make_list.py            the command: a data list from a folder and a pattern of names
     data/sides.py                left and right in the names of classes, and the flips that are safe
     data/preprocess.py           spacing, intensity, foreground
     data/cache.py                each volume prepared once, shared by all ranks

@@ -153,7 +153,8 @@ def _add_flag(group: Any, f: Field[Any], hint: Any) -> None:
     if get_origin(hint) is Literal:
         options |= {"choices": parts, "metavar": "{" + ",".join(parts) + "}"}
     elif get_origin(hint) is tuple and Ellipsis in parts:
-        options |= {"type": parts[0], "nargs": "+", "metavar": "N", "action": _Tuple}
+        metavar = "TEXT" if parts[0] is str else "N"
+        options |= {"type": parts[0], "nargs": "+", "metavar": metavar, "action": _Tuple}
     elif get_origin(hint) is tuple:
         options |= {"type": parts[0], "nargs": 3, "metavar": ("D", "H", "W"), "action": _Tuple}
     elif hint is bool:

@@ -1,12 +1,16 @@
 """dae/data/datasets.py: Table 1 adds up, and the rows agree with flags, presets and pages."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import get_args
 
+import nibabel as nib
+import numpy as np
 import pytest
 
-from dae.config.lists import DataSetName
+from dae.config.command_line import parse
+from dae.config.lists import DataSetName, MakeListConfig
 from dae.config.segment import BTCV, FETA
 from dae.config.shared import DataConfig
 from dae.data.datalist import MODALITIES, DataList, Item
@@ -16,6 +20,8 @@ from dae.data.make_list import expression_of, first_match
 from dae.data.sides import choose_flips, likely_pairs
 
 DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "datasets.md").read_text()
+COMMANDS = re.findall(r"python -m dae.data.make_list ([^`\n]+)", PAGE)
 
 # A file of each data set as it is named where it is had, or by dcm2niix; whose it is.
 NAMES: list[tuple[DataSetName, str, str]] = [
@@ -161,3 +167,38 @@ def test_the_pages_have_the_counts_of_the_rows(page: str) -> None:
         total = row.training + row.validation
         line = rf"^\| {row.title}\b.*\| {total} \| {row.training}, {row.validation} \|"
         assert re.search(line, text, flags=re.M), name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_page_is_one(command: str) -> None:
+    folder, *arguments = shlex.split(command)
+    config = parse(MakeListConfig, arguments, prog="make_list", description="")
+    assert config.out and not folder.startswith("-")
+
+
+def test_the_page_has_a_command_for_every_set() -> None:
+    named = {match for line in COMMANDS for match in re.findall(r"--dataset (\w+)", line)}
+    assert named == set(DATASETS)
+
+
+def test_mhd_becomes_nifti_on_the_same_grid_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    values = np.random.default_rng(0).integers(-1024, 3000, (4, 5, 6)).astype(np.int16)
+    image = sitk.GetImageFromArray(values)  # (z, y, x)
+    image.SetSpacing((0.7, 0.8, 2.5))
+    image.SetOrigin((-100.0, -150.5, -300.0))
+    (tmp_path / "luna16/subset0").mkdir(parents=True)
+    sitk.WriteImage(image, str(tmp_path / "luna16/subset0/1.3.6.1.mhd"))
+
+    block = re.search(r"```python\n(.*?)```", PAGE, flags=re.S)
+    assert block
+    monkeypatch.chdir(tmp_path)
+    exec(block[1], {})
+
+    written = nib.load("luna16-nifti/subset0/1.3.6.1.nii.gz")
+    assert np.array_equal(np.asanyarray(written.dataobj), values.transpose(2, 1, 0))
+    lps = np.array(image.TransformIndexToPhysicalPoint((1, 2, 3)))
+    ras = (written.affine @ [1, 2, 3, 1])[:3]
+    assert np.allclose(ras, lps * [-1, -1, 1], atol=1e-4)

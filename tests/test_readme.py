@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dae.config.lists import MakeListConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.pretext.methods import Pretext
@@ -101,7 +102,12 @@ def test_every_choice_that_a_test_holds_is_a_row_of_the_ledger() -> None:
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w-]+)[ `]", DOCS))))
 def test_every_flag_that_a_page_names_is_one(flag: str) -> None:
-    configs = (PretrainConfig, SegConfig, *importlib.import_module("eval").CONFIGS.values())
+    configs = (
+        PretrainConfig,
+        SegConfig,
+        MakeListConfig,
+        *importlib.import_module("eval").CONFIGS.values(),
+    )
     known = {field.name for config in configs for field in fields(config)}
     name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
     assert name in known | OTHER_FLAGS

@@ -176,9 +176,11 @@ def test_every_command_of_the_page_is_one(command: str) -> None:
     assert config.out and not folder.startswith("-")
 
 
-def test_the_page_has_a_command_for_every_set() -> None:
-    named = {match for line in COMMANDS for match in re.findall(r"--dataset (\w+)", line)}
-    assert named == set(DATASETS)
+def test_the_page_has_a_command_and_the_source_of_every_set() -> None:
+    named = re.findall(r"--dataset (\w+)", "\n".join(COMMANDS))
+    assert set(named) == set(DATASETS)
+    for row in DATASETS.values():
+        assert row.source in PAGE
 
 
 def test_mhd_becomes_nifti_on_the_same_grid_as_the_page_says(

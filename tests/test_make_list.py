@@ -13,10 +13,11 @@ import pytest
 from conftest import refusal
 
 from dae.config.lists import MakeListConfig
+from dae.data import make_list
 from dae.data.datalist import load
 from dae.data.datasets import DATASETS
 from dae.data.holdout import for_pretraining
-from dae.data.make_list import closest, expression_of, first_match, main
+from dae.data.make_list import closest, expression_of, files_in, first_match, main
 from dae.data.preprocess import Recipe, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -102,6 +103,7 @@ def test_odd_names_are_text_and_no_expression(make: Make, subject: str) -> None:
 def test_text_of_a_pattern_is_no_expression() -> None:
     assert words("v1.0+{subject}.nii", "v1.0+a.nii") == {"subject": "a"}
     assert words("v1.0+{subject}.nii", "v1x00a.nii") is None
+    assert words("{subject}.nii", "axnii") is None
 
 
 # --- what is in the list
@@ -164,6 +166,17 @@ def test_links_are_followed_and_circles_end(make: Make, tmp_path: Path) -> None:
 
     items = make("near", out="lists/l.json", pattern=("linked/{subject}.nii",), modality="ct")
     assert [item.image[0].is_file() for item in items.training] == [True]
+    assert files_in(folder) == ["linked/s1.nii"]
+
+
+def test_a_folder_behind_a_link_and_back_is_found(tmp_path: Path) -> None:
+    touch(tmp_path / "far/data", "s1.nii")
+    (tmp_path / "far/deep").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far/deep")
+    flags: dict[str, Any] = {"pattern": ("{subject}.nii",), "modality": "ct"}
+    config = MakeListConfig(out=str(tmp_path / "l.json"), **flags)
+    items = main(tmp_path / "link/../data", config)
+    assert items is not None and items.training[0].image[0].is_file()
 
 
 def test_a_scan_that_dcm2niix_corrected_is_there_once(
@@ -239,6 +252,14 @@ def test_a_label_follows_every_word_of_its_image(make: Make) -> None:
     assert items.modalities() == ["t2"] and len(items.labels) == 8
 
 
+def test_a_pattern_of_your_own_does_without_the_label_of_the_data_set(make: Make) -> None:
+    names = ("sub-001_T2w.nii.gz", "sub-001_dseg.nii.gz")
+    flags: dict[str, Any] = {"dataset": "feta", "pattern": ("{subject}_T2w.nii.gz",)}
+    assert make("f", *names, **flags).training[0].label is None
+    items = make("f", *names, out="l.json", label="{subject}_dseg.nii.gz", **flags)
+    assert items.training[0].label.name == "sub-001_dseg.nii.gz"
+
+
 def test_a_wide_pattern_does_not_take_labels_for_images(make: Make) -> None:
     names = ["a_ct.nii.gz", "a_seg.nii.gz", "b_ct.nii.gz", "b_seg.nii.gz"]
     items = make(
@@ -284,7 +305,7 @@ def luna_and_lidc(tmp_path: Path) -> str:
 
 
 LUNA = (f"subset0/{UID}.1.nii.gz", f"subset4/{UID}.2.nii.gz")
-LIDC = (f"LIDC-IDRI-0007/{UID}.1.nii.gz", f"LIDC-IDRI-0008/{UID}.3.nii.gz")
+LIDC = (f"LIDC-IDRI-0007/{UID}.1_Eq_1.nii.gz", f"LIDC-IDRI-0008/{UID}.3.nii.gz")
 
 
 @pytest.mark.parametrize("luna_first", [True, False])
@@ -470,6 +491,22 @@ def test_the_same_call_again_adds_only_what_is_new(make: Make, tmp_path: Path) -
     assert (tmp_path / "list.json").read_bytes() == first
     items = make("b", *brats(1), dataset="brats21", add=True)
     assert len(items.training) == 8
+
+
+def test_a_full_disk_leaves_the_list_as_it_was(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(text: str, path: Path) -> None:
+        path.write_text(text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
+
+    make("b", *brats(0), dataset="brats21")
+    before = (tmp_path / "list.json").read_bytes()
+    monkeypatch.setattr(make_list, "write_text", write_half)
+    with pytest.raises(OSError, match="No space"):
+        make("b", *brats(1), dataset="brats21", add=True)
+    assert (tmp_path / "list.json").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "list.json"]
 
 
 def test_what_a_person_added_to_the_list_stays(make: Make, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ class DataSet(NamedTuple):
 
     title: str
     region: str
+    source: str  # the page where it is had
     modalities: tuple[str, ...]
     training: int
     validation: int
@@ -99,6 +100,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "brats21": DataSet(
         "BraTS21",
         "brain",
+        source="https://www.synapse.org",
         modalities=("t1", "t2", "t1ce", "flair"),
         training=1188,
         validation=63,
@@ -112,6 +114,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "luna16": DataSet(
         "LUNA16",
         "chest",
+        source="https://luna16.grand-challenge.org/Data/",
         modalities=("ct",),
         training=844,
         validation=44,
@@ -122,6 +125,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "covid19": DataSet(
         "TCIA Covid19",
         "chest",
+        source="https://doi.org/10.7937/tcia.2020.gqry-nc81",
         modalities=("ct",),
         training=723,
         validation=38,
@@ -135,6 +139,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "hnscc": DataSet(
         "HNSCC",
         "head and neck",
+        source="https://www.cancerimagingarchive.net/collection/hnscc/",
         modalities=("ct",),
         training=1223,
         validation=64,
@@ -144,6 +149,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "colon": DataSet(
         "TCIA Colon",
         "abdomen and pelvis",
+        source="https://www.cancerimagingarchive.net/collection/ct-colonography/",
         modalities=("ct",),
         training=1520,
         validation=79,
@@ -153,6 +159,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "lidc": DataSet(
         "LIDC",
         "chest",
+        source="https://www.cancerimagingarchive.net/collection/lidc-idri/",
         modalities=("ct",),
         training=451,
         validation=24,
@@ -162,6 +169,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "btcv": DataSet(
         "BTCV",
         "abdomen",
+        source="https://www.synapse.org/#!Synapse:syn3193805/wiki/89480",
         modalities=("ct",),
         training=24,
         validation=6,
@@ -177,6 +185,7 @@ DATASETS: dict[DataSetName, DataSet] = {
     "feta": DataSet(
         "FeTA",
         "fetal brain",
+        source="https://feta.grand-challenge.org/feta-2022",
         modalities=("t2",),
         training=96,
         validation=24,

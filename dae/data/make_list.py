@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.lists import MakeListConfig
@@ -39,6 +39,8 @@ NIFTI = (".nii", ".nii.gz")
 # How people write the modalities in names of files, beside how they write them in lists.
 SPELLINGS = ALIASES | {"t1n": "t1", "t1km": "t1ce", "t2star": "t2s", "pdw": "pd"}
 
+WORD = re.compile(r"\{([A-Za-z]\w*)\}")  # in a pattern
+
 # A last word that says that a file is no image.
 LABEL_WORDS = ("seg", "dseg", "segmentation", "label", "labels", "mask")
 
@@ -47,6 +49,9 @@ CORRECTED = re.compile(r"(?:_Tilt|_Eq)+(?:_\d+)?$")
 
 # Columns of a table of subjects: what {subject} stands for in the pattern, whose it is.
 TABLES = (("name", "subject"), ("Series UID", "Subject ID"))
+
+# What a list remembers of each folder; see `source_of`.
+SOURCE_KEYS = {"folder", "dataset", "patients", "named_by"}
 
 
 class Found(NamedTuple):
@@ -77,23 +82,27 @@ def main(folder: Path, config: MakeListConfig) -> DataList | None:
     out = Path(config.out)
     content = content_of(out, add=config.add)
 
+    # What is there, and whose it is.
     search = find(folder, config, dataset)
-    patients = config.patients or (dataset.patients if dataset else "")
-    names = subjects_of(search.found, config, prefix=f"{patients}/" if patients else "")
+    patients = patients_of(config, dataset)
+    names = subjects_of(search.found, config, patients)
 
-    source = source_of(relative(folder, "", out), config, dataset, patients)
+    # Names of this folder must not join two patients of the list, nor divide one.
+    source = source_of(config, dataset, folder=relative(folder, "", out))
     check_naming(content, source, out)
-    items = [
-        item_of(found, names[found.image], folder, config, dataset, out) for found in search.found
-    ]
+    items = []
+    for found in search.found:
+        modality = modality_of(found, config, dataset)
+        items.append(item_of(found, modality, names[found.image], folder=folder, out=out))
     added = not_yet_in(content, items)
     if not patients:
-        check_no_namesakes(content, added, folder, out)
+        check_no_namesakes(content, added, folder=folder, out=out)
 
     content.setdefault(config.part, []).extend(added)
     if source not in content["sources"]:
         content["sources"].append(source)
-    add_classes(content, dataset, out, labelled=any("label" in item for item in items))
+    if dataset and any("label" in item for item in items):
+        add_classes(content, dataset, out)
 
     out.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, indent=1) + "\n"
@@ -117,11 +126,18 @@ def content_of(out: Path, *, add: bool) -> dict[str, Any]:
         raise InputError(f"--out {out}: is there already; --add adds to it; else name another file")
 
     content = read_json(out)
-    if not isinstance(content, dict) or not isinstance(content.get("sources"), list):
+    if not isinstance(content, dict) or not are_sources(content.get("sources")):
         raise InputError(f"--out {out}: this command has not written it; name another file")
     if content.get("training"):
         load(str(out))  # refuses what was changed by hand and is no list any more
     return content
+
+
+def are_sources(sources: Any) -> bool:
+    """Whether this is what the command leaves in a list under "sources"."""
+    if not isinstance(sources, list):
+        return False
+    return all(isinstance(source, dict) and set(source) >= SOURCE_KEYS for source in sources)
 
 
 # --- files and patterns
@@ -139,9 +155,14 @@ def find(folder: Path, config: MakeListConfig, dataset: DataSet | None) -> Searc
 
     files = files_in(folder)
     matched, others = match_all(files, patterns)
-    check_all_fit(folder, files, patterns, matched, given=bool(config.pattern))
+    if config.pattern:
+        check_each_fits(config.pattern, files, folder)
+    if not matched:
+        refuse_unfit(patterns[0], files, folder)
 
-    label = config.label or (dataset.label if dataset else "")
+    label = config.label
+    if dataset and not config.pattern:
+        label = label or dataset.label
     found, without_label, labels = with_labels(matched, label, files)
     if config.label and not labels:
         expected = filled(label, matched[0].words)
@@ -181,11 +202,11 @@ def files_in(folder: Path) -> list[str]:
     seen = set[str]()
     for parent, folders, files in os.walk(folder, followlinks=True):
         # A link may lead back to where we have been.
-        place = os.path.realpath(parent)
-        if place in seen:
+        real = os.path.realpath(parent)
+        if real in seen:
             folders.clear()
             continue
-        seen.add(place)
+        seen.add(real)
 
         folders[:] = [name for name in folders if not name.startswith(".")]
         below = PurePosixPath(Path(parent).relative_to(folder).as_posix())
@@ -205,7 +226,7 @@ def expression_of(pattern: str) -> re.Pattern[str]:
     any_modality = "|".join(map(re.escape, modalities))
 
     # The text before the first word, then each word and the text after it.
-    text, *rest = re.split(r"\{([A-Za-z]\w*)\}", pattern)
+    text, *rest = WORD.split(pattern)
     expression = re.escape(text)
     seen = set[str]()
     for word, text in zip(rest[::2], rest[1::2]):
@@ -242,28 +263,23 @@ def first_match(path: str, expressions: Sequence[re.Pattern[str]]) -> dict[str, 
     return None
 
 
-def check_all_fit(
-    folder: Path,
-    files: Sequence[str],
-    patterns: Sequence[str],
-    matched: Sequence[Found],
-    *,
-    given: bool,
-) -> None:
-    """Raises InputError where nothing fits, or where a pattern that was given fits nothing.
+def check_each_fits(patterns: Sequence[str], files: Sequence[str], folder: Path) -> None:
+    """Raises InputError for the first pattern that fits no file.
 
-    A data set has patterns for several ways to name its files, of which one will do.
+    It is for patterns of the command line. A data set has patterns for several ways to name its
+    files, of which one will do.
     """
     for pattern in patterns:
-        fits = matched
-        if given:
-            expression = expression_of(pattern)
-            fits = [found for found in matched if expression.fullmatch(found.image)]
-        if not fits:
-            raise InputError(
-                f"--pattern {pattern}: fits none of {counted(len(files), 'file')} in {folder}"
-                f"{closest(pattern, files)}"
-            )
+        expression = expression_of(pattern)
+        if not any(map(expression.fullmatch, files)):
+            refuse_unfit(pattern, files, folder)
+
+
+def refuse_unfit(pattern: str, files: Sequence[str], folder: Path) -> NoReturn:
+    raise InputError(
+        f"--pattern {pattern}: fits none of {counted(len(files), 'file')} in {folder}"
+        f"{closest(pattern, files)}"
+    )
 
 
 def closest(pattern: str, files: Sequence[str]) -> str:
@@ -305,14 +321,12 @@ def with_labels(
 
 
 def filled(label: str, words: Mapping[str, str]) -> str:
-    """The path of a label, with the words of its image."""
-    path = label
-    for word, text in words.items():
-        path = path.replace(f"{{{word}}}", text)
-
-    left = re.search(r"\{\w+\}", path)
-    if left:
-        raise InputError(f"--label {label}: {left[0]} is not in --pattern")
+    """The path of a label, with the words of its image. Raises InputError for another word."""
+    path, *rest = WORD.split(label)
+    for word, text in zip(rest[::2], rest[1::2]):
+        if word not in words:
+            raise InputError(f"--label {label}: {{{word}}} is not in --pattern")
+        path += words[word] + text
     return path
 
 
@@ -326,8 +340,8 @@ def without_replaced(found: Sequence[Found]) -> tuple[list[Found], list[str]]:
             replaced.add((plain, ending))
 
     used = [one for one in found if parted(one.image) not in replaced]
-    left = [one.image for one in found if parted(one.image) in replaced]
-    return used, left
+    left_out = [one.image for one in found if parted(one.image) in replaced]
+    return used, left_out
 
 
 def parted(path: str) -> tuple[str, str]:
@@ -339,24 +353,27 @@ def parted(path: str) -> tuple[str, str]:
 # --- whose an image is
 
 
-def subjects_of(found: Sequence[Found], config: MakeListConfig, *, prefix: str) -> dict[str, str]:
-    """The subject of each image. Raises InputError where a table does not know one."""
-    table = table_of(Path(config.subjects)) if config.subjects else None
-    subjects = {}
-    unknown = []
-    for one in found:
-        name = one.words["subject"]
-        if table is not None and name not in table:
-            unknown.append(name)
-            continue
-        subjects[one.image] = prefix + (name if table is None else table[name])
+def patients_of(config: MakeListConfig, dataset: DataSet | None) -> str:
+    """The word before the names of the subjects, "" for none."""
+    if config.patients or dataset is None:
+        return config.patients
+    return dataset.patients
 
+
+def subjects_of(found: Sequence[Found], config: MakeListConfig, patients: str) -> dict[str, str]:
+    """The subject of each image. Raises InputError where a table does not know one."""
+    prefix = f"{patients}/" if patients else ""
+    if not config.subjects:
+        return {one.image: prefix + one.words["subject"] for one in found}
+
+    table = table_of(Path(config.subjects))
+    unknown = [one.words["subject"] for one in found if one.words["subject"] not in table]
     if unknown:
         raise InputError(
             f"--subjects {config.subjects}: has no line for {unknown[0]} "
             f"({counted(len(unknown), 'such image')})"
         )
-    return subjects
+    return {one.image: prefix + table[one.words["subject"]] for one in found}
 
 
 def table_of(path: Path) -> dict[str, str]:
@@ -369,14 +386,14 @@ def table_of(path: Path) -> dict[str, str]:
 
     for name, subject in TABLES:
         if lines and name in lines[0] and subject in lines[0]:
-            return pairs_of(lines, name, subject, path)
+            return subjects_by_name(lines, name, subject, path)
     raise InputError(
         f'--subjects {path}: must have the columns "name" and "subject", or "Series UID" and '
         '"Subject ID" as metadata.csv of TCIA'
     )
 
 
-def pairs_of(
+def subjects_by_name(
     lines: Iterable[Mapping[str, str]], name: str, subject: str, path: Path
 ) -> dict[str, str]:
     table: dict[str, str] = {}
@@ -390,15 +407,13 @@ def pairs_of(
     return table
 
 
-def source_of(
-    folder: str, config: MakeListConfig, dataset: DataSet | None, patients: str
-) -> dict[str, Any]:
+def source_of(config: MakeListConfig, dataset: DataSet | None, *, folder: str) -> dict[str, Any]:
     """What the list remembers of a folder: how its subjects are named."""
     by_series = dataset is not None and dataset.named_by == "series" and not config.subjects
     return {
         "folder": folder,
         "dataset": config.dataset,
-        "patients": patients,
+        "patients": patients_of(config, dataset),
         "named_by": "series" if by_series else "patient",
     }
 
@@ -417,7 +432,7 @@ def check_naming(content: Mapping[str, Any], source: Mapping[str, Any], out: Pat
 
 
 def check_no_namesakes(
-    content: Mapping[str, Any], added: Sequence[Mapping[str, str]], folder: Path, out: Path
+    content: Mapping[str, Any], added: Sequence[Mapping[str, str]], *, folder: Path, out: Path
 ) -> None:
     """Raises InputError where two patients might become one.
 
@@ -444,17 +459,12 @@ def items_in(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def item_of(
-    found: Found,
-    subject: str,
-    folder: Path,
-    config: MakeListConfig,
-    dataset: DataSet | None,
-    out: Path,
+    found: Found, modality: str, subject: str, *, folder: Path, out: Path
 ) -> dict[str, str]:
-    """The item of the list. Raises InputError where nothing names its modality."""
+    """The item of the list."""
     item = {
         "image": relative(folder, found.image, out),
-        "modality": modality_of(found, config, dataset),
+        "modality": modality,
         "subject": subject,
     }
     if found.label:
@@ -472,6 +482,7 @@ def relative(folder: Path, path: str, out: Path) -> str:
 
 
 def modality_of(found: Found, config: MakeListConfig, dataset: DataSet | None) -> str:
+    """The modality that the list has for it. Raises InputError where nothing names one."""
     named = found.words.get("modality") or config.modality
     if not named and dataset and len(dataset.modalities) == 1:
         named = dataset.modalities[0]
@@ -495,14 +506,12 @@ def not_yet_in(content: Mapping[str, Any], items: Sequence[dict[str, str]]) -> l
     return [item for item in items if item["image"] not in known]
 
 
-def add_classes(
-    content: dict[str, Any], dataset: DataSet | None, out: Path, *, labelled: bool
-) -> None:
-    """Add the classes of the data set, of a list with labels.
+def add_classes(content: dict[str, Any], dataset: DataSet, out: Path) -> None:
+    """Add the classes of the data set, if it has any.
 
     Raises InputError where the list has other classes.
     """
-    if not labelled or dataset is None or not dataset.labels:
+    if not dataset.labels:
         return
     classes: dict[str, Any] = {
         "labels": {str(label): name for label, name in enumerate(dataset.labels)}
@@ -622,19 +631,21 @@ def report_list(
 
 
 def files_of_one_series(content: Mapping[str, Any]) -> str:
-    """How many files hold a scan that another holds too, by the UID in their names; or ""."""
+    """How many files hold a scan that another holds too, where names are UIDs; or ""."""
     subject_of: dict[str, Any] = {}
     again = 0
     strangers = 0
     for item in items_in(content):
-        name = PurePosixPath(str(item.get("image"))).name
-        uid = re.search(r"\d+(?:\.\d+){5,}", name)
-        if not uid:
+        stem, _ = parted(PurePosixPath(str(item.get("image"))).name)
+        uid = CORRECTED.sub("", stem)
+        if not re.fullmatch(r"\d+(\.\d+){5,}", uid):
             continue
-        if uid[0] in subject_of:
+
+        subject = item.get("subject")
+        if uid in subject_of:
             again += 1
-            strangers += subject_of[uid[0]] != item.get("subject")
-        subject_of.setdefault(uid[0], item.get("subject"))
+            strangers += subject_of[uid] != subject
+        subject_of.setdefault(uid, subject)
 
     if strangers:
         return (

@@ -36,6 +36,7 @@ AROUND IT: what a run needs
     data/leaks.py                nobody is on both sides of a split
     data/holdout.py              which of them train, and which are held out
     data/datasets.py             the data sets of sec. 3.1 as a table
+    data/patterns.py             the images of a folder whose paths fit a pattern
     data/make_list.py            the command: a data list from a folder and a pattern of names
     data/sides.py                left and right in the names of classes, and the flips that are safe
     data/preprocess.py           spacing, intensity, foreground

@@ -16,7 +16,7 @@ from dae.config.shared import DataConfig
 from dae.data.datalist import MODALITIES, DataList, Item
 from dae.data.datasets import DATASETS, TABLE_1
 from dae.data.holdout import hold_out_fold, hold_out_share
-from dae.data.make_list import expression_of, first_match
+from dae.data.patterns import expression_of, first_match
 from dae.data.sides import choose_flips, likely_pairs
 
 DOCS = Path(__file__).parents[1] / "docs"

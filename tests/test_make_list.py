@@ -1,4 +1,4 @@
-"""dae/data/make_list.py: a folder and a pattern become a list, and nobody is merged or split."""
+"""make_list.py, patterns.py: a folder becomes a list, and nobody is merged or split."""
 
 import json
 import subprocess
@@ -17,7 +17,8 @@ from dae.data import make_list
 from dae.data.datalist import load
 from dae.data.datasets import DATASETS
 from dae.data.holdout import for_pretraining
-from dae.data.make_list import closest, expression_of, files_in, first_match, main
+from dae.data.make_list import main
+from dae.data.patterns import closest, expression_of, files_in, first_match
 from dae.data.preprocess import Recipe, prepare
 
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ class DataSet(NamedTuple):
     validation: int
 
     # How its files are named: `{subject}`, `{modality}` and any other word in braces stand for
-    # text (make_list.py). Of several patterns the first that fits a file holds.
+    # text (patterns.py). Of several patterns the first that fits a file holds.
     patterns: tuple[str, ...]
     label: str = ""
 

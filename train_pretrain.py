@@ -31,7 +31,7 @@ from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
 from dae.errors import InputError
 from dae.figures import loss_curve, reconstruction_sheet
-from dae.pretext.methods import Pretext
+from dae.pretext.baselines import AnyPretext, pretext_of
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
@@ -79,7 +79,7 @@ class Run:
     modalities: list[str]  # of the data list; a sample has the index of its own
     crops: Crops
     fixed: Crops  # to validate on
-    pretext: Pretext
+    pretext: AnyPretext
     net: nn.Module  # the same, compiled and wrapped in DDP where that is asked for
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -97,6 +97,9 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     with joined(config.device) as ranks:
         # A signal ends the setup at once, which is safe: prepared volumes are written atomically.
         run = setup(config, ranks)
+        if config.method == "scratch":
+            return leave_untrained(run)
+
         ahead = read_ahead(run.crops, config, ranks, step=run.state["step"])
         with StopSignal() as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
@@ -162,6 +165,16 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
     else:
         run.log.say(stopped_in_words(config, step))
     return validation
+
+
+def leave_untrained(run: Run) -> dict[str, Any]:
+    """--method scratch: last.pt holds the weights as the seed draws them, after no step."""
+    say_start(run)
+    save(run, "last.pt")
+    run.log.event("end", step=0, reason="finished", best=run.state["best"])
+    run.log.close()
+    run.log.say(f"untrained weights of --seed {run.config.seed} are in {run.out / 'last.pt'}")
+    return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -383,14 +396,17 @@ def crops_of(
 
 def build(
     config: PretrainConfig, channels: int, weights: Weights | None
-) -> tuple[Pretext, Report | None]:
+) -> tuple[AnyPretext, Report | None]:
     """The backbone and the method of the flags, with the weights of --init, whole.
 
     Raises InputError, naming the flags, where they contradict each other or the weights.
     """
+    if config.init and config.method == "scratch":
+        raise InputError("--init: --method scratch writes untrained weights; leave one of them out")
+
     backbone = build_backbone(config, channels, channels)
     try:
-        pretext = Pretext(backbone, config.method, config)
+        pretext = pretext_of(backbone, config)
     except ValueError as error:
         raise InputError(str(error)) from error
     if weights is None:
@@ -400,7 +416,13 @@ def build(
     check_same_network(weights.plan, config, path)
     parts = parts_that_fit(backbone, weights.tensors)
     report = transfer(
-        backbone, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
+        backbone,
+        weights.tensors,
+        parts,
+        path,
+        extra=weights.extra,
+        notes=weights.notes,
+        may_be_equal=weights.plan.get("method") == "scratch",
     )
     return pretext, report
 
@@ -504,7 +526,7 @@ def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collec
 
     samples: how many it compares with each other. modalities: of the training volumes.
     """
-    if not config.alpha:
+    if not config.alpha or config.method == "scratch":
         return ""
     if samples == 1:
         return (

@@ -451,7 +451,13 @@ def build(
     path = Path(config.pretrained)
     parts = parts_to_transfer(config.transfer, weights.tensors, path)
     report = transfer(
-        network, weights.tensors, parts, path, extra=weights.extra, notes=weights.notes
+        network,
+        weights.tensors,
+        parts,
+        path,
+        extra=weights.extra,
+        notes=weights.notes,
+        may_be_equal=weights.plan.get("method") == "scratch",
     )
     return network, report
 

@@ -19,6 +19,7 @@ from dae.config.segment import SegConfig
 from dae.config.shared import FREE_ON_RESUME, differences
 from dae.errors import InputError
 from dae.model import BACKBONES
+from dae.pretext.baselines import BASELINES
 from dae.pretext.methods import METHODS
 from dae.training.losses import LOSSES
 
@@ -169,7 +170,7 @@ def test_a_resumed_run_may_differ_only_in_what_no_weight_depends_on() -> None:
 
 
 def test_the_literal_names_are_those_of_the_methods_backbones_and_losses() -> None:
-    assert tuple(METHODS) == get_args(pretrain.Method)
+    assert (*METHODS, *BASELINES) == get_args(pretrain.Method)
     assert tuple(BACKBONES) == shared.BACKBONE_NAMES
     assert tuple(LOSSES) == get_args(get_type_hints(SegConfig)["loss"])
 

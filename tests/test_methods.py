@@ -13,6 +13,7 @@ from dae.config.pretrain import PretextConfig, PretrainConfig
 from dae.errors import InputError
 from dae.model import SwinUNETR
 from dae.model.swin import MERGE_ORDER, STEMS, ClippedBias, MergeOrder, Stem
+from dae.pretext.baselines import BASELINES
 from dae.pretext.contrast import FORMS
 from dae.pretext.methods import METHODS, RECON, Output, Pretext, l1_of, std
 
@@ -38,7 +39,7 @@ def roughness(x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "flag, names",
     [
-        ("--method", METHODS),
+        ("--method", [*METHODS, *BASELINES]),
         ("--recon", RECON),
         ("--cmcl", FORMS),
         ("--merge-order", MERGE_ORDER),

@@ -6,14 +6,18 @@ from typing import Any, ClassVar, Literal
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
 
-Method = Literal["dae", "noise", "downsample", "local_mask", "mae"]
+Method = Literal["dae", "noise", "downsample", "local_mask", "mae", "scratch"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretextConfig:
     """disruption and losses"""
 
-    method: Method = opt("dae", "row of Tables 4 and 5; dae: noise, downsampling, local masking")
+    method: Method = opt(
+        "dae",
+        "dae: noise, downsampling, local masking; noise, downsample, local_mask, mae: Table 5; "
+        "scratch: untrained weights, no step is taken; Tables 3 to 6",
+    )
     noise_mean: float = opt(0.0, "mu of eq. 1")
     noise_std: float = opt(
         0.1, "sigma of eq. 1, a standard deviation; sec. 3.2 (App. G calls it a variance)", low=0

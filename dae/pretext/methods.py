@@ -127,8 +127,25 @@ RECON: dict[str, tuple[Transform, Transform]] = {
 # --- Figure 1
 
 
-class Pretext(nn.Module):
-    """A backbone, and the method that pre-trains it.
+class Method(nn.Module):
+    """A backbone, and what a method has learned beside it, which is saved apart."""
+
+    def __init__(self, backbone: Backbone, options: PretextConfig) -> None:
+        super().__init__()
+        self.backbone: Any = backbone  # a Backbone and a Module
+        self.options = options
+
+    def own_state(self) -> dict[str, Tensor]:
+        """The tensors that the method has learned, without those of the backbone."""
+        tensors = self.state_dict()
+        return {name: tensors[name] for name in tensors if not name.startswith("backbone.")}
+
+    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
+        self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
+
+
+class Pretext(Method):
+    """A backbone, and the disruptions that pre-train it.
 
     A method may have parameters of its own (a mask token), saved apart from the backbone's.
     Raises ValueError where the options contradict each other.
@@ -137,12 +154,10 @@ class Pretext(nn.Module):
     def __init__(
         self, backbone: Backbone, method: str = "dae", options: PretextConfig | None = None
     ) -> None:
-        super().__init__()
         options = options or PretextConfig()
         check_options(options)
+        super().__init__(backbone, options)
 
-        self.backbone: Any = backbone  # a Backbone and a Module
-        self.options = options
         self.disrupt, self.mask = METHODS[method]
         self.normalise, self.restore = RECON[options.recon]
 
@@ -212,14 +227,6 @@ class Pretext(nn.Module):
         noise = draw_for_volume(self, x, generators)
         mask = draw_for_tokens(self, x, generators)
         return Drawn(noise, mask)
-
-    def own_state(self) -> dict[str, Tensor]:
-        """The tensors that the method has learned, without those of the backbone."""
-        tensors = self.state_dict()
-        return {name: tensors[name] for name in tensors if not name.startswith("backbone.")}
-
-    def load_own_state(self, state: Mapping[str, Tensor]) -> None:
-        self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
 
 
 def check_options(options: PretextConfig) -> None:

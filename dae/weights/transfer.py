@@ -118,11 +118,13 @@ def transfer(
     *,
     extra: Sequence[str] = (),
     notes: Sequence[str] = (),
+    may_be_equal: bool = False,
 ) -> Report:
     """Copy the named parts (encoder, decoder, head), each of them whole, into the network.
 
     path: of the weights, for error messages.
     extra, notes: for the report.
+    may_be_equal: the network may have these values already: untrained weights of its own seed.
     On a network without values (device meta) it is a rehearsal: all checks, and nothing is copied.
 
     Raises InputError if a tensor is missing or does not fit, or if nothing in the network changed.
@@ -160,7 +162,7 @@ def transfer(
         if name not in own or part_of(name) not in parts:
             report.dropped.append(name)
 
-    if not changed:
+    if not changed and not may_be_equal:
         raise InputError(
             f"{path}: the network had these very values before; nothing was transferred"
         )

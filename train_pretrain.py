@@ -17,21 +17,24 @@ if __name__ == "__main__":
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dae.config.command_line import value_if_set
+from dae.config.command_line import value_if_set, was_set
+from dae.config.pretrain import PretextConfig
 from dae.data import datalist, holdout, leaks
 from dae.data.batches import Batch, Crops, spread_over_modalities
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
 from dae.errors import InputError
-from dae.figures import loss_curve, reconstruction_sheet
-from dae.pretext.baselines import AnyPretext, pretext_of
+from dae.figures import loss_curve, reconstruction_sheet, terms_curve, views_sheet
+from dae.pretext.baselines import BASELINES, AnyPretext, pretext_of
+from dae.pretext.contrast import effective_rank
+from dae.pretext.methods import Output
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
@@ -46,7 +49,7 @@ from dae.training.kernels import advice, choose_kernels, lay_out
 from dae.training.log import Clock, Log, read_log
 from dae.training.optim import adamw, due, learning_rate, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler
-from dae.training.reconstruction import by_modality, l1_of_samples, reconstruct
+from dae.training.reconstruction import by_modality, compare_views, l1_of_samples, reconstruct
 from dae.training.run import (
     build_backbone,
     check_finite,
@@ -85,8 +88,8 @@ class Run:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
     metadata: dict[str, Any]  # in every checkpoint: configuration, plan, fingerprint of the data
-    # step: how many are done. best: lowest validation L1. behind: how many validations in a row did
-    # not beat L1(x_hat, x). warned: whether that was said.
+    # step: how many are done. best: lowest validation L1, of a baseline lowest loss. behind: how
+    # many validations in a row did not beat L1(x_hat, x). warned: whether that was said.
     state: dict[str, Any]
     notes: list[str]  # what was decided about the data, for the user
     note: str  # where the weights come from, and what has changed in a resumed run
@@ -118,6 +121,7 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
     first = run.state["step"]
     validation: dict[str, Any] = {}
     errors: list[Tensor] = []
+    features: list[Tensor] = []
     stop = False
 
     say_start(run)
@@ -149,10 +153,11 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
 
         result = train_step(run, batches, signal)
         stop = result.stop
-        errors.append(result.errors)
+        errors += result.errors
+        features += result.features
         if due(step + 1, config.log_every, config.steps):
-            log_training(run, result, errors)
-            errors = []
+            log_training(run, result, errors, features)
+            errors, features = [], []
             run.clock.restart()
 
     step = run.state["step"]
@@ -183,13 +188,13 @@ def leave_untrained(run: Run) -> dict[str, Any]:
 class Step(NamedTuple):
     """What one step gives. Losses are means over its samples, on all ranks."""
 
-    loss: float  # l1 + alpha * cmcl
-    l1: float
-    cmcl: float
+    loss: float  # l1 + alpha * cmcl, or the loss of a baseline
+    terms: dict[str, float]  # l1 and cmcl, or the terms of a baseline, by name
     grad_norm: float  # before clipping
     lr: float
     stop: bool  # whether any rank was asked to stop
-    errors: Tensor  # (samples of this rank, 3), see l1_of_samples
+    errors: list[Tensor]  # of each micro-batch, (b, 3), see l1_of_samples; none of a baseline
+    features: list[Tensor]  # z of each micro-batch, (b, c), of this rank
 
 
 def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
@@ -201,8 +206,10 @@ def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
     for group in run.optimizer.param_groups:
         group["lr"] = lr
 
-    losses = torch.zeros(3, device=device)
+    names = run.pretext.terms
+    losses = torch.zeros(1 + len(names), device=device)
     errors: list[Tensor] = []
+    features: list[Tensor] = []
     for micro in range(config.accumulate):
         with run.clock.waiting():
             batch = next(batches).to(device)
@@ -210,12 +217,16 @@ def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
 
         with sync_at_last(run.net, last=micro == config.accumulate - 1):
             with autocast(run.dtype, device):
-                # disrupt, tokenize, local mask, encode, decode, losses: dae/pretext/methods.py
+                # disrupt, tokenize, local mask, encode, decode, losses: dae/pretext/methods.py;
+                # the other rows of Table 4: dae/pretext/baselines.py
                 output = run.net(batch.x, batch.modality, drawn)
             run.scaler.scale(output.loss / config.accumulate).backward()
 
-        losses += torch.stack([output.loss.detach(), output.l1, output.cmcl]) / config.accumulate
-        errors.append(l1_of_samples(batch, output))
+        terms = [output.terms[name] for name in names]
+        losses += torch.stack([output.loss.detach(), *terms]) / config.accumulate
+        features.append(output.z)
+        if isinstance(output, Output):
+            errors.append(l1_of_samples(batch, output))
 
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.pretext.parameters(), config.clip or math.inf)
@@ -224,42 +235,68 @@ def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
     # losses: its mean is above 0 once any rank was asked to stop, so all ranks stop together.
     flag = torch.tensor([float(signal.asked)], device=device)
     means = mean_over_ranks(torch.cat([losses, norm.reshape(1).float(), flag]))
-    loss, l1, cmcl, grad_norm, stop = means
+    loss, *of_terms, grad_norm, stop = means
     check_finite(run.log, run.state["step"], loss, grad_norm, run.scaler)
 
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return Step(loss, l1, cmcl, grad_norm, lr, stop=stop > 0, errors=torch.cat(errors))
+    return Step(
+        loss,
+        dict(zip(names, of_terms)),
+        grad_norm,
+        lr,
+        stop=stop > 0,
+        errors=errors,
+        features=features,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
 
 
-def log_training(run: Run, result: Step, errors: Sequence[Tensor]) -> None:
-    """The train event and the progress line. `errors` are of all steps since the last event."""
+def log_training(
+    run: Run, result: Step, errors: Sequence[Tensor], features: Sequence[Tensor]
+) -> None:
+    """The train event and the progress line.
+
+    errors, features: of all steps since the last event, see `Step`.
+    """
     step = run.state["step"] + 1
     run.clock.read(step)
 
-    rows: list[list[float]] = []
-    for of_rank in gather_objects(torch.cat(list(errors)).tolist()):
-        rows += of_rank
-    raw = by_modality(rows, run.modalities)
+    # L1 by modality where x_rec is to be x; for a baseline, what guessing would give.
+    more: dict[str, Any] = {}
+    if errors:
+        rows: list[list[float]] = []
+        for of_rank in gather_objects(torch.cat(list(errors)).tolist()):
+            rows += of_rank
+        raw = by_modality(rows, run.modalities)
+        more = {
+            "l1_raw": raw["l1"],
+            "l1_input": raw["l1_input"],
+            "l1_by_modality": raw["l1_by_modality"],
+            "l1_input_by_modality": raw["l1_input_by_modality"],
+        }
+    else:
+        compared = samples_contrasted(run.config, run.ranks.world)
+        more = {"chance": run.pretext.chance(compared)}
+
+    # How many directions the features of all ranks fill: 1 where they have collapsed.
+    z = torch.cat(gather_objects(torch.cat(list(features)).cpu()))
 
     run.log.event(
         "train",
         step=step,
         loss=result.loss,
-        l1=result.l1,
-        cmcl=result.cmcl,
+        **result.terms,
         lr=result.lr,
         grad_norm=result.grad_norm,
         samples_per_s=run.clock.rate,
         data_wait=run.clock.data_wait,
-        l1_raw=raw["l1"],
-        l1_input=raw["l1_input"],
-        l1_by_modality=raw["l1_by_modality"],
-        l1_input_by_modality=raw["l1_input_by_modality"],
+        **more,
+        z_rank=effective_rank(z),
+        z_samples=len(z),
     )
     speed = f"{run.clock.rate:.1f} samples/s, {run.clock.left} left"
     run.log.progress(step, f"loss {result.loss:.4f}, lr {result.lr:.1e}, {speed}")
@@ -303,7 +340,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
 
     # Run: from step 0, or from where it was stopped.
     plan = plan_of_network(config, items, channels=channels, out_channels=channels, classes={})
-    plan |= {"method": config.method, "recon": config.recon}
+    plan |= plan_of_method(config)
     data = items.fingerprint([volume.content for volume in crops.volumes])
     metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
     metadata["drawn_on"] = ranks.device.type  # noise and masks; they are others on another device
@@ -407,6 +444,7 @@ def build(
     backbone = build_backbone(config, channels, channels)
     try:
         pretext = pretext_of(backbone, config)
+        pretext.check_crop(config.crop)
     except ValueError as error:
         raise InputError(str(error)) from error
     if weights is None:
@@ -427,6 +465,39 @@ def build(
     return pretext, report
 
 
+def plan_of_method(config: PretrainConfig) -> dict[str, Any]:
+    """What a user of the weights should know of the method that trained them."""
+    baseline = BASELINES.get(config.method)
+    if baseline is None:
+        return {"method": config.method, "recon": config.recon}
+
+    plan = {"method": config.method, "recon": "plain"}
+    if "recon" in baseline.uses:
+        plan["recon"] = config.recon
+    if not baseline.trains_decoder:
+        plan["decoder"] = "untrained"
+    return plan
+
+
+def unused_flags(config: PretrainConfig) -> str:
+    """In one line which flags of the method a preset or the user has set for nothing, or nothing.
+
+    Of the rows of Table 4 alone.
+    """
+    baseline = BASELINES.get(config.method)
+    if baseline is None:
+        return ""
+
+    unused = []
+    for option in fields(PretextConfig):
+        needless = option.name != "method" and option.name not in baseline.uses
+        if needless and was_set(config, option.name):
+            unused.append(f"--{option.name.replace('_', '-')}")
+    if not unused:
+        return ""
+    return f"--method {config.method} does not use {', '.join(unused)}"
+
+
 def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: Ranks) -> list[str]:
     """In words what differs from the run so far, of what may differ, and what follows from it."""
     changes = resume.changes_in_words(resumed, config, world=ranks.world)
@@ -436,8 +507,9 @@ def what_has_changed(resumed: Mapping[str, Any], config: PretrainConfig, ranks: 
     world_before = resumed["global_batch"] // (before.batch_size * before.accumulate)
     was = samples_contrasted(before, world_before)
     now = samples_contrasted(config, ranks.world)
-    if config.alpha and was != now:
-        changes.append(f"CMCL compared {was} samples with each other before, {now} now")
+    contrast = loss_between_samples(config)
+    if contrast and was != now:
+        changes.append(f"{contrast} compared {was} samples with each other before, {now} now")
 
     if config.mask_scope == "batch" and before.batch_size != config.batch_size:
         changes.append(
@@ -462,12 +534,19 @@ def has_other_crops(resumed: Mapping[str, Any], config: PretrainConfig) -> bool:
     return not same and resumed["step"] < config.steps
 
 
-def samples_contrasted(config: PretrainConfig, world: int) -> int:
-    """How many samples CMCL compares with each other: a micro-batch over all ranks.
+def loss_between_samples(config: PretrainConfig) -> str:
+    """The name of the loss that compares samples with each other; empty where there is none."""
+    if config.method in BASELINES:
+        return "NT-Xent" if "contrast" in BASELINES[config.method].losses else ""
+    return "CMCL" if config.alpha else ""
 
-    In the authors' form (--cmcl ranks), that of one rank.
+
+def samples_contrasted(config: PretrainConfig, world: int) -> int:
+    """How many samples CMCL or NT-Xent compares with each other: a micro-batch over all ranks.
+
+    In the authors' form of CMCL (--cmcl ranks), that of one rank.
     """
-    if config.cmcl == "ranks":
+    if config.cmcl == "ranks" and config.method not in BASELINES:
         return config.batch_size
     return config.batch_size * world
 
@@ -499,6 +578,9 @@ def say_start(run: Run) -> None:
     )
     for note in run.notes:
         run.log.say(note)
+    unused = unused_flags(config)
+    if unused:
+        run.log.say(unused)
 
     where = str(run.ranks.device)
     if run.ranks.world > 1:
@@ -522,11 +604,17 @@ def say_start(run: Run) -> None:
 
 
 def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collection[str]) -> str:
-    """In one line why CMCL cannot work in this run, or nothing.
+    """In one line why CMCL or NT-Xent cannot work in this run, or nothing.
 
     samples: how many it compares with each other. modalities: of the training volumes.
     """
-    if not config.alpha or config.method == "scratch":
+    contrast = loss_between_samples(config)
+    if contrast == "NT-Xent" and samples == 1:
+        return (
+            "warning: NT-Xent has nothing to compare: there is one sample in a micro-batch, so its "
+            "loss is 0; take --batch-size 2 or more (--checkpointing saves memory)"
+        )
+    if contrast != "CMCL":
         return ""
     if samples == 1:
         return (
@@ -543,7 +631,24 @@ def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collec
 
 
 def validate(run: Run) -> dict[str, Any]:
-    """Mean L1 over the fixed crops, L1(x_hat, x) beside it, and figures/reconstruction.png."""
+    """Mean L1 over the fixed crops, L1(x_hat, x) beside it, and figures/reconstruction.png.
+
+    For a baseline the terms of its loss, and its views in the picture.
+    """
+    sheet = run.out / "figures" / "reconstruction.png"
+    if run.config.method in BASELINES:
+        validation, views = compare_views(
+            run.pretext,
+            run.fixed,
+            run.modalities,
+            count=run.config.validate_crops,
+            dtype=run.dtype,
+            ranks=run.ranks,
+        )
+        if run.ranks.is_main:
+            views_sheet(sheet, views)
+        return validation
+
     validation, pictures = reconstruct(
         run.pretext,
         run.fixed,
@@ -553,7 +658,7 @@ def validate(run: Run) -> dict[str, Any]:
         ranks=run.ranks,
     )
     if run.ranks.is_main:
-        reconstruction_sheet(run.out / "figures" / "reconstruction.png", pictures)
+        reconstruction_sheet(sheet, pictures)
     return validation
 
 
@@ -561,6 +666,8 @@ def in_words(validation: Mapping[str, Any]) -> str:
     """A validation in one line."""
     if not validation:
         return "nothing left to do"
+    if "chance" in validation:
+        return terms_in_words(validation)
 
     text = f"validation L1 {validation['l1']:.4f}"
     if validation["l1_input"]:
@@ -575,10 +682,26 @@ def in_words(validation: Mapping[str, Any]) -> str:
     return f"{text}; {', '.join(by_name)}"
 
 
+def terms_in_words(validation: Mapping[str, Any]) -> str:
+    """A validation of a baseline in one line."""
+    words = [f"validation loss {validation['loss']:.4f}"]
+    for name, value in validation.items():
+        if name in validation["chance"]:
+            chance = validation["chance"][name]
+            words.append(f"{name.replace('_', ' ')} {value:.3f} (by chance {chance:.3f})")
+    return ", ".join(words)
+
+
 def draw_losses(run: Run) -> None:
     """figures/loss.png, from the log so far."""
-    if run.ranks.is_main:
-        loss_curve(run.out / "figures" / "loss.png", read_log(run.out / "log.jsonl"))
+    if not run.ranks.is_main:
+        return
+    path = run.out / "figures" / "loss.png"
+    events = read_log(run.out / "log.jsonl")
+    if run.config.method in BASELINES:
+        terms_curve(path, events, BASELINES[run.config.method].losses)
+    else:
+        loss_curve(path, events)
 
 
 def save(run: Run, name: str) -> None:
@@ -595,9 +718,13 @@ def save(run: Run, name: str) -> None:
 
 
 def keep_best(run: Run, validation: Mapping[str, Any]) -> None:
-    """best.pt: the lowest validation L1. That of step 0 does not count: its weights are random."""
-    if validation["l1"] < run.state["best"]:
-        run.state["best"] = validation["l1"]
+    """best.pt: the lowest validation L1; of a baseline, the lowest loss.
+
+    That of step 0 does not count: its weights are random.
+    """
+    value = validation["loss" if run.config.method in BASELINES else "l1"]
+    if value < run.state["best"]:
+        run.state["best"] = value
         save(run, "best.pt")
 
 
@@ -607,6 +734,8 @@ def advise(run: Run, validation: Mapping[str, Any], *, done: bool) -> None:
     Once: at the third validation in a row, or at the end.
     """
     state = run.state
+    if "l1" not in validation:  # contrast and rotation reconstruct nothing
+        return
     is_behind = state["step"] > 0 and validation["l1"] > validation["l1_input"] > 0
     state["behind"] = state["behind"] + 1 if is_behind else 0
     if not is_behind or state["warned"]:

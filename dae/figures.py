@@ -55,6 +55,13 @@ class Triple(NamedTuple):
     x_rec: Picture
 
 
+class Views(NamedTuple):
+    """One crop, its views, and what a network made of them, by name; each (c, d, h, w)."""
+
+    title: str
+    panels: Sequence[tuple[str, Picture]]
+
+
 class Segmented(NamedTuple):
     """One volume with its true and its predicted labels; each (d, h, w)."""
 
@@ -115,6 +122,19 @@ def draw_triple(axes: Sequence[Any], triple: Triple) -> None:
     draw_middle(axes[3], error, "|x - x_rec|", 0.0, (high - low) / 4)
 
 
+def views_sheet(path: Path, rows: Sequence[Views]) -> None:
+    """figures/reconstruction.png of a baseline: a row for each modality, x and its views."""
+    columns = len(rows[0].panels)
+    figure = new_figure(2.75 * columns, 2.9 * len(rows))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for axes_of_row, (title, panels) in zip(axes, rows):
+        _, x = panels[0]
+        low, high = float(x.min()), float(x.max())
+        for ax, (name, volume) in zip(axes_of_row, panels):
+            draw_middle(ax, volume, f"{title}   {name}", low, high)
+    figure.savefig(path, dpi=110)
+
+
 def draw_middle(ax: Any, x: Picture, title: str, low: float, high: float) -> None:
     """The axial plane through the middle of the first channel; `low` is black and `high` white."""
     grey = plane(x[0], axis=2, index=x.shape[-1] // 2)
@@ -136,6 +156,23 @@ def loss_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     draw_curve(ax, events, "validation", "l1_input", label=doing_nothing, marker=".")
 
     ax.set(xlabel="step", ylabel="L1, intensities as normalised", yscale="log")
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def terms_curve(path: Path, events: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> None:
+    """figures/loss.png of a baseline: each term of its loss in training and in validation."""
+    figure = new_figure(7, 4)
+    ax = figure.subplots()
+    for n, term in enumerate(terms):
+        colour = f"C{n}"
+        draw_curve(ax, events, "train", term, label=f"{term}, training", color=colour)
+        draw_curve(
+            ax, events, "validation", term, label=f"{term}, validation", color=colour, marker="."
+        )
+
+    ax.set(xlabel="step", ylabel="terms of the loss")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

@@ -6,7 +6,10 @@ from typing import Any, ClassVar, Literal
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
 
-Method = Literal["dae", "noise", "downsample", "local_mask", "mae", "scratch"]
+Method = Literal[
+    "dae", "noise", "downsample", "local_mask", "mae",
+    "scratch", "contrastive", "rotation", "swin_unetr",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +18,9 @@ class PretextConfig:
 
     method: Method = opt(
         "dae",
-        "dae: noise, downsampling, local masking; noise, downsample, local_mask, mae: Table 5; "
-        "scratch: untrained weights, no step is taken; Tables 3 to 6",
+        "dae: noise, downsampling, local masking; noise, downsample, local_mask, mae: rows of "
+        "Table 5; contrastive, rotation, swin_unetr, mae: rows of Table 4, the first three without "
+        "CMCL; scratch: untrained weights, no step is taken; Table 4 and sec. 3.3",
     )
     noise_mean: float = opt(0.0, "mu of eq. 1")
     noise_std: float = opt(
@@ -42,7 +46,9 @@ class PretextConfig:
     mask_along: Literal["channels", "planes"] = opt(
         "channels", "what local masking zeroes, sec. 2; planes: what the authors' layout bug zeroes"
     )
-    mask_block: int = opt(16, "side of mae's masked blocks, in voxels", low=1)
+    mask_block: int = opt(
+        16, "side of mae's masked blocks, and of swin_unetr's cut-outs, in voxels", low=1
+    )
     recon: Literal["plain", "scaled", "output", "residual"] = opt(
         "plain",
         "x_rec is the output as it is (sec. 2); rescaled by x_hat's mean and std, which also "
@@ -55,7 +61,12 @@ class PretextConfig:
     l1_units: Literal["auto", "raw", "crop"] = opt(
         "auto", "L1 trains in raw intensities or in units of the crop's std; auto: raw for plain"
     )
-    alpha: float = opt(0.05, "weight of CMCL, eq. 4; 0 takes it out of the loss; sec. 2", low=0)
+    alpha: float = opt(
+        0.05,
+        "weight of CMCL, eq. 4; 0 takes it out of the loss; contrastive, rotation and swin_unetr "
+        "have none; sec. 2",
+        low=0,
+    )
     cmcl: Literal["bce", "softmax", "ranks"] = opt(
         "bce",
         "binary cross-entropy on the label matrix (eq. 3-4), softmax over positives, or class "
@@ -67,6 +78,23 @@ class PretextConfig:
     z: Literal["pooled", "flat"] = opt(
         "pooled",
         "feature of eq. 3: bottleneck, mean over space, L2-normalised; flat: the authors' code",
+    )
+    nt_xent_temperature: float = opt(
+        0.5,
+        "temperature of contrastive and swin_unetr, which divides; 0.5 as in Chen et al. 2020 and "
+        "Tang et al. 2022; Table 4",
+        low=0.001,
+    )
+    rotations: Literal["axial", "all"] = opt(
+        "axial",
+        "turns by 90 degrees of rotation and swin_unetr: 4 classes about the long axis of the body "
+        "(Tang et al. 2022), or 10 about all three (Taleb et al. 2020); Table 4",
+    )
+    cutout_ratio: float = opt(
+        0.3,
+        "share of the voxels that swin_unetr cuts out; Tang et al. 2022; Table 4",
+        low=0,
+        high=0.9,
     )
 
 

@@ -1,4 +1,4 @@
-"""Cross-modal contrastive learning (CMCL), eq. 3 and 4.
+"""Cross-modal contrastive learning (CMCL), eq. 3 and 4; and NT-Xent, of Table 4's baselines.
 
 Features of the same modality become similar, features of two modalities become dissimilar.
 Everything here is float32, also under autocast: in bf16 the similarities lose the digits that
@@ -102,16 +102,56 @@ def cross_entropy_along_both_axes(logits: Tensor, target: Tensor) -> Tensor:
     return (of_rows + of_columns) / 2
 
 
+# --- Table 4
+
+
+def nt_xent(h: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """NT-Xent, eq. 1 of Chen et al. 2020: each view is to find the other view of its own sample.
+
+    h (n, 2, e): the projections of both views of the samples of all ranks. Returns the mean over
+    all 2n views, and the share of them whose nearest view is the right one; 1 / (2n - 1) by chance.
+    """
+    n = len(h)
+    z = F.normalize(rearrange(h.float(), "n v e -> (v n) e"), dim=-1)
+
+    # A view is not compared with itself.
+    itself = torch.eye(2 * n, dtype=torch.bool, device=h.device)
+    logits = (inner_products(z) / temperature).masked_fill(itself, float("-inf"))
+
+    # The other view of view i lies n further on, or n back.
+    other = torch.arange(2 * n, device=h.device).roll(n)
+    found = logits.argmax(dim=1) == other
+    return F.cross_entropy(logits, other), found.float().mean()
+
+
+# --- has it collapsed?
+
+
+def effective_rank(z: Tensor) -> float:
+    """Roy & Vetterli 2007: exp of the entropy of the singular values of z (n, c), of sum 1.
+
+    Between 1, where all samples have one feature, and the smaller of n and c. The features are not
+    centred, as in that work: centred, a collapsed z would be rounding alone, which has a high rank.
+    """
+    values = torch.linalg.svdvals(z.double())
+    shares = values / values.sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
 # --- over several ranks
 
 
 def gather(z: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
     """The features (with gradient) and modalities of all ranks, in order of rank: (n, c), (n,)."""
+    return gather_one(z), gather_one(modality)
+
+
+def gather_one(z: Tensor) -> Tensor:
+    """The rows of all ranks, in order of rank, with gradient."""
     if not (dist.is_available() and dist.is_initialized()):
-        return z, modality
-    all_z: Tensor = GatherWithGradient.apply(z)
-    all_modalities: Tensor = GatherWithGradient.apply(modality)
-    return all_z, all_modalities
+        return z
+    rows: Tensor = GatherWithGradient.apply(z)
+    return rows
 
 
 class GatherWithGradient(torch.autograd.Function):

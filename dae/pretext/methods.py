@@ -50,6 +50,12 @@ class Output(NamedTuple):
     cmcl: Tensor  # without alpha
     x_hat: Tensor  # (b, c, d, h, w), the disrupted volume
     x_rec: Tensor  # (b, c, d, h, w), the reconstructed volume
+    z: Tensor  # z_i of eq. 3, of the samples of this rank
+
+    @property
+    def terms(self) -> dict[str, Tensor]:
+        """What the log shows beside the loss, by name."""
+        return {"l1": self.l1, "cmcl": self.cmcl}
 
 
 # --- Table 5
@@ -130,6 +136,8 @@ RECON: dict[str, tuple[Transform, Transform]] = {
 class Method(nn.Module):
     """A backbone, and what a method has learned beside it, which is saved apart."""
 
+    terms: tuple[str, ...] = ()  # the names of what the log shows beside the loss
+
     def __init__(self, backbone: Backbone, options: PretextConfig) -> None:
         super().__init__()
         self.backbone: Any = backbone  # a Backbone and a Module
@@ -143,6 +151,9 @@ class Method(nn.Module):
     def load_own_state(self, state: Mapping[str, Tensor]) -> None:
         self.load_state_dict({**state, **self.backbone.state_dict(prefix="backbone.")})
 
+    def check_crop(self, crop: Sequence[int]) -> None:
+        """Raises ValueError on a crop that the method cannot take. crop: voxels along d h w."""
+
 
 class Pretext(Method):
     """A backbone, and the disruptions that pre-train it.
@@ -150,6 +161,8 @@ class Pretext(Method):
     A method may have parameters of its own (a mask token), saved apart from the backbone's.
     Raises ValueError where the options contradict each other.
     """
+
+    terms = ("l1", "cmcl")
 
     def __init__(
         self, backbone: Backbone, method: str = "dae", options: PretextConfig | None = None
@@ -171,10 +184,7 @@ class Pretext(Method):
         zero_by_itself = options.skip == "auto" and input_is_target
         self.skip_is_zero = options.skip == "zeros" or zero_by_itself
 
-        # L1 in raw intensities, as the paper writes it, trains MR and neglects CT, whose values lie
-        # closer together; in units of the crop's standard deviation it weighs them alike.
-        crop_units_by_itself = options.l1_units == "auto" and options.recon != "plain"
-        self.l1_in_crop_units = options.l1_units == "crop" or crop_units_by_itself
+        self.l1_in_crop_units = is_in_crop_units(options)
 
         if options.recon == "residual":
             if input_is_target:
@@ -182,9 +192,7 @@ class Pretext(Method):
                     f"--recon residual: with --method {method} x_hat is the target; "
                     "take plain, scaled or output"
                 )
-            # With a head of zeros x_rec is x_hat: training starts from doing nothing.
-            for parameter in backbone.head.parameters():
-                nn.init.zeros_(parameter)
+            start_from_x_hat(backbone)
 
     def forward(self, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
         """Figure 1. x (b, c, d, h, w): clean crops; modality (b,), int64; drawn: from `draw`."""
@@ -207,12 +215,13 @@ class Pretext(Method):
         # z_i of eq. 3, of all ranks; but the authors' form compares the samples of one rank, and
         # validation gives ranks different numbers of crops.
         z = embed(states[-1], options.z)
+        own_z = z.detach()
         if self.training and options.cmcl != "ranks":
             z, modality = gather(z, modality)
         contrast = cmcl(z, modality, temperature=options.temperature, form=options.cmcl)  # eq. 3
 
         loss = l1 + options.alpha * contrast  # eq. 5; alpha times CE is eq. 4
-        return Output(loss, l1.detach(), contrast.detach(), x_hat, x_rec)
+        return Output(loss, l1.detach(), contrast.detach(), x_hat, x_rec, own_z)
 
     def draw(self, x: Tensor, seeds: Sequence[int]) -> Drawn:
         """Noise and mask for crops x (b, c, d, h, w), from one seed per sample.
@@ -241,6 +250,22 @@ def check_options(options: PretextConfig) -> None:
         raise ValueError(
             f"--temperature {options.temperature:g}: float32 has no exp(t); the paper's is 0.07"
         )
+
+
+def is_in_crop_units(options: PretextConfig) -> bool:
+    """Whether --l1-units measures L1 in standard deviations of the crop.
+
+    L1 in raw intensities, as the paper writes it, trains MR and neglects CT, whose values lie
+    closer together; in units of the crop's standard deviation it weighs them alike.
+    """
+    by_itself = options.l1_units == "auto" and options.recon != "plain"
+    return options.l1_units == "crop" or by_itself
+
+
+def start_from_x_hat(backbone: Backbone) -> None:
+    """For --recon residual: with a head of zeros x_rec is x_hat, and training begins from there."""
+    for parameter in backbone.head.parameters():
+        nn.init.zeros_(parameter)
 
 
 def l1_of(x_rec: Tensor, x: Tensor, unit: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Validation by reconstruction: fixed crops with fixed disruptions, the same in every run."""
+"""Validation of pre-training: fixed crops, disrupted or seen in views as in every other run."""
 
 import time
 from collections.abc import Sequence
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dae.data.batches import Batch, Crops, collate
-from dae.figures import Triple
+from dae.figures import Triple, Views
+from dae.pretext.baselines import AnyPretext, ViewsOutput
 from dae.pretext.methods import Output, Pretext, l1_of
 from dae.training.distributed import Ranks, gather_objects
 from dae.training.precision import autocast
@@ -63,6 +64,71 @@ def reconstruct(
     return {**metrics, "crops": len(crops), "seconds": time.perf_counter() - started}, pictures
 
 
+class Compared(NamedTuple):
+    """One crop of a validation of a baseline."""
+
+    n: int  # which of the fixed crops
+    terms: dict[str, float]
+    h: Tensor | None  # (1, 2, e), the projections of its views
+    picture: Views | None
+
+
+@torch.no_grad()
+def compare_views(
+    pretext: AnyPretext,
+    fixed: Crops,
+    modalities: Sequence[str],
+    *,
+    count: int,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+) -> tuple[dict[str, Any], list[Views]]:
+    """The terms of a baseline's loss over `count` fixed crops, and a picture of every modality.
+
+    As in `reconstruct` each crop is a batch of its own. The contrast compares all crops together.
+    """
+    started = time.perf_counter()
+    pictured = len(set(fixed.modalities))
+
+    pretext.eval()
+    own: list[Compared] = []
+    for n in range(ranks.rank, count, ranks.world):
+        batch = collate([fixed.fixed(n)]).to(ranks.device)
+        drawn = pretext.draw(batch.x, batch.seeds)
+        with autocast(dtype, ranks.device):
+            output = pretext(batch.x, batch.modality, drawn)
+        terms = {name: float(value) for name, value in output.terms.items()}
+        h = None if output.h is None else output.h.cpu()
+        picture = views_of(batch, output, modalities) if n < pictured else None
+        own.append(Compared(n, terms, h, picture))
+    pretext.train()
+
+    crops: list[Compared] = []
+    for of_rank in gather_objects(own):
+        crops += of_rank
+    crops.sort(key=lambda crop: crop.n)
+
+    means: dict[str, Any] = {}
+    for name in pretext.terms:
+        means[name] = sum(crop.terms[name] for crop in crops) / len(crops)
+
+    projections = [crop.h for crop in crops if crop.h is not None]
+    if projections:
+        contrast, accuracy = pretext.contrast(torch.cat(projections))
+        means["contrast"] = float(contrast)
+        means["contrast_accuracy"] = float(accuracy)
+
+    validation = {
+        "loss": sum(means[name] for name in pretext.losses),
+        **means,
+        "chance": pretext.chance(len(crops)),
+        "crops": len(crops),
+        "seconds": time.perf_counter() - started,
+    }
+    pictures = [crop.picture for crop in crops if crop.picture is not None]
+    return validation, pictures
+
+
 def l1_of_samples(batch: Batch, output: Output) -> Tensor:
     """The modality, L1(x_rec, x) and L1(x_hat, x) of every sample: (b, 3), float32.
 
@@ -95,3 +161,15 @@ def picture_of(batch: Batch, output: Output, modalities: Sequence[str]) -> Tripl
     """The first sample of a batch: x, x_hat, x_rec, (c, d, h, w) each."""
     x, x_hat, x_rec = (t[0].float().cpu().numpy() for t in (batch.x, output.x_hat, output.x_rec))
     return Triple(modalities[int(batch.modality[0])], x, x_hat, x_rec)
+
+
+def views_of(batch: Batch, output: ViewsOutput, modalities: Sequence[str]) -> Views:
+    """The one sample of a batch: x, its views, and what was made of them."""
+    panels = [("x", batch.x[0])]
+    for n, view in enumerate(output.views, start=1):
+        panels.append((f"view {n}", view))
+    for n, x_rec in enumerate([] if output.x_rec is None else output.x_rec, start=1):
+        panels.append((f"x_rec {n}", x_rec))
+
+    pictures = [(name, volume.float().cpu().numpy()) for name, volume in panels]
+    return Views(modalities[int(batch.modality[0])], pictures)

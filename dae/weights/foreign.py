@@ -86,6 +86,9 @@ def read_checkpoint(path: Path, quirks: Mapping[str, Any]) -> Weights:
         step = f", step {saved['step']} of {saved['config']['steps']}"
     notes = [f"a checkpoint of this package ({plan['method']}{step})"]
 
+    if plan.get("decoder") == "untrained":
+        notes.append("its decoder is untrained: --transfer both takes it as it was drawn")
+
     # The method of a converted file is its layout, so that the layout's warning is not lost.
     layout = LAYOUTS.get(plan["method"])
     if layout and layout.warning:

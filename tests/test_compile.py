@@ -10,7 +10,8 @@ from torch import Tensor
 from dae import check
 from dae.config.pretrain import PretextConfig
 from dae.model import BACKBONES
-from dae.pretext.methods import METHODS, Pretext
+from dae.pretext.baselines import BASELINES, pretext_of
+from dae.pretext.methods import METHODS
 
 X = torch.randn(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
 MODALITY = torch.tensor([0, 1])
@@ -30,7 +31,7 @@ def step_of(
     torch._dynamo.reset()
     torch.manual_seed(0)
     network: Any = BACKBONES[backbone](1, 1, **SMALL[backbone])
-    net = Pretext(network, method, PretextConfig(method=method, mask_block=8, recon=recon))
+    net = pretext_of(network, PretextConfig(method=method, mask_block=8, recon=recon))
 
     run: Any = net
     if backend:
@@ -46,6 +47,7 @@ def step_of(
     "backbone, method, recon",
     [
         *(("swin_unetr", method, "plain") for method in METHODS),
+        *(("swin_unetr", method, "plain") for method in BASELINES if method != "scratch"),
         ("swin_unetr", "dae", "residual"),
         ("unet", "dae", "scaled"),
         ("vit_unetr", "dae", "plain"),

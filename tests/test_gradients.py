@@ -19,6 +19,7 @@ from dae import check
 from dae.config.pretrain import PretextConfig
 from dae.model import BACKBONES, swin
 from dae.model.conv import InstanceNorm
+from dae.pretext.baselines import pretext_of
 from dae.pretext.methods import METHODS, Pretext
 from dae.training.kernels import set_layout
 
@@ -122,6 +123,75 @@ def test_the_gradient_of_a_pretext_is_the_mean_of_its_samples(method: str, recon
     of_samples = [gradients(net, partial(loss, slice(n, n + 1))) for n in range(3)]
     # The losses are float32 by design, so the gradients have its digits.
     assert largest_difference(of_batch, mean_of(of_samples)) < 1e-5
+
+
+def pretext_in_float64(method: str) -> Any:
+    torch.manual_seed(0)
+    backbone: Any = BACKBONES["swin_unetr"](1, 1, **check.SMALL["swin_unetr"])
+    return pretext_of(backbone, PretextConfig(method=method, mask_block=4)).double()
+
+
+def test_the_gradient_of_rotation_is_the_mean_of_its_samples() -> None:
+    net = pretext_in_float64("rotation")
+    x = crops("even", 3)
+    modality = torch.tensor([0, 1, 0])
+
+    def loss(part: slice) -> Tensor:
+        drawn = net.draw(x[part], [5, 6, 7][part])
+        return net(x[part], modality[part], drawn).loss  # type: ignore[no-any-return]
+
+    of_batch = gradients(net, partial(loss, slice(None)))
+    of_samples = [gradients(net, partial(loss, slice(n, n + 1))) for n in range(3)]
+    assert largest_difference(of_batch, mean_of(of_samples)) < 1e-9
+
+
+@pytest.mark.parametrize("method", ["contrastive", "swin_unetr"])
+def test_the_gradient_of_a_contrast_is_that_of_its_samples_one_by_one_and_a_double_loop(
+    method: str,
+) -> None:
+    """Each sample goes through the network alone; only the projections meet, in explicit sums."""
+    net = pretext_in_float64(method)
+    x = crops("even", 3)
+    modality = torch.tensor([0, 1, 0])
+    seeds = [5, 6, 7]
+
+    def of_batch() -> Tensor:
+        return net(x, modality, net.draw(x, seeds)).loss  # type: ignore[no-any-return]
+
+    def of_samples() -> Tensor:
+        projections: list[Tensor] = []
+        other_terms: list[Tensor] = []
+
+        def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+            projections.append(output)
+
+        handle = net.project.register_forward_hook(watch)
+        for n in range(3):
+            drawn = net.draw(x[n : n + 1], seeds[n : n + 1])
+            output = net(x[n : n + 1], modality[n : n + 1], drawn)
+            other_terms.append(output.loss)  # NT-Xent of one sample is 0
+        handle.remove()
+        contrast = nt_xent_by_a_double_loop(torch.stack(projections), 0.5)
+        return contrast + torch.stack(other_terms).mean()
+
+    assert of_batch().item() == pytest.approx(of_samples().item(), abs=1e-5)
+    # NT-Xent is float32 by design, so the gradients have its digits.
+    assert largest_difference(gradients(net, of_batch), gradients(net, of_samples)) < 1e-4
+
+
+def nt_xent_by_a_double_loop(h: Tensor, temperature: float) -> Tensor:
+    """h (n, 2, e)."""
+    views = [(n, v) for n in range(len(h)) for v in range(2)]
+    total = torch.zeros((), dtype=h.dtype)
+    for n, v in views:
+        below = torch.zeros((), dtype=h.dtype)
+        for m, u in views:
+            if (m, u) != (n, v):
+                cosine = (h[n, v] * h[m, u]).sum() / (h[n, v].norm() * h[m, u].norm())
+                below = below + (cosine / temperature).exp()
+        own = (h[n, v] * h[n, 1 - v]).sum() / (h[n, v].norm() * h[n, 1 - v].norm())
+        total = total - own / temperature + below.log()
+    return total / len(views)
 
 
 # --- (b) finite differences

@@ -91,7 +91,7 @@ def resized_part(x: Tensor, share: Tensor, position: Tensor, flip: Tensor) -> Te
 
     # torch names the axes of a grid from the last to the first: w, h, d.
     affine = torch.cat([torch.diag_embed(scale.flip(1)), centre.flip(1)[:, :, None]], dim=2)
-    grid = F.affine_grid(affine, list(x.shape), align_corners=False)
+    grid = F.affine_grid(affine.to(x.dtype), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
 

@@ -18,19 +18,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
+from dae.pretext.baselines import BASELINES, pretext_of
 from dae.pretext.contrast import cmcl, gather
 from dae.pretext.methods import Pretext
 from dae.weights import checkpoint
 from train_pretrain import main
 
+BASELINES_TRAINED = [name for name in BASELINES if name != "scratch"]
 MODALITY = torch.tensor([0, 1, 0, 2])
 SEEDS = [5, 6, 7, 8]
 
 
-def gradients(wrap: Callable[[Pretext], torch.nn.Module], part: slice) -> dict[str, torch.Tensor]:
+def gradients(
+    wrap: Callable[[Any], torch.nn.Module], part: slice, method: Any = "dae"
+) -> dict[str, torch.Tensor]:
     """One backward pass on a part of one batch of four, alpha 1 so that the contrast counts."""
     torch.manual_seed(0)
-    pretext = Pretext(SwinUNETR(1, 1, **NETWORK), "dae", PretextConfig(alpha=1.0))
+    options = PretextConfig(method=method, alpha=1.0, mask_block=4)
+    pretext = pretext_of(SwinUNETR(1, 1, **NETWORK), options)
     x = torch.randn(4, 1, 16, 16, 16)
     net = wrap(pretext)
     net(x[part], MODALITY[part], pretext.draw(x[part], SEEDS[part])).loss.backward()
@@ -65,6 +70,10 @@ def as_a_rank(out: Path) -> None:
         "gradients": {
             n: gradients(DistributedDataParallel, slice(n * rank, n * rank + n)) for n in (1, 2)
         },
+        "baselines": {
+            method: gradients(DistributedDataParallel, slice(2 * rank, 2 * rank + 2), method)
+            for method in BASELINES_TRAINED
+        },
         "z": everyone.detach(),
         "modality": modality,
         "z_gradient": mine.grad,
@@ -90,6 +99,21 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     done = subprocess.run(launch, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("method", BASELINES_TRAINED)
+def test_gradients_of_a_baseline_on_two_ranks_are_those_of_one_process(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    """NT-Xent compares the samples of both ranks, and its gradient is whole."""
+    alone = gradients(lambda pretext: pretext, slice(4), method)
+    first, second = (rank["baselines"][method] for rank in ranks)
+    assert alone.keys() == first.keys() == second.keys()
+    for name, gradient in alone.items():
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(
+            first[name], gradient, atol=1e-6 + 1e-3 * float(gradient.abs().max())
+        ), name
 
 
 @pytest.mark.parametrize("samples", [1, 2])
@@ -147,6 +171,26 @@ def test_two_ranks_train_as_one_process_with_twice_the_batch(
                     a["step"],
                     key,
                 )
+
+
+@pytest.mark.parametrize("method", BASELINES_TRAINED)
+def test_two_ranks_train_a_baseline_as_one_process_with_twice_the_batch(
+    tiny: Config, tmp_path: Path, method: str
+) -> None:
+    """Down to the accuracies, the rank of the features and the validation."""
+    one = tiny(
+        method=method, out=str(tmp_path / "one"), steps=8, batch_size=4, lr=1e-3, mask_block=4
+    )
+    two = replace(one, out=str(tmp_path / "two"), batch_size=2)
+    main(replace(one, log_every=4))
+    done = train(replace(two, log_every=4), ranks=2)
+    assert done.returncode == 0, done.stderr
+    clock = {"samples_per_s", "data_wait", "seconds", "event", "chance"}
+    for kind in ("train", "validation"):
+        for a, b in zip(events(one, kind), events(two, kind), strict=True):
+            assert a["chance"] == b["chance"]
+            for key in a.keys() - clock:
+                assert a[key] == pytest.approx(b[key], abs=2e-4, rel=1e-3), (kind, a["step"], key)
 
 
 def test_ranks_that_find_different_checkpoints_refuse_to_go_on(

@@ -474,7 +474,7 @@ def plan_of_method(config: PretrainConfig) -> dict[str, Any]:
     plan = {"method": config.method, "recon": "plain"}
     if "recon" in baseline.uses:
         plan["recon"] = config.recon
-    if not baseline.trains_decoder:
+    if config.method != "scratch" and not baseline.trains_decoder:
         plan["decoder"] = "untrained"
     return plan
 

@@ -125,6 +125,7 @@ def test_losses_are_float32_under_autocast(method: str) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         output = step(net, crops())
     assert output.loss.dtype == torch.float32
+    assert output.h is None or output.h.dtype == torch.float32
     assert all(value.dtype == torch.float32 for value in output.terms.values())
 
 
@@ -215,7 +216,8 @@ def test_a_classifier_that_always_says_0_is_right_where_the_class_is_0() -> None
 
 def test_swin_unetr_restores_the_turned_crop_from_one_with_cut_outs() -> None:
     net = pretext("swin_unetr")
-    x = crops()
+    # Around 0: of a crop that is brighter everywhere, the L1 would be the same however it is turned.
+    x = crops() - 1.6
     first, second = net.draw(x, SEEDS)
     output = net(x, MODALITY, (first, second))
     assert output.x_rec is not None
@@ -228,8 +230,7 @@ def test_swin_unetr_restores_the_turned_crop_from_one_with_cut_outs() -> None:
             assert np.array_equal(output.views[3 * v + n], seen)
             errors.append(np.abs(output.x_rec[3 * v + n].numpy() - whole).mean())
     assert output.terms["l1"].item() == pytest.approx(np.mean(errors), rel=1e-5)
-    nothing_done = np.abs(output.views.numpy()).mean(), output.terms["l1_input"].item()
-    assert nothing_done[1] > 0
+    assert output.terms["l1_input"].item() > 0
 
 
 def test_swin_unetr_cuts_30_percent_of_the_voxels_out_of_each_view() -> None:

@@ -86,6 +86,8 @@ def read_checkpoint(path: Path, quirks: Mapping[str, Any]) -> Weights:
         step = f", step {saved['step']} of {saved['config']['steps']}"
     notes = [f"a checkpoint of this package ({plan['method']}{step})"]
 
+    if plan["method"] == "scratch":
+        notes.append("untrained, as the seed drew them")
     if plan.get("decoder") == "untrained":
         notes.append("its decoder is untrained: --transfer both takes it as it was drawn")
 

@@ -29,6 +29,7 @@ def test_scratch_leaves_the_weights_that_every_method_of_its_seed_starts_from(
     main(scratch)
     saved = checkpoint.load(Path(scratch.out) / "last.pt")
     assert (saved["step"], saved["plan"]["method"], saved["pretext"]) == (0, "scratch", {})
+    assert "untrained, as the seed drew them" in read_weights(Path(scratch.out) / "last.pt").notes
     assert not events(scratch, "train") and not events(scratch, "warning")
     assert events(scratch, "end")[0]["reason"] == "finished"
 

@@ -216,7 +216,7 @@ def test_a_classifier_that_always_says_0_is_right_where_the_class_is_0() -> None
 
 def test_swin_unetr_restores_the_turned_crop_from_one_with_cut_outs() -> None:
     net = pretext("swin_unetr")
-    # Around 0: of a crop that is brighter everywhere, the L1 would be the same however it is turned.
+    # Around 0: of a crop that is brighter everywhere, L1 would be the same however it is turned.
     x = crops() - 1.6
     first, second = net.draw(x, SEEDS)
     output = net(x, MODALITY, (first, second))

@@ -29,6 +29,7 @@ AROUND IT: what a run needs
     config/evaluate.py           options of eval.py
     config/segment.py            options of fine-tuning, and its presets
     config/lists.py              options of the command that writes a data list
+    config/illustrate.py         options of the paper's pictures
 
   what it sees
     data/nifti.py                volumes, their grids, and what is wrong with a file
@@ -82,6 +83,9 @@ AROUND IT: what a run needs
     evaluation/validation.py     Dice over whole volumes, while training
     evaluation/postprocess.py    components, holes, smoothing; chosen on validation cases
     evaluation/report.py         CSV, JSON, one HTML page (page.html)
+
+  what it looks like
+    illustrate.py                the command: Figures 1 to 4 of any volume
 
   is this machine right?
     check.py                     gradients of a batch against those of its samples

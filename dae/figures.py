@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dae.boxes import bounding_box
+from dae.data.preprocess import by
 
 Picture = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
@@ -357,6 +358,416 @@ def renumbered(labels: Labels, classes: Sequence[int]) -> Labels:
 def colours_of(classes: Sequence[int]) -> list[str]:
     """The colour of each class, here and in the legend of the page."""
     return list(islice(cycle(COLOURS), len(classes)))
+
+
+# --- the pictures of the paper: one crop, and what the method makes of it
+
+LEFT_OUT = "#f2a65a"  # tokens and channels that are masked
+GAP = 2  # pixels between the tiles of a montage
+TILES = 16  # channels of Figure 3 that are shown as pictures
+
+
+class Display(NamedTuple):
+    """How every volume of one picture is drawn: the same plane, the same grey scale."""
+
+    title: str
+    grey: tuple[float, float]  # normalised values that are black and white
+    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # mm
+
+
+class Tokens(NamedTuple):
+    """Tokens of one crop (c, d, h, w) after masking, and what is masked."""
+
+    title: str
+    values: Picture
+    mask: NDArray[np.bool_]  # (c, d, h, w)
+
+
+class Stages(NamedTuple):
+    """One crop at each step of Figure 1."""
+
+    display: Display
+    volumes: Mapping[str, Picture]  # by title, (c, d, h, w) each: x first, then what disrupts it
+    tokens: Picture  # (c, d, h, w)
+    masked: Tokens | None  # None where the method masks nothing
+    x: Picture
+    x_rec: Picture | None  # None without trained weights
+
+
+class Disruption(NamedTuple):
+    """One crop at one strength of one disruption."""
+
+    title: str
+    x_hat: Picture  # (c, d, h, w)
+
+
+class Reconstruction(NamedTuple):
+    """What one network makes of a crop."""
+
+    name: str
+    x_hat: Picture  # (c, d, h, w)
+    x_rec: Picture
+    hidden: NDArray[np.bool_] | None  # (d, h, w): voxels whose tokens the network is not given
+
+
+def pipeline_sheet(path: Path, stages: Stages) -> None:
+    """Figure 1: a crop, disrupted; its tokens, masked; and its reconstruction, where there is one.
+
+    One row for the volumes, one for the tokens and what comes out.
+    """
+    panels = 1 + (stages.masked is not None) + 2 * (stages.x_rec is not None)
+    columns = max(len(stages.volumes), panels, 2)
+    figure = new_figure(2.9 * columns, 7)
+    figure.suptitle(stages.display.title, fontsize=10)
+    above, below = figure.subfigures(2, 1)
+
+    axes = above.subplots(1, len(stages.volumes), squeeze=False)[0]
+    for ax, (title, volume) in zip(axes, stages.volumes.items()):
+        draw_axial(ax, volume, title, stages.display)
+
+    # Where there is room, the tiles of the tokens lie in a wide block.
+    wide = columns / panels
+    axes = iter(below.subplots(1, panels, squeeze=False)[0])
+    ranges = ranges_of(stages.tokens)
+    channels, *grid = stages.tokens.shape
+    title = f"tokens of x_hat:\n{channels} channels on a grid of {by(grid)}"
+    draw_tiles(next(axes), unmasked(title, stages.tokens), ranges, wide=wide)
+    if stages.masked is not None:
+        draw_tiles(next(axes), stages.masked, ranges, wide=wide)
+    if stages.x_rec is not None:
+        error = np.abs(stages.x_rec - stages.x)
+        title = f"x_rec\nL1(x_rec, x) {error.mean():.4f}"
+        draw_axial(next(axes), stages.x_rec, title, stages.display)
+        draw_error(next(axes), error, stages.display)
+    figure.savefig(path, dpi=110)
+
+
+def disruption_sheet(
+    path: Path,
+    display: Display,
+    x: Picture,
+    volumes: Mapping[str, Sequence[Disruption]],
+    tokens: Picture,
+    masked: Sequence[Tokens],
+) -> None:
+    """What sigma, epsilon and r do: a row for each, from weak to strong.
+
+    `volumes` are rows of pictures by the name of the disruption; the tokens are the last row.
+    """
+    strengths = [len(row) for row in volumes.values()]
+    columns = 1 + max(*strengths, len(masked))
+    rows = len(volumes) + 1
+    figure = new_figure(2.8 * columns, 3.1 * rows)
+    figure.suptitle(display.title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+
+    for axes_of_row, (name, row) in zip(axes, volumes.items()):
+        draw_axial(axes_of_row[0], x, f"{name}\nx", display)
+        for ax, disruption in zip(axes_of_row[1:], row):
+            error = np.abs(disruption.x_hat - x).mean()
+            title = f"{disruption.title}\nL1(x_hat, x) {error:.4f}"
+            draw_axial(ax, disruption.x_hat, title, display)
+
+    ranges = ranges_of(tokens)
+    before = unmasked("local masking\ntokens of x", tokens)
+    for ax, panel in zip(axes[-1], (before, *masked)):
+        draw_tiles(ax, panel, ranges)
+    figure.savefig(path, dpi=110)
+
+
+def masking_sheet(
+    path: Path, display: Display, x: Picture, tokens: Picture, masked: Sequence[Tokens]
+) -> None:
+    """Figure 3: local masking leaves channels out, token masking leaves tokens out.
+
+    Above are all channels of the tokens on one line through the crop, below some channels as
+    pictures.
+    """
+    panels = (unmasked("tokens of x\nnothing masked", tokens), *masked)
+    figure = new_figure(3.1 * (1 + len(panels)), 6.9)
+    figure.suptitle(display.title, fontsize=10)
+    grid = figure.add_gridspec(2, 1 + len(panels))
+
+    ax = figure.add_subplot(grid[:, 0])
+    draw_axial(ax, x, "x, and the line of tokens\nthat is shown on the right", display)
+    draw_line_of_tokens(ax, x, tokens)
+
+    ranges = ranges_of(tokens)
+    shown = evenly(len(tokens), TILES)
+    for column, panel in enumerate(panels, start=1):
+        ax = figure.add_subplot(grid[0, column])
+        draw_token_channels(ax, panel, ranges)
+
+        ax = figure.add_subplot(grid[1, column])
+        title = f"{len(shown)} of the {len(tokens)} channels, as pictures"
+        some = Tokens(title, panel.values[shown], panel.mask[shown])
+        draw_tiles(ax, some, tuple(limit[shown] for limit in ranges))
+    figure.savefig(path, dpi=110)
+
+
+def reconstructions_sheet(
+    path: Path, display: Display, x: Picture, columns: Sequence[Reconstruction]
+) -> None:
+    """Figure 2: a column for each network: x_hat, x_rec and the error, all on the same scales."""
+    figure = new_figure(2.9 * (1 + len(columns)), 9.6)
+    figure.suptitle(display.title, fontsize=10)
+    axes = figure.subplots(3, 1 + len(columns), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+
+    draw_axial(axes[0, 0], x, "x", display)
+    largest = largest_error(display)
+    say(axes[1, 0], "x_rec: what each network\nmakes of its x_hat")
+    say(axes[2, 0], f"the error |x_rec - x|:\nwhite is 0,\ndarkest is {largest:.2f} and more")
+
+    for (top, middle, bottom), column in zip(axes.T[1:], columns):
+        doing_nothing = np.abs(column.x_hat - x).mean()
+        error = np.abs(column.x_rec - x)
+        title = f"{column.name}\nx_hat   L1(x_hat, x) {doing_nothing:.4f}"
+        draw_axial(top, column.x_hat, title, display)
+        if column.hidden is not None:
+            top.set_title(f"{column.name}\nx_hat is x; orange: tokens not given", fontsize=9)
+            draw_hidden(top, column.hidden, display)
+        draw_axial(middle, column.x_rec, f"x_rec   L1(x_rec, x) {error.mean():.4f}", display)
+        draw_error(bottom, error, display)
+    figure.savefig(path, dpi=110)
+
+
+# --- parts of these pictures
+
+
+def draw_axial(ax: Any, volume: Picture, title: str, display: Display) -> None:
+    """The axial plane through the middle of the first channel (c, d, h, w), in mm."""
+    low, high = display.grey
+    draw_middle(ax, volume, title, low, high)
+    ax.set_aspect(display.spacing[1] / display.spacing[0])
+
+
+def draw_error(ax: Any, error: Picture, display: Display) -> None:
+    """The same plane of an error, white where it is 0."""
+    red = plane(error[0], axis=2, index=error.shape[-1] // 2)
+    largest = largest_error(display)
+    ax.imshow(red, cmap="Reds", vmin=0, vmax=largest, origin="lower", interpolation="nearest")
+    ax.set_title(f"|x_rec - x|   0 to {largest:.2f}", fontsize=9)
+    ax.set_aspect(display.spacing[1] / display.spacing[0])
+    ax.set_axis_off()
+
+
+def largest_error(display: Display) -> float:
+    """The error that has the darkest colour: a quarter of the grey scale."""
+    low, high = display.grey
+    return (high - low) / 4
+
+
+def draw_hidden(ax: Any, hidden: NDArray[np.bool_], display: Display) -> None:
+    """Colour over the voxels (d, h, w) that a network is not given."""
+    from matplotlib.colors import ListedColormap
+
+    covered = plane(hidden, axis=2, index=hidden.shape[-1] // 2)
+    covered = np.ma.masked_equal(covered.astype(int), 0)
+    ax.imshow(covered, cmap=ListedColormap([LEFT_OUT]), origin="lower", interpolation="nearest")
+    ax.set_aspect(display.spacing[1] / display.spacing[0])
+
+
+def say(ax: Any, text: str) -> None:
+    """Words in place of a picture."""
+    ax.text(0.5, 0.5, text, ha="center", va="center", fontsize=10, transform=ax.transAxes)
+    ax.set_axis_off()
+
+
+def unmasked(title: str, tokens: Picture) -> Tokens:
+    return Tokens(title, tokens, np.zeros(tokens.shape, bool))
+
+
+def ranges_of(tokens: Picture) -> tuple[Picture, Picture]:
+    """Percentiles 2 and 98 of each channel, which are drawn black and white: (c,) twice.
+
+    Channels of an embedding differ in scale, so each has its own.
+    """
+    low, high = np.percentile(tokens, (2, 98), axis=(1, 2, 3))
+    return low, high
+
+
+def greys(panel: Tokens, ranges: tuple[Picture, ...]) -> np.ma.MaskedArray[Any, Any]:
+    """Tokens as greys from 0 to 1, by the ranges of their channels; what is masked is left out."""
+    low, high = (limit[:, None, None, None] for limit in ranges)
+    span = np.maximum(high - low, np.finfo(np.float32).tiny)
+    return np.ma.array((panel.values - low) / span, mask=panel.mask)
+
+
+def draw_tiles(ax: Any, panel: Tokens, ranges: tuple[Picture, ...], *, wide: float = 1.0) -> None:
+    """The axial plane through the middle of every channel, side by side."""
+    grey = greys(panel, ranges)
+    middle = grey.shape[-1] // 2
+    planes = [plane(channel, axis=2, index=middle) for channel in grey]
+    ax.imshow(montage(planes, wide=wide), **of_tokens())
+    ax.set_title(panel.title, fontsize=9)
+    ax.set_axis_off()
+
+
+def montage(planes: Sequence[NDArray[Any]], *, wide: float = 1.0) -> np.ma.MaskedArray[Any, Any]:
+    """Planes (h, w) as tiles of one picture, the first at the top left; white between them.
+
+    About `wide` times as many tiles lie across as down. Row 0 of the picture is at its bottom, as
+    in the planes.
+    """
+    across = ceil((wide * len(planes)) ** 0.5)
+    down = ceil(len(planes) / across)
+    height, width = (size + GAP for size in planes[0].shape)
+
+    sheet = np.ma.ones((down * height - GAP, across * width - GAP))
+    for n, tile in enumerate(planes):
+        row, column = divmod(n, across)
+        bottom = (down - 1 - row) * height
+        left = column * width
+        sheet[bottom : bottom + height - GAP, left : left + width - GAP] = tile
+    return sheet
+
+
+def of_tokens() -> dict[str, Any]:
+    """Options of imshow for greys of tokens."""
+    from matplotlib import colormaps
+
+    colours = colormaps["gray"].with_extremes(bad=LEFT_OUT)
+    return {"cmap": colours, "vmin": 0, "vmax": 1, "origin": "lower", "interpolation": "nearest"}
+
+
+def draw_token_channels(ax: Any, panel: Tokens, ranges: tuple[Picture, ...]) -> None:
+    """The tokens of a line from left to right, and all channels of each from bottom to top."""
+    grey = greys(panel, ranges)
+    _, _, height, width = grey.shape
+    line = grey[:, ::-1, height // 2, width // 2]  # as `plane` turns an axial plane
+    ax.imshow(line, aspect="auto", **of_tokens())
+    ax.set_title(panel.title, fontsize=9)
+    ax.set_xlabel(f"{line.shape[1]} tokens, from left to right on the line", fontsize=8)
+    ax.set_ylabel(f"{line.shape[0]} channels of each token", fontsize=8)
+    ax.set(xticks=[], yticks=[])
+
+
+def draw_line_of_tokens(ax: Any, x: Picture, tokens: Picture) -> None:
+    """Where in the axial plane the tokens of `draw_token_channels` lie."""
+    from matplotlib.patches import Rectangle
+
+    stride = x.shape[2] // tokens.shape[2]  # voxels of a token
+    first = tokens.shape[2] // 2 * stride
+    line = Rectangle((-0.5, first - 0.5), x.shape[1], stride, fill=False, color=DOT, linewidth=1.2)
+    ax.add_patch(line)
+
+
+def evenly(n: int, count: int) -> list[int]:
+    """`count` of the numbers 0 to n - 1, evenly spread; all of them where there are fewer."""
+    count = min(n, count)
+    return [k * n // count for k in range(count)]
+
+
+# --- segmentations of several methods
+
+
+class Segmentation(NamedTuple):
+    """The labels of one method, or of the truth; (d, h, w)."""
+
+    name: str
+    labels: Labels
+    dice: float | None = None  # mean over the classes; None for the truth
+
+
+class CaseShown(NamedTuple):
+    """One case, its truth, and what each method predicts."""
+
+    title: str
+    image: NDArray[Any] | None  # (d, h, w)
+    truth: Labels
+    predictions: Sequence[Segmentation]
+    spacing: Sequence[float]  # mm
+
+
+def segmentation_sheet(path: Path, cases: Sequence[CaseShown], classes: Mapping[int, str]) -> None:
+    """Figure 4: the truth, then each method, on the same axial, coronal and sagittal plane.
+
+    Labels are filled with colour. Over a prediction the truth is drawn as a line.
+    """
+    columns = 1 + len(cases[0].predictions)
+    figure = new_figure(max(2.7 * columns, 6), 7.4 * len(cases) + 0.6)
+    for band, case in zip(figure.subfigures(len(cases), 1, squeeze=False)[:, 0], cases):
+        draw_case(band, case, list(classes))
+
+    add_legend(figure, classes)
+    figure.savefig(path, dpi=110)
+
+
+def draw_case(band: Any, case: CaseShown, classes: Sequence[int]) -> None:
+    """Three rows of planes, a column for the truth and for each method."""
+    from matplotlib.colors import ListedColormap
+
+    case = cut_to_labels(case)
+    image = case.image
+    low, high = (0.0, 4.0)  # an organ, 1, is a dark grey
+    if image is None:
+        image = (case.truth > 0).astype(np.float32)
+    else:
+        low, high = contrast_of(image, case.truth)
+
+    truth = Segmentation("truth", case.truth)
+    columns = (truth, *case.predictions)
+    depth, height, width = (n * mm for n, mm in zip(case.truth.shape, case.spacing))
+    extents = {2: (depth, height), 1: (depth, width), 0: (height, width)}
+
+    band.suptitle(case.title, fontsize=10)
+    axes = band.subplots(
+        3, len(columns), squeeze=False, height_ratios=[up for _, up in extents.values()]
+    )
+    for axes_of_row, (axis, (across, up)) in zip(axes, extents.items()):
+        index = fullest_plane(case.truth, axis)
+        true = plane(renumbered(case.truth, classes), axis, index)
+        for ax, shown in zip(axes_of_row, columns):
+            draw_overlay(
+                ax,
+                plane(image, axis, index),
+                plane(renumbered(shown.labels, classes), axis, index),
+                outlined=None if shown is truth else true,
+                colours=ListedColormap(colours_of(classes)),
+                largest=len(classes),
+                alpha=0.5,
+                extent=(0, across, 0, up),
+                vmin=low,
+                vmax=high,
+            )
+
+    for ax, shown in zip(axes[0], columns):
+        dice = "" if shown.dice is None else f"\nDice {shown.dice:.3f}"
+        ax.set_title(shown.name + dice, fontsize=9)
+
+
+def cut_to_labels(case: CaseShown) -> CaseShown:
+    """The case cut to what is labelled by anybody, with a margin of CONTEXT mm."""
+    occupied = case.truth > 0
+    for prediction in case.predictions:
+        occupied = occupied | (prediction.labels > 0)
+    box = bounding_box(occupied, [ceil(CONTEXT / mm) for mm in case.spacing])
+    if box is None:
+        return case
+
+    cut = [shown._replace(labels=shown.labels[box]) for shown in case.predictions]
+    image = None if case.image is None else case.image[box]
+    return case._replace(image=image, truth=case.truth[box], predictions=cut)
+
+
+def fullest_plane(labels: Labels, axis: int) -> int:
+    """The plane with the most labelled voxels."""
+    in_plane = np.moveaxis(labels > 0, axis, 0).sum(axis=(1, 2))
+    return int(in_plane.argmax())
+
+
+def add_legend(figure: Any, classes: Mapping[int, str]) -> None:
+    """The colour of each class, below all pictures."""
+    from matplotlib.patches import Patch
+
+    patches = []
+    for name, colour in zip(classes.values(), colours_of(list(classes))):
+        patches.append(Patch(color=colour, label=name))
+    figure.legend(handles=patches, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
 
 
 # --- distributions of scores

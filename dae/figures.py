@@ -528,7 +528,7 @@ def reconstructions_sheet(
         title = f"{column.name}\nx_hat   L1(x_hat, x) {doing_nothing:.4f}"
         draw_axial(top, column.x_hat, title, display)
         if column.hidden is not None:
-            top.set_title(f"{column.name}\nx_hat is x; orange: tokens not given", fontsize=9)
+            top.set_title(f"{column.name}\nx_hat is x, L1 0; orange: not given", fontsize=9)
             draw_hidden(top, column.hidden, display)
         draw_axial(middle, column.x_rec, f"x_rec   L1(x_rec, x) {error.mean():.4f}", display)
         draw_error(bottom, error, display)
@@ -556,9 +556,9 @@ def draw_error(ax: Any, error: Picture, display: Display) -> None:
 
 
 def largest_error(display: Display) -> float:
-    """The error that has the darkest colour: a quarter of the grey scale."""
+    """The error that has the darkest colour: half of the grey scale."""
     low, high = display.grey
-    return (high - low) / 4
+    return (high - low) / 2
 
 
 def draw_hidden(ax: Any, hidden: NDArray[np.bool_], display: Display) -> None:
@@ -714,7 +714,10 @@ def draw_case(band: Any, case: CaseShown, classes: Sequence[int]) -> None:
     depth, height, width = (n * mm for n, mm in zip(case.truth.shape, case.spacing))
     extents = {2: (depth, height), 1: (depth, width), 0: (height, width)}
 
-    band.suptitle(case.title, fontsize=10)
+    title = case.title
+    if case.predictions:
+        title += "   filled: the labels of each column; line: the truth"
+    band.suptitle(title, fontsize=10)
     axes = band.subplots(
         3, len(columns), squeeze=False, height_ratios=[up for _, up in extents.values()]
     )

@@ -110,6 +110,7 @@ def pipeline(config: PipelineConfig) -> Path:
         check_fits(network, x)
     else:
         pretext = pretext_of(untrained(config, x), config.method, options_of(config))
+        display = of_untrained(display)
     stages = stages_of(pretext, x, config.seed, display, restore=network is not None)
     return written.write("pipeline.png", partial(figures.pipeline_sheet, stages=stages))
 
@@ -147,7 +148,7 @@ def masking(config: MaskingConfig) -> Path:
         masked.append(masked_tokens(pretext, tokens, pretext.draw(x, [config.seed]), title))
     draw = partial(
         figures.masking_sheet,
-        display=display,
+        display=of_untrained(display),
         x=as_picture(x),
         tokens=as_picture(tokens),
         masked=masked,
@@ -183,7 +184,7 @@ def disruptions(config: DisruptionsConfig) -> Path:
 
     draw = partial(
         figures.disruption_sheet,
-        display=display,
+        display=of_untrained(display),
         x=as_picture(x),
         volumes={"noise, eq. 1": noisy, "downsampling, eq. 2": coarse},
         tokens=as_picture(tokens),
@@ -357,6 +358,11 @@ def pretext_of(backbone: Any, method: str, options: PretextConfig) -> Pretext:
         raise InputError(str(error)) from error
 
 
+def of_untrained(display: Display) -> Display:
+    """The same display, whose title says that the tokens are those of weights before training."""
+    return display._replace(title=f"{display.title}\ntokens of a network before its first step")
+
+
 def options_of(config: object) -> PretextConfig:
     """The options of pre-training that a picture has flags for; the others at their defaults."""
     names = [field.name for field in fields(PretextConfig) if hasattr(config, field.name)]
@@ -437,10 +443,9 @@ def crop_of(config: CropConfig) -> tuple[Tensor, Display]:
     if len(config.grey) not in (0, 2):
         raise InputError("--grey: give two values, black and white")
     low, high = config.grey or np.percentile(x[0], (1, 99)).tolist()
-    name = "/".join(item.image[0].parts[-2:])
     mm = [round(size, 2) for size in volume.spacing]
     title = (
-        f"{name}, {item.modality_name}: crop of {by(config.crop)} voxels of {by(mm)} mm, "
+        f"{title_of(item)}, {item.modality_name}: crop of {by(config.crop)} voxels of {by(mm)} mm, "
         f"axial plane; black is {low:.2f}, white {high:.2f}"
     )
     return torch.from_numpy(x)[None], Display(title, (low, high), volume.spacing)
@@ -464,8 +469,15 @@ def item_of(config: CropConfig) -> Item:
 
 
 def by_name(items: Sequence[Item]) -> dict[str, Item]:
-    """Items by the name that eval.py gives their case."""
-    return dict(zip(cases.case_names([item.image[0] for item in items]), items))
+    """Items by the name that eval.py gives their case; one that is in two splits counts once."""
+    by_image = {item.image[0]: item for item in reversed(items)}
+    once = [item for item in items if by_image[item.image[0]] is item]
+    return dict(zip(cases.case_names([item.image[0] for item in once]), once))
+
+
+def title_of(item: Item) -> str:
+    """The name of an image's file with its folder: many files are called image.nii.gz."""
+    return "/".join(item.image[0].parts[-2:])
 
 
 def phantoms_in(out: str) -> Path:
@@ -533,9 +545,8 @@ def case_shown(
         trained_on = case in leaks.read_predicted(file.parent).get("trained", ())
         label = f"{name} (trained on it)" if trained_on else name
         shown.append(Segmentation(label, both.prediction * both.annotated, dice))
-    return CaseShown(
-        case, image, truth.labels * (truth.labels != items.ignore), shown, truth.spacing
-    )
+    annotated = truth.labels * (truth.labels != items.ignore)
+    return CaseShown(title_of(item), image, annotated, shown, truth.spacing)
 
 
 COMMANDS: dict[str, Callable[[Any], Path]] = {

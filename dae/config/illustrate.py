@@ -1,6 +1,6 @@
 """Command lines of dae.illustrate: one for each picture of the paper."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dae.config.command_line import Size3, opt
@@ -41,6 +41,9 @@ class CropConfig(PictureConfig):
         (), "normalised values drawn black and white; none: percentiles 1 and 99 of x"
     )
     seed: int = opt(0, "of the noise and the masks, and of weights that are not trained", low=0)
+
+    # Names of the flags that are given; the values of others may come from a checkpoint.
+    set_flags: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)

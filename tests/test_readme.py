@@ -1,37 +1,47 @@
-"""README.md and docs/: the lines, flags, files and tests that they name are there."""
+"""README.md and docs/: the lines, flags and files that they name are there."""
 
 import importlib
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
-from dae.config.lists import MakeListConfig
 from dae.config.pretrain import PretrainConfig
-from dae.config.segment import SegConfig
 from dae.pretext.methods import Pretext
+from tests.conftest import environment
 from train_pretrain import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCS = "\n".join(page.read_text() for page in PAGES)
-LEDGER = (ROOT / "docs/paper-vs-code.md").read_text()
-TESTS_OF_LEDGER = (ROOT / "tests/ledger.md").read_text()
 
 # Flags of argparse, of torchrun, of the authors' code, and of `dae.weights convert`.
 OTHER_FLAGS = {"help", "nproc_per_node", "nnodes", "rdzv_endpoint", "finetune_choice", "to"}
 
+# A script of the project or a module of it, and what follows it on its line.
+SCRIPT = re.compile(r"(?:^|\s)(-m dae[\w.]*|(?:tests/benchmarks/)?\w+\.py)\s+(.*)")
 
-def rows_of(text: str) -> list[list[str]]:
-    """The cells of every table row but the headings."""
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
-    return [[cell.strip() for cell in row] for row in rows if row[0].strip() != "choice"]
+
+class Command(NamedTuple):
+    """A command line of a page, from its script on."""
+
+    script: str  # "eval.py" or "-m dae.weights"
+    words: tuple[str, ...]
+
+
+class Help(NamedTuple):
+    """The flags that --help lists, with the values that each takes; none for numbers and names."""
+
+    choices: dict[str, tuple[str, ...]]
 
 
 def without_comment(line: str) -> str:
@@ -84,30 +94,140 @@ def test_every_file_that_a_page_links_to_is_there(page: Path) -> None:
         assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+)`", TESTS_OF_LEDGER))))
-def test_every_test_that_the_ledger_names_is_there(name: str) -> None:
-    assert any(f"def {name}(" in path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+# --- flags
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`(test_\w+\.py)`", TESTS_OF_LEDGER))))
-def test_every_file_of_tests_that_the_ledger_names_is_there(name: str) -> None:
-    assert list((ROOT / "tests").rglob(name))
+def known_flags() -> dict[str, set[str]]:
+    """Every flag of every class in dae/config, with the values of a Literal: --to -> {dae, monai}.
 
-
-def test_every_choice_that_a_test_holds_is_a_row_of_the_ledger() -> None:
-    choices = {row[0] for row in rows_of(LEDGER)}
-    assert {row[0] for row in rows_of(TESTS_OF_LEDGER)} <= choices
-    assert len(choices) > 50
+    A flag of several classes takes what one of them does.
+    """
+    flags: dict[str, set[str]] = {}
+    for path in (ROOT / "dae/config").glob("[a-z]*.py"):
+        module = importlib.import_module(f"dae.config.{path.stem}")
+        for config in vars(module).values():
+            if not (isinstance(config, type) and is_dataclass(config)):
+                continue
+            hints = get_type_hints(config)
+            for field in fields(config):
+                hint = hints[field.name]
+                values = set(get_args(hint)) if get_origin(hint) is Literal else set()
+                flags.setdefault(field.name, set()).update(values)
+    return flags
 
 
 @pytest.mark.parametrize("flag", sorted(set(re.findall(r"`(--[a-z][\w-]+)[ `]", DOCS))))
 def test_every_flag_that_a_page_names_is_one(flag: str) -> None:
-    configs = (
-        PretrainConfig,
-        SegConfig,
-        MakeListConfig,
-        *importlib.import_module("eval").CONFIGS.values(),
-    )
-    known = {field.name for config in configs for field in fields(config)}
     name = flag.removeprefix("--no-").removeprefix("--").replace("-", "_")
-    assert name in known | OTHER_FLAGS
+    assert name in known_flags().keys() | OTHER_FLAGS
+
+
+@pytest.mark.parametrize("words", sorted(set(re.findall(r"`(--[a-z][\w-]+ [a-z]\w*)`", DOCS))))
+def test_a_value_that_a_page_gives_a_flag_is_one(words: str) -> None:
+    flag, value = words.split()
+    values = known_flags().get(flag.removeprefix("--").replace("-", "_"), set())
+    assert not values or value in values
+
+
+# --- commands
+
+
+def commands_in(text: str) -> list[Command]:
+    """The commands of a page that have flags: lines of code, and code within a line."""
+    text = re.sub(r"\\\n\s*", "", text)  # a line that goes on in the next one
+    lines = re.findall(r"^    .*$", text, flags=re.M)
+    lines += re.findall(r"`([^`\n]+)`", text)
+    for block in re.findall(r"^```\w*\n(.*?)^```", text, flags=re.M | re.S):
+        lines += block.splitlines()
+
+    commands = []
+    for line in lines:
+        for part in re.split(r" && | \| |; | # ", line):
+            found = SCRIPT.search(part)
+            if found and " --" in f" {found[2]}":
+                commands.append(Command(found[1], tuple(found[2].split())))
+    return commands
+
+
+@cache
+def help_of(script: str, command: str = "") -> Help | None:
+    """What a script, or a command of it, says to --help; None where it has no such command."""
+    arguments = [*script.split(), *([command] if command else []), "--help"]
+    process = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment()
+    )
+    choices: dict[str, tuple[str, ...]] = {}
+    entry = r"^ +(--[a-z][\w-]*(?:, --[a-z][\w-]*)*)(?: \{([^}]*)\})?"
+    for names, values in re.findall(entry, process.stdout, flags=re.M):
+        for name in names.split(", "):
+            choices[name] = tuple(values.split(",")) if values else ()
+    return Help(choices) if process.returncode == 0 and choices else None
+
+
+def problems_with(command: Command) -> list[str]:
+    """Flags of a command that its script does not have, and values that a flag does not take."""
+    first, *_ = command.words
+    is_name = re.fullmatch(r"[a-z][\w-]*", first) is not None
+    known = (help_of(command.script, first) if is_name else None) or help_of(command.script)
+    if known is None:
+        return [f"{command.script}: has no flags"]
+
+    problems = []
+    flag = ""
+    for word in command.words:
+        if word.startswith("--"):
+            flag, _, _ = word.partition("=")
+            if flag not in known.choices and flag != "--help":
+                problems.append(f"{command.script}: no flag {flag}")
+            continue
+        allowed = known.choices.get(flag, ())
+        for value in word.split("|"):
+            if allowed and re.fullmatch(r"[a-z][\w-]*", value) and value not in allowed:
+                problems.append(f"{command.script}: {flag} does not take {value}")
+    return problems
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_has_the_flags_that_it_is_given(page: Path) -> None:
+    for command in commands_in(page.read_text()):
+        assert not problems_with(command)
+
+
+@pytest.mark.parametrize(
+    "line, problems",
+    [
+        ("train_pretrain.py --method mae --mask-ratio .4", []),
+        ("train_pretrain.py --label-fraction 1", ["train_pretrain.py: no flag --label-fraction"]),
+        ("train_pretrain.py --method simmim", ["train_pretrain.py: --method does not take simmim"]),
+        ("eval.py predict --tta", []),
+        ("eval.py score --tta", ["eval.py: no flag --tta"]),
+        ("python -m dae.weights convert FILE --to dae|monai", []),
+        (
+            "python -m dae.weights convert FILE --to onnx",
+            ["-m dae.weights: --to does not take onnx"],
+        ),
+        ("python -m dae.illustrate masking --ratio 1", ["-m dae.illustrate: no flag --ratio"]),
+        ("torchrun --nproc_per_node=8 train_seg.py --fold $K", []),
+    ],
+)
+def test_a_wrong_flag_of_a_command_is_found(line: str, problems: list[str]) -> None:
+    (command,) = commands_in(f"    {line}\n")
+    assert problems_with(command) == problems
+
+
+def test_commands_are_found_over_several_lines_and_within_a_line() -> None:
+    text = """
+Give `eval.py predict --tta` a try; `--tta` alone is no command.
+
+    pip install x && python train_seg.py --preset btcv \\
+        --fold 0  # a comment --of words
+
+```
+python -m dae.check --device cpu
+```
+"""
+    assert set(commands_in(text)) == {
+        Command("eval.py", ("predict", "--tta")),
+        Command("train_seg.py", ("--preset", "btcv", "--fold", "0")),
+        Command("-m dae.check", ("--device", "cpu")),
+    }

@@ -28,7 +28,7 @@ DOCS = "\n".join(page.read_text() for page in PAGES)
 OTHER_FLAGS = {"help", "nproc_per_node", "nnodes", "rdzv_endpoint", "finetune_choice", "to"}
 
 # A script of the project or a module of it, and what follows it on its line.
-SCRIPT = re.compile(r"(?:^|\s)(-m dae[\w.]*|(?:tests/benchmarks/)?\w+\.py)\s+(.*)")
+SCRIPT = re.compile(r"(?:^|\s)(-m dae[\w.]*|(?:tests/benchmarks/)?\w+\.py)(?:\s+(.*))?$")
 
 
 class Command(NamedTuple):
@@ -133,7 +133,10 @@ def test_a_value_that_a_page_gives_a_flag_is_one(words: str) -> None:
 
 
 def commands_in(text: str) -> list[Command]:
-    """The commands of a page that have flags: lines of code, and code within a line."""
+    """The commands of a page: lines of code, and code within a line.
+
+    A script without flags may be a name in a list of files; a module after -m is always a command.
+    """
     text = re.sub(r"\\\n\s*", "", text)  # a line that goes on in the next one
     lines = re.findall(r"^    .*$", text, flags=re.M)
     lines += re.findall(r"`([^`\n]+)`", text)
@@ -144,8 +147,12 @@ def commands_in(text: str) -> list[Command]:
     for line in lines:
         for part in re.split(r" && | \| |; | # ", line):
             found = SCRIPT.search(part)
-            if found and " --" in f" {found[2]}":
-                commands.append(Command(found[1], tuple(found[2].split())))
+            if not found:
+                continue
+            words = tuple((found[2] or "").split())
+            has_flags = any(word.startswith("--") for word in words)
+            if has_flags or found[1].startswith("-m"):
+                commands.append(Command(found[1], words))
     return commands
 
 
@@ -166,7 +173,7 @@ def help_of(script: str, command: str = "") -> Help | None:
 
 def problems_with(command: Command) -> list[str]:
     """Flags of a command that its script does not have, and values that a flag does not take."""
-    first, *_ = command.words
+    first = command.words[0] if command.words else ""
     is_name = re.fullmatch(r"[a-z][\w-]*", first) is not None
     known = (help_of(command.script, first) if is_name else None) or help_of(command.script)
     if known is None:
@@ -207,6 +214,7 @@ def test_every_command_of_a_page_has_the_flags_that_it_is_given(page: Path) -> N
             ["-m dae.weights: --to does not take onnx"],
         ),
         ("python -m dae.illustrate masking --ratio 1", ["-m dae.illustrate: no flag --ratio"]),
+        ("python -m dae.illustration", ["-m dae.illustration: has no flags"]),
         ("torchrun --nproc_per_node=8 train_seg.py --fold $K", []),
     ],
 )
@@ -231,3 +239,21 @@ python -m dae.check --device cpu
         Command("train_seg.py", ("--preset", "btcv", "--fold", "0")),
         Command("-m dae.check", ("--device", "cpu")),
     }
+
+
+# --- numbers that follow from others
+
+
+def test_the_hours_of_a_table_are_its_crops_at_the_measured_rate() -> None:
+    speed = (ROOT / "docs/performance.md").read_text()
+    page = (ROOT / "docs/reproduce.md").read_text()
+    found = re.search(r"\*\*`--compile`\*\*.*?\*\*([\d.]+)\*\*", speed)
+    assert found
+    seconds_of_two_crops = float(found[1]) / 1000
+    assert f"takes {found[1]} ms for a compiled step" in page
+
+    rows = re.findall(r"^\| [\w, ]+ \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \|$", page, flags=re.M)
+    assert len(rows) == 7
+    for *crops, hours in rows:
+        total = sum(int(number.replace(",", "")) for number in crops)
+        assert float(hours) == pytest.approx(total / 2 * seconds_of_two_crops / 3600, abs=0.06)

@@ -3,9 +3,10 @@
 The rows of tests/ledger.md name the tests, in the same sections and in the same order.
 """
 
+import importlib
 import re
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -58,32 +59,47 @@ def rows_of(text: str) -> list[Row]:
 # --- flags
 
 
+class Flag(NamedTuple):
+    """A flag as a cell names it."""
+
+    name: str  # --mask-scope
+    values: tuple[str, ...]  # that are given for it
+    script: str  # in front of it, as "eval.py score"; empty for the script of the section
+
+
+def config_classes() -> list[type[Any]]:
+    """Every class in dae/config whose fields are flags."""
+    classes = []
+    for path in sorted((ROOT / "dae/config").glob("[a-z]*.py")):
+        module = importlib.import_module(f"dae.config.{path.stem}")
+        for config in vars(module).values():
+            if isinstance(config, type) and is_dataclass(config):
+                classes.append(config)
+    return classes
+
+
 def fields_of(config: type[Any]) -> Sequence[Field[Any]]:
     return fields(config)
 
 
-def flags_in(cell: str) -> list[tuple[str, list[str]]]:
-    """The flags of a cell, each with the values that are given for it.
+def flags_in(cell: str) -> list[Flag]:
+    """The flags of a cell: `--method mae --mask-block` are two, the first with a value.
 
-    `--method mae --mask-block` -> ("--method", ["mae"]), ("--mask-block", []); a `|` between values
-    is written `\\|`.
+    A bar between values is written with a backslash before it.
     """
-    flags: list[tuple[str, list[str]]] = []
+    flags = []
     for code in re.findall(r"`([^`]+)`", cell):
-        words = code.replace("\\|", "|").split()
-        if words[0] == "eval.py":
-            words = words[2:]  # after the command
-        for word in words:
-            if word.startswith("--"):
-                flags.append((word, []))
-            elif words[0].startswith("--"):
-                flags[-1][1].extend(word.split("|"))
+        script, *others = re.split(r"(?:^|\s)(?=--)", code.replace("\\|", "|"))
+        for text in others:
+            name, *values = text.replace("|", " ").split()
+            flags.append(Flag(name, tuple(values), script))
     return flags
 
 
-def choices_of(flag: str, configs: tuple[type[Any], ...]) -> list[set[str]]:
-    """For each configuration that has the flag, what a Literal allows; empty for other types."""
-    name = flag.removeprefix("--").replace("-", "_")
+def choices_of(flag: Flag, section: str) -> list[set[str]]:
+    """For each class that has the flag, what a Literal allows; an empty set for other types."""
+    configs = config_classes() if flag.script else SCRIPTS[section]
+    name = flag.name.removeprefix("--").replace("-", "_")
     found = []
     for config in configs:
         for field in fields_of(config):
@@ -97,23 +113,22 @@ def choices_of(flag: str, configs: tuple[type[Any], ...]) -> list[set[str]]:
 def problems_with_flags(row: Row) -> list[str]:
     """What is wrong with the flags of a row, a line each."""
     problems = []
-    configs = SCRIPTS[row.section]
-    commands = re.findall(r"`eval\.py (\w+)", row.cell)
-    for command in commands:
+    for command in re.findall(r"`eval\.py (\w+)", row.cell):
         if command not in CONFIGS:
             problems.append(f"{row.choice}: no command eval.py {command}")
-        configs = (*configs, *[CONFIGS[name] for name in commands if name in CONFIGS])
 
-    for flag, values in flags_in(row.cell):
-        found = choices_of(flag, configs)
+    for flag in flags_in(row.cell):
+        found = choices_of(flag, row.section)
         if not found:
-            problems.append(f"{row.choice}: no flag {flag}")
+            problems.append(f"{row.choice}: no flag {flag.name}")
             continue
-        unknown = set(values) - found[0]
-        if unknown and found[0]:
-            problems.append(f"{row.choice}: {flag} does not take {', '.join(sorted(unknown))}")
-        if len(values) > 1 and set(values) != found[0]:
-            problems.append(f"{row.choice}: {flag} takes {', '.join(sorted(found[0]))}")
+        choices = found[0]
+        values = set(flag.values)
+        if choices and values - choices:
+            unknown = ", ".join(sorted(values - choices))
+            problems.append(f"{row.choice}: {flag.name} does not take {unknown}")
+        if len(values) > 1 and values != choices:
+            problems.append(f"{row.choice}: {flag.name} takes {', '.join(sorted(choices))}")
     return problems
 
 

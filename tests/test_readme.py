@@ -1,12 +1,11 @@
 """README.md and docs/: the lines, flags and files that they name are there."""
 
-import importlib
 import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -17,6 +16,7 @@ import torch
 from dae.config.pretrain import PretrainConfig
 from dae.pretext.methods import Pretext
 from tests.conftest import environment
+from tests.test_ledger import config_classes
 from train_pretrain import main
 
 ROOT = Path(__file__).parents[1]
@@ -103,16 +103,12 @@ def known_flags() -> dict[str, set[str]]:
     A flag of several classes takes what one of them does.
     """
     flags: dict[str, set[str]] = {}
-    for path in (ROOT / "dae/config").glob("[a-z]*.py"):
-        module = importlib.import_module(f"dae.config.{path.stem}")
-        for config in vars(module).values():
-            if not (isinstance(config, type) and is_dataclass(config)):
-                continue
-            hints = get_type_hints(config)
-            for field in fields(config):
-                hint = hints[field.name]
-                values = set(get_args(hint)) if get_origin(hint) is Literal else set()
-                flags.setdefault(field.name, set()).update(values)
+    for config in config_classes():
+        hints = get_type_hints(config)
+        for field in fields(config):
+            hint = hints[field.name]
+            values = set(get_args(hint)) if get_origin(hint) is Literal else set()
+            flags.setdefault(field.name, set()).update(values)
     return flags
 
 

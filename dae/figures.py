@@ -444,6 +444,7 @@ def pipeline_sheet(path: Path, stages: Stages) -> None:
 
 def disruption_sheet(
     path: Path,
+    *,
     display: Display,
     x: Picture,
     volumes: Mapping[str, Sequence[Disruption]],
@@ -478,7 +479,7 @@ def disruption_sheet(
 
 
 def masking_sheet(
-    path: Path, display: Display, x: Picture, tokens: Picture, masked: Sequence[Tokens]
+    path: Path, *, display: Display, x: Picture, tokens: Picture, masked: Sequence[Tokens]
 ) -> None:
     """Figure 3: local masking leaves channels out, token masking leaves tokens out.
 
@@ -508,7 +509,7 @@ def masking_sheet(
 
 
 def reconstructions_sheet(
-    path: Path, display: Display, x: Picture, columns: Sequence[Reconstruction]
+    path: Path, *, display: Display, x: Picture, columns: Sequence[Reconstruction]
 ) -> None:
     """Figure 2: a column for each network: x_hat, x_rec and the error, all on the same scales."""
     figure = new_figure(2.9 * (1 + len(columns)), 9.6)

@@ -203,12 +203,14 @@ def segmentations(config: SegmentationsConfig) -> Path:
     data = config.data or str(write_phantoms(phantoms_in(config.out)).ct_seg)
     # No intensity is read, so that a list that names no modality will do.
     items = datalist.load(data, root=config.data_root, modality="mr")
+    classes = {label: name for label, name in items.labels.items() if label != 0}
+    if not classes:
+        raise InputError(f'{data}: "labels" names no class to draw')
+
     shown = []
     for case, item in chosen_cases(items, config, data, predicted).items():
         predictions = {name: files[case] for name, files in zip(names, predicted)}
         shown.append(case_shown(case, item, items, predictions))
-
-    classes = {label: name for label, name in items.labels.items() if label != 0}
     draw = partial(figures.segmentation_sheet, cases=shown, classes=classes)
     return written.write("segmentations.png", draw)
 

@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from torch import Tensor
 
 from dae import figures, illustrate
+from dae.config.command_line import parse
 from dae.config.illustrate import (
     CONFIGS,
     CropConfig,
@@ -184,7 +185,13 @@ def test_the_line_of_tokens_runs_as_the_picture_beside_it(tmp_path: Path, drawn:
     tokens[:, 1, 0, 2] = 1.0  # beside it
     mask = np.zeros(tokens.shape, bool)
     mask[1] = True
-    figures.masking_sheet(tmp_path / "m.png", DISPLAY, x, tokens, [Tokens("masked", tokens, mask)])
+    figures.masking_sheet(
+        tmp_path / "m.png",
+        display=DISPLAY,
+        x=x,
+        tokens=tokens,
+        masked=[Tokens("masked", tokens, mask)],
+    )
 
     before, after = drawn[0].axes[1], drawn[0].axes[3]
     (line,) = arrays(before)
@@ -283,8 +290,11 @@ def test_a_column_is_what_the_checkpoint_makes_of_the_crop(
     assert axes[0, 1].get_title().startswith("pre, dae after 2 steps\nx_hat   L1(x_hat, x)")
     assert axes[0, 2].get_title().startswith("mae, mae after 1 steps\nx_hat is x")
     hidden = arrays(axes[0, 2])[1]
-    assert hidden.shape == (16, 16)
-    assert 0.2 < 1 - np.ma.getmaskarray(hidden).mean() < 1
+    mask = pretext.draw(x, [0]).mask
+    assert mask is not None
+    in_voxels = np.kron(mask[0, 0].numpy(), np.ones((2, 2, 2), bool))
+    covered = ~np.ma.getmaskarray(hidden)
+    assert np.array_equal(covered, figures.plane(in_voxels, axis=2, index=8))
 
 
 def test_networks_that_were_fed_differently_are_not_compared_unless_a_flag_decides(
@@ -298,6 +308,11 @@ def test_networks_that_were_fed_differently_are_not_compared_unless_a_flag_decid
     forced = replace(config, ct_window=(-100.0, 100.0))
     assert illustrate.recipe_of(forced, [first, other])["ct_window"] == (-100.0, 100.0)
     assert illustrate.recipe_of(config, [first, first])["crop"] == (16, 16, 16)
+
+    # A flag that is given counts, even where it is the default.
+    line = ["--crop", "96", "96", "96"]
+    asked = parse(ReconstructionsConfig, line, prog="", description="")
+    assert illustrate.recipe_of(asked, [first, first])["crop"] == (96, 96, 96)
 
 
 # --- Figure 4
@@ -489,6 +504,24 @@ def test_a_checkpoint_of_fine_tuning_is_refused_by_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"case": ("nobody",)}, "--case nobody: without a label"),
+        ({"predictions": ("nowhere",)}, "nowhere: no such folder"),
+        ({"names": ("a", "b")}, "--names: 2 for 0"),
+        ({"data": "pretrain.json"}, "names no class"),
+    ],
+)
+def test_segmentations_that_cannot_be_drawn_are_refused_in_one_line(
+    pretrained: Path, tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    data = pretrained / "phantoms" / change.get("data", "ct_seg.json")
+    config = SegmentationsConfig(out=str(tmp_path / "out"), **{**change, "data": str(data)})
+    assert words in refusal(illustrate.segmentations, config)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     "arguments, code, words",
     [
         (["--help"], 0, "Figure 3"),
@@ -514,3 +547,15 @@ def test_a_picture_has_the_flags_of_pre_training_under_their_names() -> None:
     default = PretextConfig()
     for config in (MaskingConfig(), DisruptionsConfig(), PipelineConfig()):
         assert illustrate.options_of(config) == default
+
+
+def test_the_crop_is_around_the_foreground_unless_a_voxel_is_named(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).uniform(1, 1.1, (30, 30, 30)).astype(np.float32)
+    values[20:26, 4:10, 14:20] += 50  # the only bright voxels: their middle is 22 or 23, 6, 16
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    config = CropConfig(image=(str(tmp_path / "a.nii"),), modality="t1", crop=(6, 6, 6))
+
+    found, _ = illustrate.crop_of(config)
+    elsewhere, _ = illustrate.crop_of(replace(config, centre=(5, 20, 5)))
+    assert (found > 0).float().mean() > 0.5
+    assert (elsewhere < 0).all()

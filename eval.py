@@ -1,4 +1,4 @@
-"""Predict, score, tune and compare segmentations, and put folds together.
+"""Predict, score, tune and compare segmentations, put folds together, and look at features.
 
 python eval.py predict --checkpoint runs/seg/best.pt --data list.json --split test --out predictions
 python eval.py predict --checkpoint fold*/best.pt --images scan.nii folder --tta --out predictions
@@ -6,6 +6,8 @@ python eval.py score   --predictions predictions --data list.json --split test -
 python eval.py tune    --predictions predictions --data list.json --split validation --out plan
 python eval.py compare scores_a scores_b --out comparison
 python eval.py folds   fold*/scores --out folds
+python eval.py cka     runs/pre/last.pt runs/seg/last.pt --data list.json --out cka
+python eval.py embed   --checkpoint runs/pre/last.pt --data list.json --out features
 
 Each command has its own --help.
 """
@@ -13,8 +15,16 @@ Each command has its own --help.
 import sys
 from collections.abc import Sequence
 
-from dae.config.command_line import from_command_line, run_or_explain, with_tuples
-from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.config.command_line import from_command_line, run_or_explain
+from dae.config.evaluate import (
+    CkaConfig,
+    CompareConfig,
+    EmbedConfig,
+    FoldsConfig,
+    PredictConfig,
+    ScoreConfig,
+    TuneConfig,
+)
 from dae.errors import InputError, counted
 
 CONFIGS = {
@@ -23,9 +33,15 @@ CONFIGS = {
     "tune": TuneConfig,
     "compare": CompareConfig,
     "folds": FoldsConfig,
+    "cka": CkaConfig,
+    "embed": EmbedConfig,
 }
 # Flags whose names may be left out: `compare a b` is `compare --a a --b b`.
-POSITIONAL = {"compare": ("--a", "--b"), "folds": ("--scores",)}
+POSITIONAL = {
+    "compare": ("--a", "--b"),
+    "folds": ("--scores",),
+    "cka": ("--before", "--after"),
+}
 
 
 def read_command() -> tuple[str, object]:
@@ -73,25 +89,28 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae.config.evaluate import CasesConfig, TruthsConfig
+from dae.config.evaluate import CasesConfig, FeaturesConfig, TruthsConfig
 from dae.data import datalist, holdout, leaks
+from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Recipe, normalise
 from dae.data.sides import AXES, flips_of, likely_pairs, pairs_in_words
-from dae.evaluation import cases, postprocess, report, statistics
+from dae.evaluation import cases, features, postprocess, report, statistics
+from dae.evaluation.cka import as_markdown, cka_of_stages
 from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
 from dae.evaluation.windows import Predict, sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
+from dae.figures import cka_chart, embedding_chart
 from dae.training import resume
 from dae.training.distributed import start
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
-from dae.weights import checkpoint
-from dae.weights.plan import backbone_of
+from dae.weights import checkpoint, foreign
+from dae.weights.plan import network_of_plan
 
-# --- the five commands
+# --- the commands
 
 
 def predict(config: PredictConfig) -> list[Path]:
@@ -247,6 +266,80 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
     return lines
 
 
+def cka(config: CkaConfig) -> list[dict[str, Any]]:
+    """cka.csv, cka.md and figures/cka.png: how alike the states of two networks are (Table 7).
+    Returns the rows of the table.
+    """
+    written = Written(output_folder(config))
+    device = start(config.device).device
+    choose_kernels(device, tf32=False)
+
+    # Both networks are built as the one after fine-tuning.
+    path_before = weights_file(config.before, "--before")
+    path_after = weights_file(config.after, "--after")
+    before = foreign.read_weights(path_before)
+    after = foreign.read_weights(path_after)
+    features.check_same_network(before, after, config)
+    network_before = features.encoder_of(before, path_before, config, device, plan=after.plan)
+    network_after = features.encoder_of(after, path_after, config, device)
+
+    written.check(("cka.csv", "cka.md", "figures/cka.png"), [Path(config.data)])
+    sources = volumes_of(config, after.plan)
+    crops = features.fixed_crops(sources.volumes, after.plan)
+    rows = cka_of_stages(
+        features.states_of_both(network_before, network_after, crops, config), config
+    )
+
+    table = as_markdown(rows)
+    picture = cka_chart([row["cka"] for row in rows], f"{config.before}\nand {config.after}")
+    written.write("cka.csv", partial(report.write_table, rows))
+    written.write("cka.md", partial(Path.write_bytes, data=table.encode()))
+    written.write("figures/cka.png", partial(Path.write_bytes, data=picture))
+    print(table, end="")
+    return rows
+
+
+def embed(config: EmbedConfig) -> dict[str, Any]:
+    """features.npz, embedding.json and figures/embedding.png: a vector for each volume. Returns
+    what embedding.json says.
+    """
+    written = Written(output_folder(config))
+    device = start(config.device).device
+    choose_kernels(device, tf32=False)
+
+    path = weights_file(config.checkpoint, "--checkpoint")
+    weights = foreign.read_weights(path)
+    network = features.encoder_of(weights, path, config, device)
+
+    names = ("features.npz", "embedding.json", "figures/embedding.png")
+    written.check(names, [Path(config.data)])
+    sources = volumes_of(config, weights.plan)
+    crops = features.fixed_crops(sources.volumes, weights.plan)
+    vectors = []
+    for n in tqdm(range(len(sources.volumes)), "volumes", disable=not sys.stderr.isatty()):
+        vectors.append(features.vector_of(network, crops, n, config))
+
+    modalities = [item.modality_name for item in sources.items]
+    subjects = [item.subject for item in sources.items]
+    summary = features.summary_of(np.stack(vectors), modalities, subjects)
+    line = features.in_words(summary)
+    points, shares = features.principal_plane(features.unit(np.stack(vectors)))
+    picture = embedding_chart(points, shares, modalities, config.checkpoint)
+
+    save_vectors = partial(
+        features.write_vectors,
+        features=np.stack(vectors),
+        case=sources.names,
+        modality=modalities,
+        subject=subjects,
+    )
+    written.write("features.npz", save_vectors)
+    written.write("embedding.json", partial(report.write_summary, summary))
+    written.write("figures/embedding.png", partial(Path.write_bytes, data=picture))
+    print(line)
+    return summary
+
+
 # --- predict: the networks
 
 
@@ -349,16 +442,7 @@ def network_of(
 ) -> nn.Module:
     """The network of a checkpoint, ready to predict. Raises InputError where it cannot be built."""
     path = Path(name)
-    backbone = backbone_of(plan, config, path)
-    try:
-        network = backbone(
-            plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
-        )
-    except TypeError as error:  # a network of the user's own, changed since
-        raise InputError(
-            f"{path}: {plan['backbone']} does not take its options any more ({error})"
-        ) from error
-
+    network = network_of_plan(plan, config, path)
     checkpoint.load_weights(network, weights, path)
     network = network.to(device).eval()
     lay_out(network, device, compiled=False)
@@ -903,6 +987,78 @@ def write_tables(written: Written, lines: Sequence[dict[str, Any]], name: str) -
     written.write(f"{name}.json", partial(report.write_lines, lines))
 
 
+# --- cka and embed: the volumes
+
+
+class Sources(NamedTuple):
+    """Volumes whose features are looked at, as the network takes them."""
+
+    items: Sequence[Item]
+    names: Sequence[str]
+    volumes: Sequence[Cached]
+
+
+def weights_file(name: str, flag: str) -> Path:
+    """Raises InputError where no file is named."""
+    if not name:
+        raise InputError(f"{flag}: name a file of weights")
+    return Path(name)
+
+
+def volumes_of(config: FeaturesConfig, plan: Mapping[str, Any]) -> Sources:
+    """The volumes of --split, prepared as the plan says.
+
+    Raises InputError where one cannot be used, and where the network was trained on one that
+    --allow-trained does not allow.
+    """
+    chosen = chosen_for_features(config, plan)
+    items = features.items_for(chosen, plan)
+    names = features.names_of(items)
+    warn(about_modalities(items, plan))
+
+    # Whom the network was trained on, by name and then by voxels. Pre-training does not tell.
+    seen = plan.get("seen", {})
+    where = f"--data {config.data}"
+    doing = "look at the features of"
+    if not config.allow_trained:
+        trained = [names[n] for n in leaks.trained_among(items, seen)]
+        leaks.refuse_trained(trained, where, doing)
+
+    folder = Path(config.cache_dir or default_folder()).expanduser()
+    volumes = prepare_all(items, features.recipe_of(plan), folder, quiet=not sys.stderr.isatty())
+    if volumes[0].shape[0] != plan["in_channels"]:
+        raise InputError(
+            f"{items[0].image[0]}: {volumes[0].shape[0]} channels, "
+            f"the network takes {plan['in_channels']}"
+        )
+    if not config.allow_trained:
+        known = set(seen.get("voxels", ()))
+        same = [name for name, volume in zip(names, volumes) if known & set(volume.content.image)]
+        leaks.refuse_trained(same, where, doing)
+    return Sources(items, names, volumes)
+
+
+def chosen_for_features(config: FeaturesConfig, plan: Mapping[str, Any]) -> Sequence[Item]:
+    """The items of --split. `validation` is what training held out, as far as it is known."""
+    if plan["classes"] or config.split != "validation":
+        return cases_of(config, config.modality, plan.get("seen", {}))[1]
+
+    # Pre-training holds out 5 % where the list does not say who is held out.
+    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    items = holdout.hold_out_share(items, fold=config.fold, split_seed=config.split_seed)
+    warn("; ".join(items.notes))
+    return items.validation
+
+
+def about_modalities(items: Sequence[Item], plan: Mapping[str, Any]) -> str:
+    """A warning, or nothing, on modalities that the network was not trained on."""
+    known = plan.get("modalities")
+    unknown = sorted({item.modality_name for item in items}.difference(known or ()))
+    if not known or not unknown:
+        return ""
+    return f"warning: the network was trained on {', '.join(known)}, not on {', '.join(unknown)}"
+
+
 # --- all commands
 
 
@@ -929,6 +1085,8 @@ COMMANDS: dict[str, Callable[[Any], object]] = {
     "tune": tune,
     "compare": compare,
     "folds": folds,
+    "cka": cka,
+    "embed": embed,
 }
 
 if __name__ == "__main__":

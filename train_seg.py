@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dae.config.command_line import value_if_set
+from dae.config.command_line import value_if_set, was_set
 from dae.data import datalist, holdout, leaks
 from dae.data.batches import LabelledCrops
 from dae.data.cache import Cached
@@ -37,6 +37,7 @@ from dae.data.sides import Flips, choose_flips, continued, flips_of
 from dae.errors import InputError
 from dae.evaluation.validation import dice_of_volumes
 from dae.figures import overlay_sheet, seg_curve
+from dae.model.probe import Probe
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
@@ -49,7 +50,7 @@ from dae.training.distributed import (
 from dae.training.kernels import advice, choose_kernels, lay_out
 from dae.training.log import Clock, Log, read_log
 from dae.training.losses import LOSSES
-from dae.training.optim import adamw_in_parts, due, fine_tuning_factors, warmup_steps
+from dae.training.optim import FROZEN, adamw_in_parts, due, fine_tuning_factors, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler
 from dae.training.run import (
     build_backbone,
@@ -295,7 +296,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
-    if config.schedule == "frozen-encoder":
+    if config.schedule in FROZEN:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not name.startswith("encoder."))
 
@@ -444,12 +445,16 @@ def build(
 
     Raises InputError, naming the flags, where they contradict each other or the weights.
     """
-    network = build_backbone(config, channels, classes)
+    network: nn.Module = build_backbone(config, channels, classes)
+    choice: str = config.transfer
+    if config.schedule == "probe":
+        network = Probe(network, channels, classes)
+        choice = transfer_to_probe(config)
     if weights is None or config.from_scratch:
         return network, None
 
     path = Path(config.pretrained)
-    parts = parts_to_transfer(config.transfer, weights.tensors, path)
+    parts = parts_to_transfer(choice, weights.tensors, path)
     report = transfer(
         network,
         weights.tensors,
@@ -460,6 +465,15 @@ def build(
         may_be_equal=weights.plan.get("method") == "scratch",
     )
     return network, report
+
+
+def transfer_to_probe(config: SegConfig) -> str:
+    """What a probe takes of the weights. Raises InputError where --transfer names a decoder."""
+    if was_set(config, "transfer") and config.transfer != "encoder":
+        raise InputError(
+            f"--transfer {config.transfer}: --schedule probe has no decoder; leave --transfer out"
+        )
+    return "encoder"
 
 
 def plan_of(
@@ -473,6 +487,8 @@ def plan_of(
         out_channels=len(classes),
         classes={str(label): name for label, name in classes.items()},
     )
+    if config.schedule == "probe":
+        plan["probe"] = True
     return {
         **plan,
         "foreground_crop": config.foreground_crop,

@@ -15,6 +15,7 @@ THE METHOD: what an auditor reads, with train_pretrain.py at its end
     model/unet.py                a port: a residual U-Net, convolutions alone
     model/vit.py                 a port: UNETR on timm's transformer blocks
     model/__init__.py            BACKBONES: name -> class, and what a backbone must offer
+    model/probe.py               a frozen encoder and a linear head, for fine-tuning
 
     pretext/disrupt.py           eq. 1 noise, eq. 2 downsampling, local masking, token masking
     pretext/contrast.py          eq. 3 and 4: cross-modal contrastive learning
@@ -83,6 +84,8 @@ AROUND IT: what a run needs
     evaluation/validation.py     Dice over whole volumes, while training
     evaluation/postprocess.py    components, holes, smoothing; chosen on validation cases
     evaluation/report.py         CSV, JSON, one HTML page (page.html)
+    evaluation/features.py       the states of an encoder on fixed crops, and what they tell
+    evaluation/cka.py            Table 7: how alike the states of two networks are
 
   what it looks like
     illustrate.py                the command: Figures 1 to 4 of any volume

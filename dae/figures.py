@@ -42,6 +42,10 @@ COLOURS = (
     "#c8f560",
 )
 
+# Of points on a white ground; with the markers 35 modalities are told apart.
+POINT_COLOURS = ("#3f8efc", "#e4572e", "#2a9d5c", "#8e44ad", "#c99700", "#00798c", "#7f5539")
+MARKERS = ("o", "s", "^", "D", "v")
+
 CONTEXT = 15  # mm of image around the labels of an overlay
 PANELS = {"dice": "Dice", "hd": "HD, mm", "msd": "MSD, mm"}  # of the distribution: Table 2
 TICKS_MM = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -837,3 +841,46 @@ def scale_in_mm(ax: Any, values: Iterable[float]) -> None:
     ticks = [mm for mm in TICKS_MM if mm <= 1.3 * farthest]
     ax.set(xticks=ticks, xticklabels=ticks, xlim=(-0.1, 1.3 * farthest))
     ax.minorticks_off()
+
+
+# --- features
+
+
+def cka_chart(values: Sequence[float], title: str) -> bytes:
+    """A PNG of CKA by stage (Table 7)."""
+    stages = range(1, len(values) + 1)
+    figure = new_figure(5.5, 3.6)
+    ax = figure.subplots()
+    ax.plot(stages, values, color=DOT, marker="o")
+    for stage, value in zip(stages, values):
+        label = f"{value:.3f}"
+        ax.annotate(label, (stage, value), (0, 7), textcoords="offset points", ha="center")
+
+    finite = [value for value in values if isfinite(value)]
+    ax.set(xticks=stages, xlabel="stage", ylabel="CKA", ylim=(min([0, *finite]) - 0.05, 1.12))
+    ax.set_title(title, fontsize=9)
+    ax.grid(axis="y", alpha=0.3)
+    return png(figure)
+
+
+def embedding_chart(
+    points: NDArray[np.float64], shares: NDArray[np.float64], modalities: Sequence[str], title: str
+) -> bytes:
+    """A PNG of volumes in the plane of their first two principal components.
+
+    points (n, 2); shares (2,) of the variance; each modality has a colour and a marker.
+    """
+    figure = new_figure(6, 4.8)
+    ax = figure.subplots()
+    names = list(dict.fromkeys(modalities))
+    for name, colour, marker in zip(names, cycle(POINT_COLOURS), cycle(MARKERS)):
+        own = [point for point, modality in zip(points, modalities) if modality == name]
+        across, up = zip(*own)
+        ax.scatter(across, up, s=34, c=colour, marker=marker, label=f"{name}, n {len(own)}")
+
+    ax.set_xlabel(f"first component, {shares[0]:.0%} of the variance")
+    ax.set_ylabel(f"second component, {shares[1]:.0%}")
+    ax.set_title(title, fontsize=9)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return png(figure)

@@ -1,6 +1,7 @@
 """dae/figures.py: pictures hold what they are said to hold, and right is on the left."""
 
 import io
+import math
 from math import inf, nan
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from dae.figures import (
     COLOURS,
     Segmented,
     Triple,
+    cka_chart,
     colours_of,
     distribution,
+    embedding_chart,
     loss_curve,
     overlay,
     overlay_sheet,
@@ -254,3 +257,27 @@ def test_a_distribution_of_nothing_is_drawn_without_a_warning() -> None:
     nothing = [row("a", 1, nan, nan, "absent"), row("a", 2, 0.0, inf, "missed")]
     assert picture(distribution(nothing)).std() > 0
     assert distribution([row("a", 1, 0.9)]) == distribution([row("a", 1, 0.9)])
+
+
+# --- features
+
+
+def test_the_curve_of_cka_falls_where_the_values_fall() -> None:
+    blue = np.array([0x3F, 0x8E, 0xFC]) / 255
+    for values in ([0.9, 0.1], [0.1, 0.9], [math.nan, 0.5]):
+        found = where(picture(cka_chart(values, "a.pt\nand b.pt")), blue)
+        left = found[found[:, 1] < 0.2]
+        right = found[found[:, 1] > 0.9]
+        assert len(right)
+        if values[0] == values[0]:
+            # Rows are counted from the top.
+            assert (left[:, 0].mean() < right[:, 0].mean()) == (values[0] > values[1])
+
+
+def test_each_modality_has_a_colour_at_its_own_points() -> None:
+    points = np.array([[-1.0, -1.0], [-1.0, -1.1], [1.0, 1.0]])
+    chart = embedding_chart(points, np.array([0.7, 0.3]), ["ct", "ct", "t1"], "a.pt")
+    ct = where(picture(chart), np.array([0x3F, 0x8E, 0xFC]) / 255)
+    t1 = where(picture(chart), np.array([0xE4, 0x57, 0x2E]) / 255)
+    assert ct[:, 1].min() < 0.2 and ct[:, 0].max() > 0.7
+    assert t1[:, 1].max() > 0.9 and t1[:, 0].min() < 0.2

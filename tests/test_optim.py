@@ -19,7 +19,7 @@ from dae.training.optim import (
     warmup_steps,
 )
 
-SCHEDULES = ["plain", "warmup", "frozen-encoder", "decoder-first"]
+SCHEDULES = ["plain", "warmup", "frozen-encoder", "decoder-first", "probe"]
 
 
 def decay_by_name(network: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, float]:
@@ -75,7 +75,7 @@ def test_fine_tuning_factors_stay_between_0_and_1_reach_1_and_end_near_0(schedul
     encoder, decoder = zip(*factors)
     assert all(0 <= factor <= 1 for factor in (*encoder, *decoder))
     assert max(decoder) == 1 and decoder[-1] < 1e-2
-    assert (max(encoder) == 0) == (schedule == "frozen-encoder")
+    assert (max(encoder) == 0) == (schedule in ("frozen-encoder", "probe"))
 
 
 def test_warmup_and_plain_by_hand() -> None:

@@ -12,6 +12,8 @@ DefinitionName = Literal["default", "monai", "medpy"]
 
 Ensemble = Literal["softmax", "logits"]
 
+Examples = Literal["crops", "positions"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class CasesConfig:
@@ -33,7 +35,7 @@ class CasesConfig:
         low=0,
     )
     allow_trained: bool = opt(
-        False, "predict, score or tune on cases that the network was trained on"
+        False, "predict, score, tune or compare on cases that the network was trained on"
     )
     out: str = opt("", "folder for what is made")
 
@@ -90,6 +92,51 @@ class ScoreConfig(TruthsConfig):
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig(TruthsConfig):
     """post-processing, chosen on validation cases"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig(CasesConfig):
+    """features of volumes"""
+
+    backbone: str = opt(
+        "", "module:Class of the weights' network, where it is your own (docs/porting.md)"
+    )
+    modality: str = opt("", "modality of the items that do not name one, as ct or t1")
+    seed: int = opt(0, "of the crops, which are all centred on foreground", low=0)
+    cache_dir: str = opt("", "where prepared volumes are kept; else ~/.cache/dae")
+    device: DeviceName = opt("auto", "cpu, cuda, or auto")
+
+    def check(self) -> None:
+        if self.backbone:
+            check_backbone_name(self.backbone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CkaConfig(FeaturesConfig):
+    """similarity of two networks, stage by stage (Table 7)"""
+
+    before: str = opt("", "weights before fine-tuning: any that `dae.weights inspect` reads")
+    after: str = opt("", "weights after it; they say how the volumes are prepared and cut")
+    crops: int = opt(64, "of all volumes together, which take turns", low=4)
+    examples: Examples = opt(
+        "crops",
+        "what the two networks are compared on: a crop, with all values of a state as its "
+        "features, or each position of the state's grid, with its channels",
+    )
+    minibatch: int = opt(
+        32,
+        "crops whose features are in memory at once, for --examples crops; where there are more, "
+        "the terms of CKA are averaged over minibatches of at least so many",
+        low=4,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(FeaturesConfig):
+    """one vector a volume"""
+
+    checkpoint: str = opt("", "pre-trained or fine-tuned: any that `dae.weights inspect` reads")
+    crops: int = opt(8, "of each volume, whose features are averaged", low=1)
 
 
 @dataclass(frozen=True, kw_only=True)

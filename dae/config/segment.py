@@ -22,10 +22,11 @@ class TransferConfig:
     from_scratch: bool = opt(
         False, "the same run without the weights: the network of --pretrained, newly drawn"
     )
-    schedule: Literal["warmup", "plain", "frozen-encoder", "decoder-first"] = opt(
+    schedule: Literal["warmup", "plain", "frozen-encoder", "decoder-first", "probe"] = opt(
         "warmup",
         "learning rates over the run: warm-up then cosine, cosine alone, the encoder never "
-        "moved, or the decoder alone for the first tenth",
+        "moved, or the decoder alone for the first tenth; probe: a linear layer on the states of "
+        "the encoder in place of a decoder, and the encoder never moved",
     )
     loss: Literal["dice", "dice_ce"] = opt(
         "dice", "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy"

@@ -14,6 +14,8 @@ from dae.config.shared import OptimConfig
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
+FROZEN = ("frozen-encoder", "probe")  # schedules that never move the encoder
+
 
 def due(step: int, every: int, steps: int, *, most: int = 2**31) -> bool:
     """Whether to do at this step what is done every so many steps, and at the last one.
@@ -55,7 +57,7 @@ def fine_tuning_factors(schedule: str, step: int, steps: int, warmup: int) -> tu
 
     plain           cosine from the first step
     warmup          linear warm-up, then cosine
-    frozen-encoder  the same, and the encoder never moves
+    frozen-encoder  the same, and the encoder never moves; the same for `probe`
     decoder-first   the decoder alone for a tenth of the run, up and down; then both as `warmup`
     """
     if schedule == "plain":
@@ -70,7 +72,7 @@ def fine_tuning_factors(schedule: str, step: int, steps: int, warmup: int) -> tu
         return factor, factor
 
     factor = warmup_factor(step, steps, warmup)
-    if schedule == "frozen-encoder":
+    if schedule in FROZEN:
         return 0.0, factor
     return factor, factor
 

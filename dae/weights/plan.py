@@ -1,7 +1,8 @@
 """The plan of weights: how their network is built, and how its input was prepared.
 
 A plan is in every checkpoint: `backbone` and its constructor's `arguments`, the numbers of
-channels, the `classes`, and the crop, spacing and intensities of training.
+channels, the `classes`, and the crop, spacing and intensities of training. One with a `probe` is of
+the backbone's encoder and a linear head (dae/model/probe.py).
 """
 
 import json
@@ -13,18 +14,19 @@ from typing import Any
 from torch import nn
 
 from dae.config.command_line import check_values, value_if_set, was_set, with_tuples
-from dae.config.evaluate import PredictConfig
+from dae.config.evaluate import FeaturesConfig, PredictConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import NetworkConfig
 from dae.errors import InputError
 from dae.model import BACKBONES, arguments_of, backbone_named
+from dae.model.probe import Probe
 
 # Options of the data that fine-tuning takes from the weights.
 DATA_OPTIONS = ("crop", "spacing", "ct_window", "mr_intensity")
 
 
 def backbone_of(
-    plan: Mapping[str, Any], config: NetworkConfig | PredictConfig, path: Path
+    plan: Mapping[str, Any], config: NetworkConfig | PredictConfig | FeaturesConfig, path: Path
 ) -> type[nn.Module]:
     """The class of a checkpoint's network.
 
@@ -48,6 +50,25 @@ def backbone_of(
         return backbone_named(planned)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def network_of_plan(
+    plan: Mapping[str, Any], config: PredictConfig | FeaturesConfig, path: Path
+) -> nn.Module:
+    """The network of a checkpoint, newly drawn. Raises InputError where it cannot be built."""
+    backbone = backbone_of(plan, config, path)
+    try:
+        network = backbone(
+            plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"])
+        )
+    except TypeError as error:  # a network of the user's own, changed since
+        raise InputError(
+            f"{path}: {plan['backbone']} does not take its options any more ({error})"
+        ) from error
+
+    if plan.get("probe"):
+        return Probe(network, plan["in_channels"], plan["out_channels"])
+    return network
 
 
 def arguments_from(plan: Mapping[str, Any], config: NetworkConfig, path: Path) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""A linear probe: what a frozen encoder knows, read by one linear layer (Alain and Bengio 2016).
+
+Fine-tuning all of a network mixes what the encoder has learned with what a decoder adds to it. Here
+the encoder is never trained, and nothing after it is more than linear.
+
+Axis letters: b batch, c channels, d h w the grid of a state, D H W that of the image.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Probe(nn.Module):
+    """A frozen encoder and a linear head: (b, in_channels, D, H, W) -> (b, out_channels, D, H, W).
+
+    backbone: with the methods and attributes of dae/model/__init__.py. Its `encoder` is shared with
+    the probe, and frozen; its decoder is left out.
+
+    The states are layer-normed over their channels, without weights, so that none of them counts
+    for more because its values are larger. (Swin UNETR's are so already, but with
+    --no-normalize-hidden.) Each is then mapped by a 1x1x1 convolution, upsampled by trilinear
+    interpolation, and all are added up. That equals one linear layer on all channels of all states,
+    upsampled: the weights of an interpolation sum to 1, so it may as well come after the layer,
+    where it has few channels to work on.
+    """
+
+    def __init__(self, backbone: Any, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.encoder: nn.Module = backbone.encoder
+        self.encoder.requires_grad_(False)
+        self.encoder.eval()
+
+        # In a tuple, so that torch takes the decoder for no part of this network.
+        self.backbone = (backbone,)
+
+        # One bias is enough for a sum.
+        self.head = nn.ModuleList()
+        for n, channels in enumerate(widths_of(backbone, in_channels)):
+            self.head.append(nn.Conv3d(channels, out_channels, 1, bias=n == 0))
+
+    def train(self, mode: bool = True) -> "Probe":
+        """The encoder stays in eval mode: a dropout or a batch norm of it would not be frozen."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def states(self, x: Tensor) -> list[Tensor]:
+        """The normed states of the encoder, (b, c, d, h, w) each."""
+        (backbone,) = self.backbone
+        return [normed(state) for state in backbone.encode(backbone.tokenize(x))]
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-3:]
+        maps = [layer(state) for layer, state in zip(self.head, self.states(x))]
+        return torch.stack([enlarged(y, size) for y in maps]).sum(dim=0)
+
+
+def normed(state: Tensor) -> Tensor:
+    """Each token to mean 0 and variance 1 over its channels. (b, c, d, h, w) -> the same shape."""
+    x = rearrange(state, "b c d h w -> b d h w c")
+    return rearrange(F.layer_norm(x, x.shape[-1:]), "b d h w c -> b c d h w")
+
+
+def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(b, c, d, h, w) -> (b, c, D, H, W), by trilinear interpolation."""
+    return F.interpolate(x, tuple(size), mode="trilinear", align_corners=False)
+
+
+def widths_of(backbone: Any, in_channels: int) -> list[int]:
+    """The channels of each state, by those of the smallest crop that fits."""
+    device = next(backbone.parameters()).device
+    n = backbone.divisor
+    x = torch.zeros(1, in_channels, 2 * n, n, n, device=device)
+
+    states = backbone.encode(backbone.tokenize(x))
+    return [state.shape[1] for state in states]

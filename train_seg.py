@@ -367,6 +367,7 @@ def read_list(config: SegConfig) -> DataList:
         fold=value_if_set(config, "fold"),
         split_seed=value_if_set(config, "split_seed"),
         label_fraction=config.label_fraction,
+        label_count=config.label_count,
         allow_trained=config.allow_trained,
     )
 

@@ -31,6 +31,7 @@ AROUND IT: what a run needs
     config/segment.py            options of fine-tuning, and its presets
     config/lists.py              options of the command that writes a data list
     config/illustrate.py         options of the paper's pictures
+    config/study.py              options of a study
 
   what it sees
     data/nifti.py                volumes, their grids, and what is wrong with a file
@@ -89,6 +90,15 @@ AROUND IT: what a run needs
 
   what it looks like
     illustrate.py                the command: Figures 1 to 4 of any volume
+
+  is one better than another?
+    study/plan.py                a plan: what is compared, on which labels, with which flags
+    study/cells.py               its cells in their order, and the commands of each
+    study/locks.py               one unit of work, one process
+    study/times.py               how long steps took, and what is left
+    study/runner.py              the cells that are not there yet, after any stop
+    study/table.py               what the study shows
+    study/__main__.py            the command: run, --dry-run, --report
 
   is this machine right?
     check.py                     gradients of a batch against those of its samples

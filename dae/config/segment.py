@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
+from dae.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +44,23 @@ class LabelConfig:
         low=0,
         high=1,
     )
+    label_count: int = opt(
+        0,
+        "number of training subjects, in place of a share; fewer lie within more, and within "
+        "shares; 0: as --label-fraction says",
+        low=0,
+    )
     foreground_crop: bool = opt(
         True, "cut volumes to what is brighter than the background, before training"
     )
     positive: float = opt(
         0.5, "share of the crops that are centred on a labelled voxel", low=0, high=1
     )
+
+    def check(self) -> None:
+        """Raises InputError where two flags say how many subjects train."""
+        if self.label_count and self.label_fraction != 1:
+            raise InputError(f"--label-count {self.label_count}: not beside --label-fraction")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +150,7 @@ class SegConfig(
     split_seed: int = opt(
         0,
         "seed of the five folds, where the list has neither folds nor validation, and of "
-        "--label-fraction",
+        "--label-fraction and --label-count",
         low=0,
     )
     epochs: int = opt(600, "passes over the training volumes, where --steps is 0; sec. 3.2", low=1)

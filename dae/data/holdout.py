@@ -44,16 +44,18 @@ def for_segmentation(
     fold: int | None,
     split_seed: int | None,
     label_fraction: float,
+    label_count: int = 0,
     allow_trained: bool,
 ) -> DataList:
     """The list's own split, one of its folds, or one of five; of its training subjects a share.
 
-    Everything that is trained or validated on has a label. Raises InputError as for pre-training,
-    and where a label is missing in the list, which `data` names.
+    A `label_count` above 0 takes so many of them in place of a share. Everything that is trained or
+    validated on has a label. Raises InputError as for pre-training, and where a label is missing in
+    the list, which `data` names.
     """
-    # The seed draws the fraction as well: with one it acts, even where it draws no folds.
+    # The seed draws the share as well: with one it acts, even where it draws no folds.
     seed_of_folds = split_seed
-    if label_fraction != 1 and not is_drawn(items):
+    if (label_fraction != 1 or label_count) and not is_drawn(items):
         seed_of_folds = None
 
     split = hold_out_fold(items, fold=fold, split_seed=seed_of_folds)
@@ -62,6 +64,8 @@ def for_segmentation(
     check_all_labelled(split, data)
 
     split = leaks.with_doubts(split, drawn=is_drawn(items))
+    if label_count:
+        return first_subjects(split, label_count, split_seed=split_seed or 0)
     return fraction(split, label_fraction, split_seed=split_seed or 0)
 
 
@@ -232,8 +236,21 @@ def fraction(items: DataList, share: float, *, split_seed: int = 0) -> DataList:
 
     Of one seed, a smaller share is part of every larger one.
     """
+    number = len({item.subject for item in items.training})
+    return first_subjects(items, max(1, round(share * number)), split_seed=split_seed)
+
+
+def first_subjects(items: DataList, number: int, *, split_seed: int = 0) -> DataList:
+    """So many of the training subjects, in the order in which `fraction` takes them.
+
+    Of one seed, fewer are part of more. Raises InputError where there are not so many.
+    """
     subjects = in_drawn_order(items, "fraction", split_seed)
-    kept = set(subjects[: max(1, round(share * len(subjects)))])
+    if number > len(subjects):
+        raise InputError(
+            f"--label-count {number}: there are {counted(len(subjects), 'subject')} to train on"
+        )
+    kept = set(subjects[:number])
     return replace(items, training=tuple(item for item in items.training if item.subject in kept))
 
 

@@ -1,0 +1,1 @@
+"""Studies: a comparison as a plan of commands, run to its end and told in a table."""

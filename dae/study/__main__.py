@@ -1,0 +1,96 @@
+"""Run a study: methods by labels by folds by seeds, and the table that it ends in.
+
+python -m dae.study PLAN.json --dry-run     the cells, their commands, and their time
+python -m dae.study PLAN.json               run what is not there yet; again after any stop
+python -m dae.study PLAN.json --report      only the tables and the figure
+
+PLAN is a file, or the name of a plan in dae/study/plans. Several processes may run one study in one
+folder: none does what another is doing.
+"""
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from dae.config.command_line import parse, run_or_explain
+from dae.config.study import StudyConfig
+from dae.demo.phantom import write_phantoms
+from dae.errors import InputError, counted
+from dae.study.cells import Folders, cell_commands, cells_of, data_of, pretrain_command
+from dae.study.locks import locked
+from dae.study.plan import Plan, read_plan
+from dae.study.runner import Study, is_done, run_all, say, time_left, time_of_cell
+from dae.study.table import write_tables
+from dae.study.times import in_words, read_times
+
+PROG = "python -m dae.study"
+
+
+def main() -> int:
+    """The exit code: 2 where a cell could not be made."""
+    name, config = read_command()
+    plan = read_plan(name, config.data)
+    folders = Folders(Path(config.out or f"runs/studies/{plan.name}"))
+    cells = cells_of(plan)
+    data_of(plan, folders)  # a list that is missing is named before anything is made
+    report = partial(write_tables, plan, folders, cells)
+    study = Study(plan, folders, cells, config.keep, report)
+
+    if config.dry_run:
+        print_cells(study)
+        return 0
+    if config.report:
+        report()
+        say(str(folders.out / "table.md"))
+        return 0
+
+    make_phantoms(plan, folders)
+    failed = run_all(study)
+    report()
+    say(f"{folders.out / 'table.md'} has the results")
+    if failed:
+        reasons = dict.fromkeys(failed)  # cells of one pre-training run fail for one reason
+        raise InputError(f"{counted(len(failed), 'failure')}: {'; '.join(reasons)}")
+    return 0
+
+
+def read_command() -> tuple[str, StudyConfig]:
+    """The plan and the flags of this process."""
+    name, *rest = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print(__doc__.strip())
+        rest = ["--help"]
+    config = parse(StudyConfig, rest, prog=PROG, description=__doc__)
+    return name, config
+
+
+def make_phantoms(plan: Plan, folders: Folders) -> None:
+    """The synthetic volumes of a plan that asks for them, unless they are there."""
+    if "phantoms" not in plan.data:
+        return
+    with locked(folders.lock("phantoms")) as lock:
+        if lock is not None:
+            write_phantoms(folders.phantoms(), **plan.data["phantoms"])
+
+
+def print_cells(study: Study) -> None:
+    """Each cell with its commands and its time, by what has been measured."""
+    times = read_times(study.folders.times)
+    study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
+    runs = set[str]()
+    for cell in study.cells:
+        if cell not in study.remaining:
+            print(f"{cell.name}: done")
+            continue
+        commands = cell_commands(study.plan, study.folders, cell)
+        if cell.pretraining.name not in runs:
+            commands.insert(0, pretrain_command(study.plan, study.folders, cell.pretraining))
+        print(f"{cell.name}: {in_words(time_of_cell(study, times, cell, runs))}")
+        for command in commands:
+            print(f"    {command.text}")
+    left = in_words(time_left(study))
+    print(f"{counted(len(study.cells), 'cell')}, {len(study.remaining)} to do, {left}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_or_explain(main, PROG))

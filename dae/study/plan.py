@@ -1,0 +1,283 @@
+"""A plan: which methods are compared, on which labels, with which flags.
+
+A plan is a JSON file. Every part of it is flags of the scripts, or says which values the study
+gives to a flag:
+
+    name        of the study
+    data        the lists: "pretrain", "finetune", and "test" where cases of another list are scored
+    pretrain    flags of train_pretrain.py for all methods
+    methods     name -> the flags that make it, in the order of priority; "finetune" among them
+                holds flags of train_seg.py for this method alone
+    finetune    flags of train_seg.py for all methods
+    tunings     name -> flags of train_seg.py, where several ways of fine-tuning are compared
+    labels      how many labelled subjects: whole numbers, shares below 1, or "all"; they nest
+    folds       folds of the list of "finetune", or null: the list's own split
+    seeds       {"pretrain": N, "finetune": N}, and {"default": 1, "dae": 3} in place of N;
+                "crossed": false takes tuning seed t with pre-training seed t alone
+    checkpoint  which one of fine-tuning is scored: "last.pt", or "best.pt"
+    split       which cases are scored: "test" or "validation"
+    predict     flags of eval.py predict
+    score       flags of eval.py score
+    baseline    the method that the others are compared with
+    scratch_lr  factors of the learning rate that networks without pre-training may choose from
+    headline    the two methods whose cells come first
+    launchers   step -> the words before a script, {"pretrain": ["torchrun", "--nproc_per_node=8"]}
+
+Paths are relative to the folder where the command runs, as those of flags are.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from dae.config.command_line import parse
+from dae.config.evaluate import PredictConfig, ScoreConfig
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
+from dae.data.listfile import probably_meant, read_json
+from dae.errors import InputError
+
+PLANS = Path(__file__).parent / "plans"  # those that can be given by name
+
+Flags = Mapping[str, Any]  # name of a flag, with underscores -> value
+Labels = int | float | Literal["all"]
+StepName = Literal["pretrain", "finetune", "predict", "score"]
+Checkpoint = Literal["last.pt", "best.pt"]
+Split = Literal["test", "validation"]
+STEPS: tuple[StepName, ...] = get_args(StepName)
+
+CONFIGS: dict[StepName, type] = {
+    "pretrain": PretrainConfig,
+    "finetune": SegConfig,
+    "predict": PredictConfig,
+    "score": ScoreConfig,
+}
+# Flags that the study itself sets in each step.
+OWN: dict[StepName, tuple[str, ...]] = {
+    "pretrain": ("data", "out", "resume", "seed", "stop_after", "dry_run"),
+    "finetune": (
+        *("data", "out", "resume", "seed", "stop_after", "dry_run"),
+        *("pretrained", "fold", "label_fraction", "label_count"),
+    ),
+    "predict": ("data", "out", "checkpoint", "images", "split", "fold"),
+    "score": ("data", "out", "predictions", "labels", "split", "fold"),
+}
+LISTS = ("pretrain", "finetune", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a plan file says; the words are those of the file."""
+
+    name: str
+    methods: Mapping[str, Flags]
+    data: Mapping[str, Any]
+    pretrain: Flags = field(default_factory=dict)
+    finetune: Flags = field(default_factory=dict)
+    tunings: Mapping[str, Flags] = field(default_factory=lambda: {"": {}})
+    labels: tuple[Labels, ...] = ("all",)
+    folds: tuple[int, ...] | None = None
+    seeds: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: Checkpoint = "last.pt"
+    split: Split = "test"
+    predict: Flags = field(default_factory=dict)
+    score: Flags = field(default_factory=dict)
+    baseline: str = ""
+    scratch_lr: tuple[float, ...] = (1,)
+    headline: tuple[str, ...] = ()
+    launchers: Mapping[str, list[str]] = field(default_factory=dict)
+    description: str = ""
+
+    def pretrain_flags(self, method: str) -> dict[str, Any]:
+        """Flags of train_pretrain.py that make a method, without those that the study sets."""
+        own = {name: value for name, value in self.methods[method].items() if name != "finetune"}
+        return {**self.pretrain, **own}
+
+    def finetune_flags(self, method: str, tuning: str) -> dict[str, Any]:
+        """Flags of train_seg.py for a method, without those that the study sets."""
+        own = self.methods[method].get("finetune", {})
+        return {**self.finetune, **self.tunings[tuning], **own}
+
+    def is_scratch(self, method: str) -> bool:
+        """Whether the method's weights are untrained, so that it may choose a learning rate."""
+        drawn_anew = self.methods[method].get("finetune", {}).get("from_scratch")
+        return bool(drawn_anew) or self.pretrain_flags(method).get("method") == "scratch"
+
+    def seeds_of(self, step: str, method: str) -> int:
+        """How many seeds of pre-training, or of fine-tuning, a method has."""
+        number = self.seeds.get(step, 1)
+        if isinstance(number, Mapping):
+            number = number.get(method, number.get("default", 1))
+        return int(number)
+
+
+def arguments(flags: Flags) -> list[str]:
+    """Flags as they are typed: {"crop": [8, 8, 8], "tta": True} -> --crop 8 8 8 --tta."""
+    words: list[str] = []
+    for name, value in flags.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else "--no-" + flag[2:])
+        elif isinstance(value, (list, tuple)):
+            words += [flag, *map(str, value)]
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+# --- from the file
+
+
+def read_plan(name: str, lists: Collection[str] = ()) -> Plan:
+    """The plan of a file, or of one of the names in `plans/`. Raises InputError.
+
+    lists: as --data has them, "pretrain=LIST", in place of the plan's own.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = PLANS / f"{name}.json"
+    if not path.is_file():
+        names = ", ".join(sorted(plan.stem for plan in PLANS.glob("*.json")))
+        raise InputError(f"{name}: no such file, and no plan of that name; there are {names}")
+
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a plan is an object, {{...}}")
+    check_known(content, [f.name for f in fields(Plan)], f"{path}")
+    for f in fields(Plan):
+        required = f.default is MISSING and f.default_factory is MISSING
+        if required and not content.get(f.name):
+            raise InputError(f'{path}: "{f.name}" is missing')
+
+    plan = Plan(**{key: as_tuple(value) for key, value in content.items()})
+    plan = replace(plan, data=with_lists(plan.data, lists))
+    plan = replace(plan, baseline=plan.baseline or next(iter(plan.methods)))
+    check_plan(plan, path)
+    return plan
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def with_lists(data: Mapping[str, Any], lists: Collection[str]) -> dict[str, Any]:
+    """The data of a plan, with the lists of --data in place of its own. Raises InputError."""
+    result = dict(data)
+    for entry in lists:
+        name, _, path = entry.partition("=")
+        if name not in LISTS or not path:
+            raise InputError(f"--data {entry}: give it as {'=LIST, '.join(LISTS)}=LIST")
+        result[name] = path
+    return result
+
+
+def check_known(keys: Collection[str], known: Collection[str], where: str) -> None:
+    """Raises InputError for a key that is not read, with the one that was probably meant."""
+    for key in keys:
+        if key in known:
+            continue
+        meant = probably_meant(key, dict.fromkeys(known, ""))
+        remedy = f'"{meant}" was probably meant' if meant else f"there are {', '.join(known)}"
+        raise InputError(f'{where}: "{key}" is not read; {remedy}')
+
+
+# --- is it a plan that can be run?
+
+
+def check_plan(plan: Plan, path: Path) -> None:
+    """Raises InputError, naming the key, before anything runs."""
+    check_shapes(plan, path)
+    check_known(plan.data, [*LISTS, "phantoms"], f'{path}: "data"')
+    check_known(plan.launchers, STEPS, f'{path}: "launchers"')
+    for name in (plan.baseline, *plan.headline):
+        if name not in plan.methods:
+            raise InputError(f'{path}: "{name}" is none of the methods')
+
+    check_choice(plan.checkpoint, get_args(Checkpoint), f'{path}: "checkpoint"')
+    check_choice(plan.split, get_args(Split), f'{path}: "split"')
+    for name in (*plan.methods, *plan.tunings):
+        if not re.fullmatch(r"[\w.+]*", name):
+            raise InputError(f'{path}: "{name}": a name has letters, digits, "_", "." and "+"')
+    for labels in plan.labels:
+        check_labels(labels, path)
+    if plan.folds and plan.split == "test" and "test" not in plan.data:
+        raise InputError(f'{path}: "folds" hold out what is scored: "split" must be "validation"')
+    check_seeds(plan, path)
+    check_flags(plan, path)
+
+
+def check_shapes(plan: Plan, path: Path) -> None:
+    """Raises InputError where a key holds another kind of value than it should."""
+    objects = ("methods", "data", "pretrain", "finetune", "tunings", "seeds", "predict", "score")
+    for key in (*objects, "launchers"):
+        if not isinstance(getattr(plan, key), Mapping):
+            raise InputError(f'{path}: "{key}" is an object, {{...}}')
+    for key in ("methods", "tunings"):
+        for name, flags in getattr(plan, key).items():
+            if not isinstance(flags, Mapping):
+                raise InputError(f'{path}: "{key}": "{name}" is an object of flags, {{...}}')
+    for key in ("labels", "folds", "scratch_lr", "headline"):
+        value = getattr(plan, key)
+        if not isinstance(value, tuple) and not (key == "folds" and value is None):
+            raise InputError(f'{path}: "{key}" is a list, [...]')
+        if value is not None and len(set(value)) < len(value):
+            raise InputError(f'{path}: "{key}" has a value twice')
+    for key in ("labels", "tunings", "scratch_lr"):
+        if not getattr(plan, key):
+            raise InputError(f'{path}: "{key}" is empty; leave it out')
+
+
+def check_choice(value: Any, choices: Collection[str], where: str) -> None:
+    if value not in choices:
+        raise InputError(f"{where}: {value} is not a choice; take {' or '.join(choices)}")
+
+
+def check_labels(labels: Any, path: Path) -> None:
+    """A whole number counts subjects, a number below 1 is a share of them."""
+    if labels == "all":
+        return
+    is_number = isinstance(labels, (int, float)) and not isinstance(labels, bool)
+    is_count = is_number and labels >= 1 and labels == int(labels)
+    if not is_count and not (is_number and 0 < labels < 1):
+        raise InputError(
+            f'{path}: "labels": {labels}: give a number of subjects, a share below 1, or "all"'
+        )
+
+
+def check_seeds(plan: Plan, path: Path) -> None:
+    where = f'{path}: "seeds"'
+    check_known(plan.seeds, ["pretrain", "finetune", "crossed"], where)
+    for step in ("pretrain", "finetune"):
+        numbers = plan.seeds.get(step, 1)
+        if isinstance(numbers, Mapping):
+            check_known(numbers, ["default", *plan.methods], where)
+        for method in plan.methods:
+            if plan.seeds_of(step, method) < 1:
+                raise InputError(f"{where}: {step}: at least one")
+    for method in plan.methods:
+        few = plan.seeds_of("finetune", method) < plan.seeds_of("pretrain", method)
+        if few and not plan.seeds.get("crossed", True):
+            raise InputError(f"{where}: {method} has fewer tuning seeds than pre-training seeds")
+
+
+def check_flags(plan: Plan, path: Path) -> None:
+    """Every command line is read as the script itself will read it."""
+    for method in plan.methods:
+        where = f'{path}: method "{method}"'
+        check_command("pretrain", plan.pretrain_flags(method), where)
+        for tuning in plan.tunings:
+            check_command("finetune", plan.finetune_flags(method, tuning), where)
+    check_command("predict", plan.predict, f'{path}: "predict"')
+    check_command("score", plan.score, f'{path}: "score"')
+
+
+def check_command(step: StepName, flags: Flags, where: str) -> None:
+    own = [name for name in flags if name in OWN[step]]
+    if own:
+        raise InputError(f'{where}: "{own[0]}" is a flag that the study itself sets')
+    try:
+        parse(CONFIGS[step], arguments(flags), prog=step, description="")
+    except InputError as error:
+        raise InputError(f"{where}: {step}: {error}") from error

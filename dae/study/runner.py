@@ -1,0 +1,358 @@
+"""Run the cells that are not there yet: pre-train, fine-tune, predict, score.
+
+A cell that is killed goes on where it was: the scripts resume, and finished steps are noted in
+progress.json. A cell is done when its cell.json is there, which is written after its scores.
+"""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dae.errors import InputError, counted
+from dae.files import write_bytes
+from dae.study.cells import (
+    KEPT,
+    Cell,
+    Command,
+    Folders,
+    Pretraining,
+    cell_commands,
+    cell_fingerprint,
+    difference,
+    pretrain_command,
+    pretraining_fingerprint,
+)
+from dae.study.locks import locked
+from dae.study.plan import Plan
+from dae.study.times import add_time, expected, in_words, read_times
+
+WAIT = 2.0  # seconds between looks at what other processes work on
+TRAINING = ("pretrain", "finetune")
+
+# Of a run's first event, what tells where a cell was made.
+VERSIONS = ("torch", "numpy", "python", "platform", "threads", "gpu", "device", "git")
+
+
+class CommandFailed(Exception):
+    """A command of a cell did not end well. One line for the user."""
+
+
+@dataclass
+class Study:
+    """What the runner works with. `failed` and `remaining` change."""
+
+    plan: Plan
+    folders: Folders
+    cells: list[Cell]
+    keep: bool
+    after_cell: Callable[[], object]  # rewrites the tables
+    failed: dict[str, str] = field(default_factory=dict)  # name of a unit -> what was wrong
+    remaining: list[Cell] = field(default_factory=list)
+
+
+class Unit(NamedTuple):
+    """What the steps of one cell, or of one pre-training run, share."""
+
+    name: str
+    folder: Path  # with a run in it, or in its folder finetune
+    fingerprint: dict[str, Any]
+    about: dict[str, Any]  # method, tuning, labels: for times.jsonl
+
+
+def run_all(study: Study) -> list[str]:
+    """Every cell once. Returns what failed, a line each; other cells go on.
+
+    Where other processes work on all that is left, wait for them: they may fail, or be killed.
+    """
+    check_made_by_this_plan(study)
+    study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
+    say(f"{len(study.cells)} cells, {len(study.remaining)} of them to do")
+
+    while study.remaining:
+        worked = False
+        for cell in list(study.remaining):
+            worked |= try_cell(study, cell)
+        if study.remaining and not worked:
+            time.sleep(WAIT)
+    return list(study.failed.values())
+
+
+def try_cell(study: Study, cell: Cell) -> bool:
+    """Do the cell, unless it is done, or another process is at it. Returns whether it was done."""
+    folders = study.folders
+    try:
+        with locked(folders.lock(cell.name)) as lock:
+            if lock is None:
+                return False
+            # Only now: another process may have finished it while this one looked elsewhere.
+            if is_done(folders, cell):
+                study.remaining.remove(cell)
+                return False
+            if not pretrained(study, cell.pretraining):
+                return False
+            do_cell(study, cell, lock)
+    except CommandFailed as error:
+        study.remaining.remove(cell)
+        study.failed[cell.name] = str(error)
+        say(str(error))
+        return True
+    study.remaining.remove(cell)
+    study.after_cell()
+    return True
+
+
+def pretrained(study: Study, run: Pretraining) -> bool:
+    """Whether the weights are there, or could be made now; False where others are at it.
+
+    Raises CommandFailed where they cannot be made.
+    """
+    folders = study.folders
+    if run.name in study.failed:
+        raise CommandFailed(study.failed[run.name])
+
+    with locked(folders.lock(run.name)) as lock:
+        if lock is None:
+            return False
+        unit = Unit(
+            run.name,
+            folders.pretraining(run),
+            pretraining_fingerprint(study.plan, folders, run),
+            {"method": run.method},
+        )
+        progress = progress_of(unit)
+        if "pretrain" in progress["seconds"] and (unit.folder / "last.pt").is_file():
+            return True
+        command = pretrain_command(study.plan, folders, run)
+        try:
+            do_step(study, unit, command, progress, lock)
+        except CommandFailed as error:
+            study.failed[run.name] = str(error)
+            raise
+    return True
+
+
+def do_cell(study: Study, cell: Cell, lock: int) -> None:
+    """The steps of a cell that are not done, then its scores into the folder of results."""
+    folders = study.folders
+    unit = Unit(
+        cell.name,
+        folders.work(cell),
+        cell_fingerprint(study.plan, folders, cell),
+        {"method": cell.method, "tuning": cell.tuning, "labels": cell.labels},
+    )
+    progress = progress_of(unit)
+    commands = cell_commands(study.plan, folders, cell)
+    for command in commands:
+        if command.step not in progress["seconds"]:
+            do_step(study, unit, command, progress, lock)
+
+    kept = folders.kept(cell)
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in KEPT[:-1]:
+        write_bytes(kept / name, (unit.folder / "scores" / name).read_bytes())
+    content = {
+        "cell": cell.name,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": progress["seconds"],
+        "validation": last_validation(unit.folder / "finetune" / "log.jsonl"),
+        **run_on(unit.folder / "finetune" / "log.jsonl"),
+        "commands": [
+            pretrain_command(study.plan, folders, cell.pretraining).text,
+            *(command.text for command in commands),
+        ],
+        "fingerprint": unit.fingerprint,
+    }
+    write_bytes(kept / KEPT[-1], (json.dumps(content, indent=1) + "\n").encode())
+    if not study.keep:
+        shutil.rmtree(unit.folder)
+
+
+def do_step(
+    study: Study, unit: Unit, command: Command, progress: dict[str, Any], lock: int
+) -> None:
+    """Run one command to its end and note that it is done. Raises CommandFailed.
+
+    progress.json changes with it. The command holds the lock as well.
+    """
+    step = command.step
+    interrupted = step in progress["begun"]
+    progress["begun"] = sorted({*progress["begun"], step})
+    note_progress(unit, progress)
+    done = len(study.cells) - len(study.remaining)
+    left = in_words(time_left(study))
+    say(f"[{done}/{len(study.cells)} done, {left} left] {unit.name}: {step}")
+
+    log = study.folders.log(unit.name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    with log.open("ab") as file:
+        try:
+            process = subprocess.Popen(
+                command.words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                pass_fds=(lock,),
+            )
+        except OSError as error:
+            raise CommandFailed(f"{unit.name}: {command.words[0]}: {error.strerror}") from error
+        code = process.wait()
+    seconds = time.perf_counter() - start
+
+    run = unit.folder / "finetune" if step == "finetune" else unit.folder
+    if code or (step in TRAINING and not has_finished(run / "log.jsonl")):
+        reason = f"exit code {code}" if code else "stopped before its end"
+        raise CommandFailed(f"{unit.name}: {step}: {reason}: {last_line(log)} (see {log})")
+    progress["seconds"][step] = round(seconds, 1)
+    note_progress(unit, progress)
+    if not interrupted:  # of a step that was killed, this is only the rest
+        entry = {"step": step, **unit.about, "unit": unit.name, "seconds": round(seconds, 1)}
+        add_time(study.folders.times, entry)
+
+
+# --- what is there
+
+
+def is_done(folders: Folders, cell: Cell) -> bool:
+    """Whether the scores of a cell are there, whole."""
+    return all((folders.kept(cell) / name).is_file() for name in KEPT)
+
+
+def check_made_by_this_plan(study: Study) -> None:
+    """Raises InputError where a finished cell was made by another version of the plan."""
+    others = other_versions(study.plan, study.folders, study.cells)
+    if others:
+        name, how = next(iter(others.items()))
+        more = f", and {counted(len(others) - 1, 'cell')} more" if len(others) > 1 else ""
+        raise InputError(
+            f"{study.folders.out}: cell {name} was made by another version of the plan ({how})"
+            f"{more}; give another --out, or remove what is of the other version"
+        )
+
+
+def other_versions(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> dict[str, str]:
+    """Finished cells that another version of the plan has made, and what was different."""
+    others = {}
+    for cell in cells:
+        if not is_done(folders, cell):
+            continue
+        made = json.loads((folders.kept(cell) / KEPT[-1]).read_text())
+        how = difference(cell_fingerprint(plan, folders, cell), made["fingerprint"])
+        if how:
+            others[cell.name] = how
+    return others
+
+
+def progress_of(unit: Unit) -> dict[str, Any]:
+    """What is done of a unit. Raises CommandFailed where another version of the plan began it."""
+    path = unit.folder / "progress.json"
+    if not path.is_file():
+        return {"begun": [], "seconds": {}, "fingerprint": unit.fingerprint}
+    progress: dict[str, Any] = json.loads(path.read_text())
+    how = difference(unit.fingerprint, progress["fingerprint"])
+    if how:
+        raise CommandFailed(
+            f"{unit.name}: begun by another version of the plan ({how}); remove {unit.folder}"
+        )
+    return progress
+
+
+def note_progress(unit: Unit, progress: Mapping[str, Any]) -> None:
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(unit.folder / "progress.json", json.dumps(progress, indent=1).encode())
+
+
+# --- what a run says of itself
+
+
+def events_of(log: Path) -> list[dict[str, Any]]:
+    """The events of a log.jsonl, without a line that was cut short."""
+    events = []
+    for line in log.read_text().splitlines() if log.is_file() else []:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def has_finished(log: Path) -> bool:
+    """Whether a run has come to its last step: a signal also ends it with exit code 0."""
+    events = events_of(log)
+    return bool(events) and events[-1].get("reason") == "finished"
+
+
+def last_validation(log: Path) -> dict[str, Any]:
+    """Step, Dice and number of cases of the last validation, and the best Dice of all."""
+    found: dict[str, Any] = {}
+    best = None
+    for event in events_of(log):
+        if event["event"] != "validation":
+            continue
+        found = {key: event.get(key) for key in ("step", "dice", "cases")}
+        if event.get("dice") is not None:
+            best = max(best or 0.0, event["dice"])
+    return {**found, "best_dice": best}
+
+
+def run_on(log: Path) -> dict[str, Any]:
+    """Versions and machine of the run, by the event that it last started with."""
+    starts = [event for event in events_of(log) if event["event"] in ("start", "resume")]
+    return {key: starts[-1].get(key) for key in VERSIONS} if starts else {}
+
+
+def last_line(log: Path) -> str:
+    """The last line that a command has printed, at most 300 characters of it."""
+    lines = log.read_text(errors="replace").split("\n")
+    printed = [line.strip() for line in lines if line.strip()]
+    return printed[-1][-300:] if printed else "it printed nothing"
+
+
+# --- time
+
+
+def time_left(study: Study) -> float | None:
+    """Seconds of all that is left, one after the other; None where nothing was measured."""
+    times = read_times(study.folders.times)
+    total = 0.0
+    counted_runs = set[str]()
+    for cell in study.remaining:
+        seconds = time_of_cell(study, times, cell, counted_runs)
+        if seconds is None:
+            return None
+        total += seconds
+    return total
+
+
+def time_of_cell(
+    study: Study, times: Sequence[Mapping[str, Any]], cell: Cell, runs: set[str]
+) -> float | None:
+    """Seconds that a cell will take, with its weights where they are neither there nor in `runs`.
+
+    Its pre-training run joins `runs`.
+    """
+    folder = study.folders.pretraining(cell.pretraining)
+    steps = ["finetune", "predict", "score"]
+    if cell.pretraining.name not in runs and not has_finished(folder / "log.jsonl"):
+        steps.insert(0, "pretrain")
+    runs.add(cell.pretraining.name)
+
+    total = 0.0
+    for step in steps:
+        method = cell.pretraining.method if step == "pretrain" else cell.method
+        unit = {"method": method, "tuning": cell.tuning, "labels": cell.labels}
+        seconds = expected(times, step=step, **unit)
+        if seconds is None:
+            return None
+        total += seconds
+    return total
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

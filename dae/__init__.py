@@ -77,7 +77,7 @@ AROUND IT: what a run needs
   how good it is
     evaluation/nearest.py        from each voxel of a border to the nearest of another
     evaluation/metrics.py        Dice, HD, MSD, HD95, NSD in mm
-    evaluation/statistics.py     averages, paired tests, bootstrap intervals, fold tables
+    evaluation/statistics.py     averages, paired tests, intervals, fold tables
     evaluation/written.py        what eval.py wrote into a folder, and what it may write there
     evaluation/cases.py          predictions against labels, file by file
     evaluation/windows.py        sliding window, flips, ensembles

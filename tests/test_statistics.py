@@ -14,6 +14,7 @@ from dae.evaluation.statistics import (
     OVERALL,
     P_VALUES,
     SURFACES,
+    Interval,
     aggregate,
     bootstrap_shares,
     case_means,
@@ -21,6 +22,7 @@ from dae.evaluation.statistics import (
     fold_table,
     holm,
     mean_interval,
+    sign_flip_p,
     summarise,
     worst_cases,
 )
@@ -52,6 +54,10 @@ def rows_of(dice: Table, hd95: Table | None = None) -> list[Row]:
 def found(lines: Sequence[Row], metric: str, cls: int | str) -> Row:
     (line,) = [line for line in lines if (line["metric"], line["class"]) == (metric, cls)]
     return line
+
+
+def bounds_of(interval: Interval) -> tuple[float, float]:
+    return interval.low, interval.high
 
 
 def bounds(line: Row) -> tuple[float, float]:
@@ -202,6 +208,37 @@ def test_an_interval_narrows_with_the_number_of_cases() -> None:
     assert (few.high - few.low) / (many.high - many.low) == pytest.approx(4, rel=0.1)
 
 
+@pytest.mark.parametrize("n", [2, 3, 6, 19])
+def test_below_twenty_values_the_interval_is_students_t_of_scipy(n: int) -> None:
+    values = np.random.default_rng(n).gamma(2.0, size=n)
+    scipys = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert bounds_of(mean_interval(values)) == pytest.approx((scipys.low, scipys.high))
+
+
+def test_from_twenty_values_on_it_is_the_bootstrap() -> None:
+    values = np.random.default_rng(0).gamma(2.0, size=20)
+    means = bootstrap_shares(20, 0) @ values
+    assert bounds_of(mean_interval(values)) == pytest.approx(np.percentile(means, (2.5, 97.5)))
+
+
+def test_of_few_skewed_gains_students_interval_holds_the_true_mean_more_often() -> None:
+    """Gains of a case as anchors have them: most small, a few large (exponential), 95 % nominal."""
+    shares = {}
+    for n in (6, 10, 24):
+        gains = np.random.default_rng(n).exponential(size=(4000, n)) - 0.5  # true mean 0.5
+        half = stats.t.ppf(0.975, n - 1) * gains.std(axis=1, ddof=1) / sqrt(n)
+        student = np.mean(np.abs(gains.mean(axis=1) - 0.5) <= half)
+        low, high = np.percentile(gains @ bootstrap_shares(n, 0)[:2000].T, (2.5, 97.5), axis=1)
+        bootstrap = np.mean((low <= 0.5) & (high >= 0.5))
+        shares[n] = (student, bootstrap)
+
+    # Both fall short of 95 % of skewed gains; the fewer they are, the more the bootstrap does.
+    assert shares[6][0] > shares[6][1] + 0.05
+    assert shares[10][0] > shares[10][1] + 0.02
+    assert abs(shares[24][0] - shares[24][1]) < 0.02
+    assert min(student for student, _ in shares.values()) > 0.87
+
+
 def test_what_is_not_finite_is_not_in_the_mean() -> None:
     assert mean_interval([1.0, nan, 2.0, inf, 3.0]) == mean_interval([1.0, 2.0, 3.0])
     assert mean_interval([1.0, nan, 2.0, inf, 3.0]).n == 3
@@ -241,6 +278,30 @@ def test_holm_never_lies_below_p_and_keeps_its_order() -> None:
 # --- two runs
 
 
+def scipys_sign_flip_p(differences: np.ndarray, resamples: float = np.inf) -> float:
+    test = stats.permutation_test(
+        (differences,), np.mean, permutation_type="samples", vectorized=True, n_resamples=resamples
+    )
+    return float(test.pvalue)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 12])
+def test_sign_flips_of_few_pairs_are_exact_as_scipys(n: int) -> None:
+    differences = np.round(np.random.default_rng(n).normal(0.2, 0.3, n), 2)
+    assert sign_flip_p(differences) == pytest.approx(scipys_sign_flip_p(differences))
+
+
+def test_six_pairs_that_all_gain_have_the_least_p_that_six_can_have() -> None:
+    assert sign_flip_p(np.array([0.1, 0.2, 0.3, 0.1, 0.4, 0.1])) == 2 / 2**6
+
+
+def test_sign_flips_of_many_pairs_are_drawn_and_near_scipys() -> None:
+    differences = np.random.default_rng(1).normal(0.1, 0.3, 40)
+    drawn = sign_flip_p(differences)
+    assert drawn == pytest.approx(scipys_sign_flip_p(differences, 20_000), abs=0.01)
+    assert sign_flip_p(np.full(40, 0.1)) == 1 / 10_001  # never 0: the signs as they are count
+
+
 def test_each_class_has_the_tests_of_scipy() -> None:
     lines = compare(rows_of(A), rows_of(B))
     for cls in A:
@@ -248,6 +309,7 @@ def test_each_class_has_the_tests_of_scipy() -> None:
         difference = np.subtract(B[cls], A[cls])
         assert line["t_p"] == pytest.approx(stats.ttest_rel(B[cls], A[cls]).pvalue)
         assert line["wilcoxon_p"] == pytest.approx(stats.wilcoxon(B[cls], A[cls]).pvalue)
+        assert line["sign_flip_p"] == pytest.approx(scipys_sign_flip_p(difference))
         assert line["difference"] == pytest.approx(difference.mean())
         assert (line["mean_a"], line["mean_b"]) == pytest.approx((np.mean(A[cls]), np.mean(B[cls])))
         assert bounds(line) == pytest.approx(mean_interval(difference)[1:3], abs=1e-9)
@@ -347,7 +409,7 @@ def test_pairs_that_are_none_are_counted_by_reason() -> None:
 
 def test_runs_that_are_equal_have_p_one() -> None:
     for line in compare(rows_of(A), rows_of(A)):
-        assert line["t_p"] == line["wilcoxon_p"] == 1
+        assert line["t_p"] == line["wilcoxon_p"] == line["sign_flip_p"] == 1
         assert line["low"] == line["difference"] == line["high"] == 0
 
 
@@ -356,7 +418,7 @@ def test_a_difference_that_is_everywhere_the_same_has_no_t_test() -> None:
     line = found(compare(rows_of(A), rows_of(shifted)), "dice", 1)
     assert isnan(line["t_p"])
     assert isnan(line["t_p_holm"])
-    assert line["wilcoxon_p"] == pytest.approx(2 / 2**12)
+    assert line["wilcoxon_p"] == line["sign_flip_p"] == pytest.approx(2 / 2**12)
     assert line["low"] == line["high"] == pytest.approx(0.1)
 
 
@@ -371,7 +433,7 @@ def test_fewer_than_two_pairs_have_no_p() -> None:
     assert one["difference"] == pytest.approx(0.1)
     assert isnan(none["difference"])
     for line in (one, none):
-        for key in ("t_p", "wilcoxon_p", "t_p_holm", "wilcoxon_p_holm", "low", "high"):
+        for key in (*P_VALUES, *(f"{p}_holm" for p in P_VALUES), "low", "high"):
             assert isnan(line[key])
 
 
@@ -494,7 +556,8 @@ def test_under_the_penalty_a_missed_organ_is_as_far_off_as_its_volume_is_long() 
     rows = [row("s0", 1, 0.9, 2.0), row("s1", 1, 0.0, inf, "missed")]
     summary = summarise(rows, policy="diagonal", diagonals={"s0": 100.0, "s1": 300.0})
     hd95 = summary["classes"][1]["hd95"]
-    assert (hd95["mean"], hd95["n"], *bounds(hd95)) == (151.0, 2, 2.0, 300.0)
+    assert (hd95["mean"], hd95["n"]) == (151.0, 2)
+    assert bounds(hd95) == mean_interval([2.0, 300.0])[1:3]
     cases = summary["mean_of_cases"]["hd95"]
     assert (cases["mean"], *bounds(cases)) == (151.0, 2.0, 300.0)
     assert summary["diagonals_mm"] == {"s0": 100.0, "s1": 300.0}

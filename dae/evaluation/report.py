@@ -367,7 +367,8 @@ def image_tag(picture: bytes, text: str) -> str:
 
 def comparison_text(lines: Sequence[Row], *, a: str = "A", b: str = "B") -> str:
     """What `statistics.compare` gives, as Markdown that is also easy to read as it is."""
-    head = ["n", "A", "B", "B - A", "95 %", "t-test p", "Holm", "Wilcoxon p", "Holm", "left out"]
+    head = ["n", "A", "B", "B - A", "95 %", "t-test p", "Holm", "Wilcoxon p", "Holm"]
+    head += ["sign-flip p", "Holm", "left out"]
     body = defaultdict(list)
     for line in lines:
         metric = line["metric"]

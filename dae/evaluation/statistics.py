@@ -11,7 +11,7 @@ its place first (`penalised`). Rows are those of `metrics.score_labels`, with a 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, sqrt
 from statistics import fmean, median, stdev
 from typing import Any, NamedTuple, get_args
 
@@ -26,9 +26,11 @@ from dae.evaluation.metrics import DISTANCES, METRICS, MISSED, SPURIOUS, STATUSE
 OVERALL = "overall"  # in place of a class
 OVERALL_NAME = "mean of classes"
 
-RESAMPLES = 10_000  # of the bootstrap
+RESAMPLES = 10_000  # of the bootstrap, and of the signs where there are too many to try all
+FEW = 20  # below so many values Student's t interval stands in for the bootstrap
+EXACT = 16  # up to so many differences all of their 2^n signs are tried
 HIGHER_IS_BETTER = ("dice", "nsd")
-P_VALUES = ("t_p", "wilcoxon_p")
+P_VALUES = ("t_p", "wilcoxon_p", "sign_flip_p")
 DECIMALS = 12  # of a difference: rounding beyond them would turn zeros and ties into differences
 
 SURFACES = {
@@ -174,9 +176,11 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Iterable[float], *, seed: int = 0) -> Interval:
-    """Mean of the finite values with its 95 % percentile bootstrap interval (Efron, 1979).
+    """Mean of the finite values with its 95 % interval.
 
-    Below two values there is no interval (nan). With fewer than about ten it is too narrow.
+    It is the percentile bootstrap's (Efron, 1979), and below FEW values Student's t: of few values
+    the bootstrap's is too narrow (tests/test_statistics.py has both coverages). The t interval of a
+    mean Dice may reach beyond 1. Below two values there is no interval (nan).
     """
     finite = np.array([value for value in values if isfinite(value)], np.float64)
     n = len(finite)
@@ -184,10 +188,18 @@ def mean_interval(values: Iterable[float], *, seed: int = 0) -> Interval:
         mean = float(finite[0]) if n else nan
         return Interval(mean, nan, nan, n)
 
+    mean = float(finite.mean())
+    if not np.ptp(finite):
+        value = float(finite[0])  # the mean of equal values may differ from them by rounding
+        return Interval(mean, value, value, n)
+
+    if n < FEW:
+        half = float(stats.t.ppf(0.975, n - 1) * finite.std(ddof=1) / sqrt(n))
+        return Interval(mean, mean - half, mean + half, n)
+
     means = bootstrap_shares(n, seed) @ finite
-    percentiles = np.percentile(means, (2.5, 97.5))
-    low, high = np.clip(percentiles, finite.min(), finite.max())  # rounding may lead beyond
-    return Interval(float(finite.mean()), float(low), float(high), n)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Interval(mean, float(low), float(high), n)
 
 
 @lru_cache(maxsize=4)
@@ -251,8 +263,8 @@ def compare(
     """B against A: for each metric a row per class, and one over all, of the cases' means.
 
     Rows: metric, class, name, n, left_out, mean_a, mean_b, difference (B minus A) with its interval
-    low and high, better, t_p and wilcoxon_p, and both as t_p_holm and wilcoxon_p_holm, corrected
-    over the classes of the metric. Raises InputError where the runs have no case in common, or one
+    low and high, better, t_p, wilcoxon_p and sign_flip_p, and each with _holm, corrected over the
+    classes of the metric. Raises InputError where the runs have no case in common, or one
     holds a class of a case twice.
     """
     a = by_case_and_class(rows_a, "A")
@@ -360,7 +372,6 @@ def compare_pairs(
     a, b = np.array(pairs, np.float64).reshape(-1, 2).T
     differences = np.round(b - a, DECIMALS)
     interval = mean_interval(differences.tolist(), seed=seed)
-    t_p, wilcoxon_p = p_values(differences)
     return {
         "n": interval.n,
         "left_out": dict(left_out),
@@ -370,8 +381,7 @@ def compare_pairs(
         "low": interval.low,
         "high": interval.high,
         "better": better_run(interval.mean, metric),
-        "t_p": t_p,
-        "wilcoxon_p": wilcoxon_p,
+        **dict(zip(P_VALUES, p_values(differences, seed))),
     }
 
 
@@ -385,21 +395,46 @@ def better_run(difference: float, metric: str) -> str:
     return "neither"
 
 
-def p_values(differences: NDArray[np.float64]) -> tuple[float, float]:
-    """Of the paired t-test (two-sided) and of Wilcoxon's signed-rank test (zeros dropped).
+def p_values(differences: NDArray[np.float64], seed: int = 0) -> tuple[float, float, float]:
+    """Two-sided p of the paired t-test, Wilcoxon's signed-rank test (zeros dropped), sign flips.
 
-    Below two pairs both are nan; where no pair differs both are 1. Where all differ by the same
+    Below two pairs all are nan; where no pair differs all are 1. Where all differ by the same
     amount a t-test has no variance to divide by, and its p is nan.
     """
     if len(differences) < 2:
-        return nan, nan
+        return nan, nan, nan
     if not differences.any():
-        return 1.0, 1.0
+        return 1.0, 1.0, 1.0
 
     t_p = nan
     if np.ptp(differences):
         t_p = float(stats.ttest_1samp(differences, 0).pvalue)
-    return t_p, float(stats.wilcoxon(differences).pvalue)
+    wilcoxon_p = float(stats.wilcoxon(differences).pvalue)
+    return t_p, wilcoxon_p, sign_flip_p(differences, seed)
+
+
+def sign_flip_p(differences: NDArray[np.float64], seed: int = 0) -> float:
+    """How often random signs of the differences give a sum at least as far from 0 (Fisher, 1935).
+
+    It is exact up to EXACT differences, and says nothing of their distribution but that it would be
+    symmetric about 0 if both runs were alike.
+    """
+    n = len(differences)
+    sums = np.abs(sign_flips(n, seed) @ differences)
+    as_far = sums >= abs(differences.sum()) * (1 - 1e-9)  # equal sums may differ by rounding
+    if n <= EXACT:
+        return float(as_far.mean())
+    return float((1 + as_far.sum()) / (1 + len(sums)))  # the signs as they are count as well
+
+
+@lru_cache(maxsize=4)
+def sign_flips(n: int, seed: int) -> NDArray[np.float64]:
+    """Signs of n numbers, all 2^n or RESAMPLES that are drawn: rows of 1 and -1."""
+    if n <= EXACT:
+        bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (RESAMPLES, n))
+    return 1.0 - 2.0 * bits
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -97,7 +97,8 @@ AROUND IT: what a run needs
     study/locks.py               one unit of work, one process
     study/times.py               how long steps took, and what is left
     study/runner.py              the cells that are not there yet, after any stop
-    study/table.py               what the study shows
+    study/results.py             what the finished cells say, as numbers
+    study/table.py               table, CSV and figure
     study/__main__.py            the command: run, --dry-run, --report
 
   is this machine right?

@@ -457,7 +457,7 @@ def test_what_could_not_be_tested_is_a_dash_and_its_reason() -> None:
     b = [row("s0", 1, 0.4996), row("s1", 1, 0.5)]
     rule, line = comparison_text(compare(a, b)).splitlines()[3:5]
     assert rule.split()[3] == "-:"  # a colon alone is no column to Markdown
-    expected = ["organ 1", "1", "0.500", "0.500", "0.000", *"–––––", "1 absent in A"]
+    expected = ["organ 1", "1", "0.500", "0.500", "0.000", *"–––––––", "1 absent in A"]
     assert columns(line) == expected
 
 

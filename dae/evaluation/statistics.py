@@ -434,7 +434,8 @@ def sign_flips(n: int, seed: int) -> NDArray[np.float64]:
         bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
     else:
         bits = np.random.default_rng(seed).integers(0, 2, (RESAMPLES, n))
-    return 1.0 - 2.0 * bits
+    signs: NDArray[np.float64] = 1.0 - 2.0 * bits
+    return signs
 
 
 def holm(p: Sequence[float]) -> list[float]:

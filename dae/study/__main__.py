@@ -8,6 +8,7 @@ PLAN is a file, or the name of a plan in dae/study/plans. Several processes may 
 folder: none does what another is doing.
 """
 
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -44,13 +45,17 @@ def main() -> int:
         say(str(folders.out / "table.md"))
         return 0
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     make_phantoms(plan, folders)
-    failed = run_all(study)
+    try:
+        failed = run_all(study)
+    except (KeyboardInterrupt, SystemExit):
+        say("stopped; the same command goes on")
+        return 130
     report()
     say(f"{folders.out / 'table.md'} has the results")
     if failed:
-        reasons = dict.fromkeys(failed)  # cells of one pre-training run fail for one reason
-        raise InputError(f"{counted(len(failed), 'failure')}: {'; '.join(reasons)}")
+        raise InputError(f"{counted(len(failed), 'failure')}: {'; '.join(failed)}")
     return 0
 
 

@@ -66,7 +66,8 @@ class Unit(NamedTuple):
 
 
 def run_all(study: Study) -> list[str]:
-    """Every cell once. Returns what failed, a line each; other cells go on.
+    """Every cell once. Returns what failed, a line each; other cells go on. Cells whose weights
+    could not be made fail for one reason.
 
     Where other processes work on all that is left, wait for them: they may fail, or be killed.
     """
@@ -80,7 +81,7 @@ def run_all(study: Study) -> list[str]:
             worked |= try_cell(study, cell)
         if study.remaining and not worked:
             time.sleep(WAIT)
-    return list(study.failed.values())
+    return list(dict.fromkeys(study.failed.values()))
 
 
 def try_cell(study: Study, cell: Cell) -> bool:
@@ -99,8 +100,9 @@ def try_cell(study: Study, cell: Cell) -> bool:
             do_cell(study, cell, lock)
     except CommandFailed as error:
         study.remaining.remove(cell)
+        if str(error) not in study.failed.values():
+            say(str(error))
         study.failed[cell.name] = str(error)
-        say(str(error))
         return True
     study.remaining.remove(cell)
     study.after_cell()
@@ -132,6 +134,7 @@ def pretrained(study: Study, run: Pretraining) -> bool:
         try:
             do_step(study, unit, command, progress, lock)
         except CommandFailed as error:
+            say(str(error))
             study.failed[run.name] = str(error)
             raise
     return True
@@ -202,7 +205,15 @@ def do_step(
             )
         except OSError as error:
             raise CommandFailed(f"{unit.name}: {command.words[0]}: {error.strerror}") from error
-        code = process.wait()
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:
+            process.wait()  # the keyboard has interrupted the command as well: it saves, and ends
+            raise
+        except SystemExit:
+            process.terminate()
+            process.wait()
+            raise
     seconds = time.perf_counter() - start
 
     run = unit.folder / "finetune" if step == "finetune" else unit.folder

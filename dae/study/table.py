@@ -1,46 +1,263 @@
-"""The table of what is there so far."""
+"""table.md, table.csv, cases.csv and figure.png: what a study shows, complete or not."""
 
 from collections.abc import Sequence
+from math import isfinite, nan
+from typing import Any
 
-from dae.evaluation.cases import read_scores
-from dae.evaluation.report import aligned
-from dae.evaluation.statistics import case_means, mean_interval, spread
+from dae.evaluation.cases import write_csv
+from dae.evaluation.report import aligned, p_value
+from dae.evaluation.statistics import P_VALUES, Interval, case_means
+from dae.figures import new_figure, png
 from dae.files import write_bytes
-from dae.study.cells import KEPT, Cell, Folders, in_order, labels_in_name
-from dae.study.plan import Plan
+from dae.study.cells import Cell, Folders
+from dae.study.plan import Labels, Plan
+from dae.study.results import (
+    METRICS,
+    Entry,
+    Results,
+    decimal,
+    labels_in_words,
+    noise_of,
+    results_of,
+    signed,
+    verdict,
+)
 
 
 def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
-    """table.md: mean Dice over cases with its interval, a row for each method."""
-    columns = in_order(cells, lambda cell: cell.labels)
-    table = [["Dice", *map(labels_in_name, columns)]]
-    for row in in_order(cells, lambda cell: (cell.method, cell.tuning, cell.factor)):
-        method, tuning, factor = row
-        line = [" ".join(part for part in (method, tuning, factor_in_words(factor)) if part)]
+    """All four files, from the cells that are finished."""
+    results = results_of(plan, folders, cells)
+    folders.out.mkdir(parents=True, exist_ok=True)
+    write_bytes(folders.out / "table.md", page(plan, results).encode())
+
+    lines = lines_of_csv(plan, results)
+    write_csv(lines, folders.out / "table.csv", list(lines[0]))
+    cases = cases_of_csv(results)
+    if cases:
+        write_csv(cases, folders.out / "cases.csv", list(cases[0]))
+        write_bytes(folders.out / "figure.png", picture(plan, results))
+
+
+# --- Markdown
+
+
+def page(plan: Plan, results: Results) -> str:
+    """A table as the paper's, then every comparison, the noise between seeds, and notes."""
+    parts = [f"# {plan.name}", plan.description, protocol(plan)]
+    parts.append(aligned(overview(plan, results.entries)))
+    parts.append(aligned(comparisons(plan, results.entries)))
+    noise = noise_lines(plan, results.entries) or ["Nothing can be compared yet."]
+    parts += ["## Noise between seeds", "\n".join(noise)]
+
+    notes = results.notes + small_numbers(results.entries)
+    if notes:
+        parts += ["## Notes", "\n".join(f"- {note}" for note in notes)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def protocol(plan: Plan) -> str:
+    """What was scored, and how it was averaged."""
+    where = "of another list than was tuned on" if "test" in plan.data else "of the list"
+    cases = f"the {plan.split} cases {where}"
+    if plan.folds:
+        cases += f", in folds {', '.join(map(str, plan.folds))}"
+
+    checkpoint = "The last checkpoint of fine-tuning is scored"
+    if plan.checkpoint == "best.pt":
+        checkpoint = "The checkpoint with the best validation Dice of fine-tuning is scored"
+    text = f"{checkpoint}, on {cases}."
+    if plan.checkpoint == "best.pt" and plan.split == "validation" and "test" not in plan.data:
+        text += " It was selected on the very cases that are reported, so the scores are too high."
+    return (
+        f"{text} Dice is the mean over cases, each averaged over its runs (seeds and folds). In "
+        f"brackets is the difference to {plan.baseline}, case by case. The 95 % intervals are over "
+        "cases: Student's t below 20 cases, else the percentile bootstrap. Holm corrects for the "
+        "number of methods on the same labels."
+    )
+
+
+def overview(plan: Plan, entries: Sequence[Entry]) -> list[list[str]]:
+    """A row for each method, a column for each number of labels."""
+    columns: list[Labels] = list(plan.labels)
+    table = [["Dice", *map(labels_in_words, columns)]]
+    for name in dict.fromkeys(entry.name for entry in entries):
+        line = [name]
         for labels in columns:
-            wanted = []
-            for cell in cells:
-                if (cell.method, cell.tuning, cell.factor, cell.labels) == (*row, labels):
-                    wanted.append(cell)
-            line.append(entry(folders, wanted))
+            found = [entry for entry in entries if (entry.name, entry.labels) == (name, labels)]
+            line.append(short(found[0]) if found else "–")
         table.append(line)
-    write_bytes(folders.out / "table.md", (aligned(table) + "\n").encode())
+    return table
 
 
-def entry(folders: Folders, wanted: Sequence[Cell]) -> str:
-    """Mean Dice over cases, each averaged over its runs, with its interval; how many runs."""
-    done = [cell for cell in wanted if (folders.kept(cell) / KEPT[-1]).is_file()]
-    by_case: dict[str, list[float]] = {}
-    for cell in done:
-        for case, dice in case_means(
-            read_scores(folders.kept(cell) / "scores.csv"), "dice"
-        ).items():
-            by_case.setdefault(case, []).append(dice)
-    if not by_case:
-        return f"- 0/{len(wanted)}"
-    mean = mean_interval([spread(values)["mean"] for values in by_case.values()])
-    return f"{mean.mean:.4f} [{mean.low:.4f}, {mean.high:.4f}] {len(done)}/{len(wanted)}"
+def short(entry: Entry) -> str:
+    """0.8123 (+0.0045), and how many runs are there where some are missing."""
+    if not entry.runs:
+        return "–"
+    text = decimal(entry.means["dice"].mean)
+    if entry.against:
+        text += f" ({signed(entry.against['dice']['difference'])})"
+    return text if len(entry.runs) == entry.planned else f"{text}, {runs_in_words(entry)}"
 
 
-def factor_in_words(factor: float) -> str:
-    return "" if factor == 1 else f"lr x{factor:g}"
+def runs_in_words(entry: Entry) -> str:
+    return f"{len(entry.runs)} of {entry.planned} runs"
+
+
+def comparisons(plan: Plan, entries: Sequence[Entry]) -> list[list[str]]:
+    """A line for each entry that has runs, by number of labels."""
+    head = ["labels", "method", "runs", "cases", "Dice", "95 %", "difference", "95 %"]
+    head += ["t p", "Wilcoxon p", "sign-flip p", "its Holm", "SD of runs"]
+    table = [head]
+    for labels in plan.labels:
+        for entry in entries:
+            if entry.labels == labels and entry.runs:
+                table.append(comparison(plan, entry))
+    return table
+
+
+def comparison(plan: Plan, entry: Entry) -> list[str]:
+    mean = entry.means["dice"]
+    line = [labels_in_words(entry.labels), entry.name, f"{len(entry.runs)} of {entry.planned}"]
+    line += [str(mean.n), decimal(mean.mean), between(mean.low, mean.high)]
+    if entry.against:
+        against = entry.against["dice"]
+        line += [signed(against["difference"]), between(against["low"], against["high"])]
+        line += [p_value(against[p]) for p in (*P_VALUES, "sign_flip_p_holm")]
+    else:
+        line += ["–"] * 6
+    return [*line, decimal(noise_of(plan, entry).runs)]
+
+
+def between(low: float, high: float) -> str:
+    return f"{low:.4f} to {high:.4f}" if isfinite(low) else "–"
+
+
+def noise_lines(plan: Plan, entries: Sequence[Entry]) -> list[str]:
+    """For each number of labels the headline pair, then every other method and the baseline."""
+    lines = []
+    for labels in plan.labels:
+        for tuning in plan.tunings:
+            column: dict[str, Entry] = {}
+            for entry in entries:
+                if (entry.labels, entry.tuning) == (labels, tuning) and entry.runs:
+                    column.setdefault(entry.method, entry)
+
+            pairs = [plan.headline] if len(plan.headline) == 2 else []
+            pairs += [(method, plan.baseline) for method in plan.methods]
+            told = set[frozenset[str]]()
+            for pair in pairs:
+                b, a = pair
+                if a == b or frozenset(pair) in told or not {a, b} <= set(column):
+                    continue
+                told.add(frozenset(pair))
+                lines.append(f"- {verdict(plan, column[a], column[b])}")
+    return lines
+
+
+def small_numbers(entries: Sequence[Entry]) -> list[str]:
+    """Where no exact test can reach p = .05, whatever the scores are."""
+    numbers = {entry.means["dice"].n for entry in entries if entry.runs}
+    few = [n for n in sorted(numbers) if n < 6]
+    return [f"With {n} cases the least p of an exact test is {min(1, 2 / 2**n):g}." for n in few]
+
+
+# --- CSV
+
+
+def lines_of_csv(plan: Plan, results: Results) -> list[dict[str, Any]]:
+    """A line for each entry and metric."""
+    lines = []
+    for entry in results.entries:
+        noise = noise_of(plan, entry)
+        for metric in METRICS:
+            mean: Interval = entry.means[metric]
+            line: dict[str, Any] = {
+                "metric": metric,
+                "labels": entry.labels,
+                "method": entry.method,
+                "tuning": entry.tuning,
+                "lr_factor": entry.factor or "chosen",
+                "runs": len(entry.runs),
+                "runs_planned": entry.planned,
+                "cases": mean.n,
+                "mean": mean.mean,
+                "low": mean.low,
+                "high": mean.high,
+            }
+            against = entry.against.get(metric, {})
+            for key in ("n", "difference", "low", "high"):
+                line[f"against_{key}"] = against.get(key, nan)
+            for p in P_VALUES:
+                line[p] = against.get(p, nan)
+                line[f"{p}_holm"] = against.get(f"{p}_holm", nan)
+            if metric == "dice":
+                line |= {"sd_runs": noise.runs, "sd_pretraining": noise.pretraining}
+                line |= {"sd_tuning": noise.tuning}
+            else:
+                line |= dict.fromkeys(("sd_runs", "sd_pretraining", "sd_tuning"), nan)
+            lines.append(line)
+    return lines
+
+
+def cases_of_csv(results: Results) -> list[dict[str, Any]]:
+    """A line for each entry and case: the mean over classes, averaged over runs."""
+    lines = []
+    for entry in results.entries:
+        means = {metric: case_means(entry.rows, metric) for metric in METRICS}
+        for case in means["dice"]:
+            line = {
+                "labels": entry.labels,
+                "method": entry.method,
+                "tuning": entry.tuning,
+                "lr_factor": entry.factor or "chosen",
+                "case": case,
+            }
+            lines.append(line | {metric: means[metric][case] for metric in METRICS})
+    return lines
+
+
+# --- figure
+
+
+def picture(plan: Plan, results: Results) -> bytes:
+    """Left the mean Dice by number of labels, right the difference to the baseline; 95 %."""
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    names = list(dict.fromkeys(entry.name for entry in results.entries))
+    for number, name in enumerate(names):
+        aside = 0.5 * (number + 0.5) / len(names) - 0.25  # so that intervals lie side by side
+        of_name = [entry for entry in results.entries if entry.name == name and entry.runs]
+        draw(left, plan, name, aside, [(entry.labels, entry.means["dice"]) for entry in of_name])
+
+        differences = []
+        for entry in of_name:
+            if entry.against:
+                row = entry.against["dice"]
+                interval = Interval(row["difference"], row["low"], row["high"], row["n"])
+                differences.append((entry.labels, interval))
+        draw(right, plan, name, aside, differences)
+
+    right.axhline(0, color="black", linewidth=0.8)
+    left.set_ylabel("mean Dice over cases")
+    right.set_ylabel(f"difference to {plan.baseline}")
+    for ax in (left, right):
+        ax.set_xticks(range(len(plan.labels)), [labels_in_words(n) for n in plan.labels])
+        ax.set_xlim(-0.5, len(plan.labels) - 0.5)
+    left.legend(frameon=False, fontsize=8)
+    return png(figure)
+
+
+def draw(
+    ax: Any, plan: Plan, name: str, aside: float, points: Sequence[tuple[Labels, Interval]]
+) -> None:
+    """The points of one method with their intervals. Without a point it only takes its colour."""
+    x = [plan.labels.index(labels) + aside for labels, _ in points]
+    y = [interval.mean for _, interval in points]
+    below = [zero_if_none(interval.mean - interval.low) for _, interval in points]
+    above = [zero_if_none(interval.high - interval.mean) for _, interval in points]
+    ax.errorbar(x, y, [below, above], fmt="o", markersize=4, capsize=2, label=name)
+
+
+def zero_if_none(width: float) -> float:
+    """One case has no interval."""
+    return max(0.0, width) if isfinite(width) else 0.0

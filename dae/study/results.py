@@ -1,0 +1,304 @@
+"""What the finished cells of a study say, as numbers.
+
+An entry of the table is one method, fine-tuned in one way, on one number of labels. Its cells are
+runs that differ by seeds and folds. A case is averaged over the runs that have it before anything
+is compared: seeds do not make cases. Entries are compared with the baseline case by case.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import isfinite, nan, sqrt
+from statistics import fmean, stdev
+from typing import Any
+
+from dae.evaluation.cases import read_scores
+from dae.evaluation.metrics import Row
+from dae.evaluation.statistics import (
+    P_VALUES,
+    Interval,
+    by_case_and_class,
+    case_means,
+    compare_pairs,
+    holm,
+    mean_interval,
+    paired_case_means,
+    paired_scores,
+    spread,
+)
+from dae.study.cells import KEPT, Cell, Folders, in_order
+from dae.study.plan import Labels, Plan
+from dae.study.runner import is_done, other_versions
+
+METRICS = ("dice", "nsd", "hd95")
+CHOSEN = 0.0  # in place of a factor: each label count and fold has the one that was chosen for it
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished cell has left."""
+
+    cell: Cell
+    rows: list[Row]
+    validation: Mapping[str, Any]  # last and best Dice of the cases that fine-tuning validated on
+
+
+@dataclass
+class Entry:
+    """One method on one number of labels. `against` is filled once all entries are there."""
+
+    method: str
+    tuning: str
+    factor: float  # of the learning rate, or CHOSEN
+    labels: Labels
+    planned: int  # how many runs
+    runs: list[Finished]
+    rows: list[Row]  # of each case and class, averaged over the runs
+    means: dict[str, Interval]  # of each metric over cases
+    against: dict[str, Row] = field(default_factory=dict)  # metric -> difference to the baseline
+
+    @property
+    def name(self) -> str:
+        parts = [self.method, self.tuning]
+        if self.factor not in (CHOSEN, 1):
+            parts.append(f"lr x{self.factor:g}")
+        return ", ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Results:
+    """All entries, and what a reader must know beside them."""
+
+    entries: list[Entry]
+    notes: list[str]
+
+
+def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
+    """Everything that the finished cells of this plan say so far."""
+    others = other_versions(plan, folders, cells)
+    finished: dict[str, Finished] = {}
+    for cell in cells:
+        if is_done(folders, cell) and cell.name not in others:
+            kept = folders.kept(cell)
+            made = json.loads((kept / KEPT[-1]).read_text())
+            rows = read_scores(kept / KEPT[0])
+            finished[cell.name] = Finished(cell, rows, made["validation"])
+
+    notes = []
+    for name, how in others.items():
+        notes.append(f"{name} is left out: another version of the plan made it ({how}).")
+    entries: list[Entry] = []
+    for method, tuning in in_order(cells, lambda cell: (cell.method, cell.tuning)):
+        for labels in plan.labels:
+            group = []
+            for cell in cells:
+                if (cell.method, cell.tuning, cell.labels) == (method, tuning, labels):
+                    group.append(cell)
+            made, note = entries_of(plan, group, finished)
+            entries += made
+            notes += note
+    for labels in plan.labels:
+        for tuning in plan.tunings:
+            column = [e for e in entries if (e.labels, e.tuning) == (labels, tuning)]
+            compare_with_baseline(plan, column)
+    return Results(entries, notes)
+
+
+# --- entries, and the learning rate of scratch
+
+
+def entries_of(
+    plan: Plan, group: Sequence[Cell], finished: Mapping[str, Finished]
+) -> tuple[list[Entry], list[str]]:
+    """The entry of a method on one number of labels; one for each learning rate where none of them
+    could be chosen. With notes on that.
+    """
+    factors = in_order(group, lambda cell: cell.factor)
+    if len(factors) == 1:
+        return [entry_of(group, finished, factors[0])], []
+
+    chosen, how = choose_factors(plan, group, finished)
+    name = f"{group[0].method} on {labels_in_words(group[0].labels)}"
+    if chosen:
+        best = [cell for cell in group if cell.factor == chosen[cell.fold]]
+        return [entry_of(best, finished, CHOSEN)], [f"{name}: {how}"]
+
+    entries = []
+    for factor in factors:
+        of_factor = [cell for cell in group if cell.factor == factor]
+        entries.append(entry_of(of_factor, finished, factor))
+    return entries, [f"{name}: {how}"]
+
+
+def choose_factors(
+    plan: Plan, group: Sequence[Cell], finished: Mapping[str, Finished]
+) -> tuple[dict[int | None, float], str]:
+    """For each fold the factor of the learning rate that is better on cases that are not reported
+    there; nothing where there are no such cases yet. And how, in words.
+    """
+    if any(cell.name not in finished for cell in group):
+        return {}, "its learning rate is chosen once all of its runs are there."
+
+    runs = [finished[cell.name] for cell in group]
+    factors = in_order(group, lambda cell: cell.factor)
+    folds = in_order(group, lambda cell: cell.fold)
+    if plan.split == "test" or "test" in plan.data:
+        key = "dice" if plan.checkpoint == "last.pt" else "best_dice"
+        by_factor = {}
+        for factor in factors:
+            of_factor = [run for run in runs if run.cell.factor == factor]
+            by_factor[factor] = fmean(run.validation[key] or 0.0 for run in of_factor)
+        best = max(factors, key=lambda factor: by_factor[factor])
+        dice = ", ".join(f"x{factor:g} {by_factor[factor]:.4f}" for factor in factors)
+        how = f"learning rate x{best:g}, chosen by the Dice of the validation cases ({dice})."
+        return dict.fromkeys(folds, best), how
+
+    if len(folds) < 2:
+        return {}, (
+            "no learning rate is chosen, as there are no other cases than those that are reported; "
+            "every rate has its row, and the first is the baseline."
+        )
+    chosen = {}
+    for fold in folds:
+        by_factor = {}
+        for factor in factors:
+            elsewhere = [r for r in runs if r.cell.factor == factor and r.cell.fold != fold]
+            by_factor[factor] = fmean(mean_dice(run.rows) for run in elsewhere)
+        chosen[fold] = max(factors, key=lambda factor: by_factor[factor])
+    rates = ", ".join(f"fold {fold} x{factor:g}" for fold, factor in chosen.items())
+    return chosen, f"learning rate of each fold chosen by the Dice of the other folds ({rates})."
+
+
+def entry_of(cells: Sequence[Cell], finished: Mapping[str, Finished], factor: float) -> Entry:
+    runs = [finished[cell.name] for cell in cells if cell.name in finished]
+    rows = averaged([run.rows for run in runs])
+    means = {metric: mean_interval(case_means(rows, metric).values()) for metric in METRICS}
+    first = cells[0]
+    return Entry(first.method, first.tuning, factor, first.labels, len(cells), runs, rows, means)
+
+
+def averaged(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Of each case and class one row: the mean over the runs that have a finite score."""
+    alike: dict[tuple[str, int], list[Row]] = {}
+    for rows in runs:
+        for row in rows:
+            alike.setdefault((row["case"], row["class"]), []).append(row)
+
+    result = []
+    for rows_of_class in alike.values():
+        mean = dict(rows_of_class[0])
+        for metric in METRICS:
+            finite = [row[metric] for row in rows_of_class if isfinite(row[metric])]
+            if finite:
+                mean[metric] = fmean(finite)
+        result.append(mean)
+    return result
+
+
+def mean_dice(rows: Sequence[Row]) -> float:
+    return spread(list(case_means(rows, "dice").values()))["mean"]
+
+
+# --- differences
+
+
+def compare_with_baseline(plan: Plan, column: Sequence[Entry]) -> None:
+    """Fill `against` of the entries of one number of labels, with p corrected over them (Holm)."""
+    baselines = [entry for entry in column if entry.method == plan.baseline and entry.runs]
+    if not baselines:
+        return
+
+    compared = [entry for entry in column if entry is not baselines[0] and entry.runs]
+    for metric in METRICS:
+        for entry in compared:
+            entry.against[metric] = difference_of(baselines[0], entry, metric)
+        for p in P_VALUES:
+            corrected = holm([entry.against[metric][p] for entry in compared])
+            for entry, value in zip(compared, corrected):
+                entry.against[metric][f"{p}_holm"] = value
+
+
+def difference_of(a: Entry, b: Entry, metric: str) -> Row:
+    """B minus A over the cases that both have, as `statistics.compare` says it of all classes."""
+    pairs, _ = paired_scores(
+        by_case_and_class(a.rows, a.name), by_case_and_class(b.rows, b.name), metric
+    )
+    return compare_pairs(paired_case_means(pairs), {}, metric, seed=0)
+
+
+# --- the noise between seeds
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard deviations of a method's mean Dice; nan where there are not two runs."""
+
+    runs: float  # between all runs, each a pre-training seed with a tuning seed
+    pretraining: float  # between pre-training seeds, each averaged over its tuning seeds
+    tuning: float  # between tuning seeds of one pre-training seed
+
+
+def noise_of(plan: Plan, entry: Entry) -> Noise:
+    """Of the seeds that have all folds."""
+    folds = len(plan.folds or (None,))
+    by_seeds: dict[tuple[int, int], list[float]] = {}
+    for run in entry.runs:
+        seeds = (run.cell.pretraining.seed, run.cell.seed)
+        by_seeds.setdefault(seeds, []).append(mean_dice(run.rows))
+
+    by_pretraining: dict[int, list[float]] = {}
+    for (pretraining, _), dice in by_seeds.items():
+        if len(dice) == folds:
+            by_pretraining.setdefault(pretraining, []).append(fmean(dice))
+
+    groups = list(by_pretraining.values())
+    runs = [dice for group in groups for dice in group]
+    squares = sum(stdev(group) ** 2 * (len(group) - 1) for group in groups if len(group) > 1)
+    freedom = sum(len(group) - 1 for group in groups)
+    return Noise(
+        runs=stdev(runs) if len(runs) > 1 else nan,
+        pretraining=stdev(map(fmean, groups)) if len(groups) > 1 else nan,
+        tuning=sqrt(squares / freedom) if freedom else nan,
+    )
+
+
+def verdict(plan: Plan, a: Entry, b: Entry) -> str:
+    """In a plain sentence whether the data can tell B from A."""
+    difference = difference_of(a, b, "dice")
+    noises = [noise_of(plan, a).runs, noise_of(plan, b).runs]
+    noise = sqrt(fmean([sd**2 for sd in noises])) if all(map(isfinite, noises)) else nan
+
+    text = (
+        f"{b.name} against {a.name} on {labels_in_words(a.labels)}: difference "
+        f"{signed(difference['difference'])} over {difference['n']} cases; SD between seeds "
+        f"{decimal(noises[1])} and {decimal(noises[0])}. "
+    )
+    if not isfinite(difference["low"]):
+        return text + "One case cannot tell them apart."
+    if difference["low"] <= 0 <= difference["high"]:
+        return text + "The data cannot tell them apart: the interval over cases holds 0."
+    if abs(difference["difference"]) < noise:
+        return text + "The data cannot tell them apart: seeds of one method differ as much."
+    if not isfinite(noise):
+        return text + "The interval leaves out 0; how much seeds differ is not known from one run."
+    return text + "The interval leaves out 0, and the difference is larger than that of seeds."
+
+
+# --- in words
+
+
+def labels_in_words(labels: Labels) -> str:
+    """5 -> "5 labels", 0.2 -> "20 % of the labels"."""
+    if labels == "all":
+        return "all labels"
+    if labels < 1:
+        return f"{100 * labels:g} % of the labels"
+    return "1 label" if labels == 1 else f"{labels:g} labels"
+
+
+def decimal(value: float) -> str:
+    return f"{value:.4f}" if isfinite(value) else "–"
+
+
+def signed(value: float) -> str:
+    return f"{value:+.4f}" if isfinite(value) else "–"

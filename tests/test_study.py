@@ -1,0 +1,771 @@
+"""dae/study: a study ends in the same table however it is stopped, and nothing is done twice."""
+
+import csv
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from math import isnan
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from dae.errors import InputError
+from dae.evaluation.cases import COLUMNS
+from dae.evaluation.statistics import holm
+from dae.study import runner
+from dae.study.__main__ import main
+from dae.study.cells import (
+    Cell,
+    Folders,
+    cell_commands,
+    cell_fingerprint,
+    cells_of,
+    pretrain_command,
+)
+from dae.study.locks import locked
+from dae.study.plan import PLANS, Plan, arguments, read_plan
+from dae.study.results import Entry, noise_of, results_of
+from dae.study.runner import Study, run_all
+from dae.study.table import page, write_tables
+from dae.study.times import add_time, expected, read_times
+
+ROOT = Path(__file__).parents[1]
+FAKE = [sys.executable, "-I", "-S", str(ROOT / "tests" / "fake_scripts.py")]
+
+PLAN: dict[str, Any] = {
+    "name": "small",
+    "data": {"pretrain": "pretrain.json", "finetune": "labelled.json"},
+    "pretrain": {"steps": 3},
+    "methods": {"mae": {"method": "mae"}, "dae": {"method": "dae"}},
+    "finetune": {"steps": 3, "lr": 0.001},
+    "labels": [2, "all"],
+    "seeds": {"pretrain": {"default": 1, "dae": 2}, "finetune": 2},
+    "launchers": dict.fromkeys(("pretrain", "finetune", "predict", "score"), FAKE),
+}
+
+
+def plan_file(folder: Path, **changes: Any) -> Path:
+    path = folder / "plan.json"
+    path.write_text(json.dumps(PLAN | changes))
+    return path
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, in which the fake commands say in ran.txt what they do."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FAKE_COLUMNS", ",".join(COLUMNS))
+    monkeypatch.setenv("FAKE_SLEEP", "0.005")
+    monkeypatch.setattr(runner, "WAIT", 0.05)
+    for name in ("pretrain.json", "labelled.json"):
+        (tmp_path / name).write_text("{}")
+    return tmp_path
+
+
+def study_in(out: Path, **changes: Any) -> Study:
+    plan = read_plan(str(plan_file(Path.cwd(), **changes)))
+    folders = Folders(out)
+    cells = cells_of(plan)
+    return Study(plan, folders, cells, keep=False, after_cell=lambda: None)
+
+
+def report(study: Study) -> None:
+    write_tables(study.plan, study.folders, study.cells)
+
+
+def command_line(*words: str) -> int:
+    """`python -m dae.study WORDS` in this process."""
+    before = sys.argv
+    sys.argv = ["study", *words]
+    try:
+        return main()
+    finally:
+        sys.argv = before
+
+
+def ran(folder: Path, what: str = "end") -> Counter[str]:
+    """How often each command has come to its end: "train_seg.py out/work/cells/..." -> number."""
+    path = folder / "ran.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return Counter(line.removeprefix(f"{what} ") for line in lines if line.startswith(what))
+
+
+def tables(out: Path) -> list[bytes]:
+    report(study_in(out))
+    return [(out / name).read_bytes() for name in ("table.md", "table.csv", "cases.csv")]
+
+
+# --- plans
+
+
+def refusal(folder: Path, **changes: Any) -> str:
+    with pytest.raises(InputError) as caught:
+        cells_of(read_plan(str(plan_file(folder, **changes))))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"method": {}}, '"method" is not read; "methods" was probably meant'),
+        ({"colour": 1}, '"colour" is not read'),
+        ({"methods": {}}, '"methods" is missing'),
+        ({"methods": {"a b": {}}}, "a name has letters"),
+        ({"methods": {"dae": {"maskratio": 0.4}}}, '"dae": pretrain'),
+        ({"methods": {"dae": {"seed": 1}}}, '"seed" is a flag that the study itself sets'),
+        ({"methods": {"dae": {"finetune": {"lr": "fast"}}}}, '"dae": finetune'),
+        ({"finetune": {"label_count": 3}}, '"label_count" is a flag that the study itself sets'),
+        ({"finetune": ["lr"]}, '"finetune" is an object'),
+        ({"predict": {"tat": True}}, '"predict"'),
+        ({"labels": [0]}, '"labels": 0'),
+        ({"labels": [1.5]}, '"labels": 1.5'),
+        ({"labels": ["most"]}, '"labels": most'),
+        ({"labels": [2, 2]}, '"labels" has a value twice'),
+        ({"labels": "all"}, '"labels" is a list'),
+        ({"baseline": "scratch"}, '"scratch" is none of the methods'),
+        ({"headline": ["dae", "x"]}, '"x" is none of the methods'),
+        ({"checkpoint": "step-3.pt"}, "take last.pt or best.pt"),
+        ({"split": "training"}, "take test or validation"),
+        ({"folds": [0, 1]}, '"split" must be "validation"'),
+        ({"seeds": {"dae": 3}}, '"dae" is not read'),
+        ({"seeds": {"pretrain": {"dea": 3}}}, '"dea" is not read; there are default, mae'),
+        ({"seeds": {"finetune": 0}}, "at least one"),
+        ({"seeds": {"pretrain": 2, "finetune": 1, "crossed": False}}, "fewer tuning seeds"),
+        ({"data": {"tests": "x"}}, '"tests" is not read; "test" was probably meant'),
+        ({"launchers": {"train": []}}, '"train" is not read'),
+    ],
+)
+def test_a_plan_that_cannot_be_run_is_refused_by_the_name_of_its_key(
+    here: Path, changes: dict[str, Any], words: str
+) -> None:
+    line = refusal(here, **changes)
+    assert words in line
+    assert "plan.json" in line
+    assert "\n" not in line
+
+
+def test_a_plan_that_is_no_file_names_those_that_there_are() -> None:
+    with pytest.raises(InputError, match="no plan of that name; there are"):
+        read_plan("tabel4")
+
+
+def test_a_list_of_the_command_line_comes_before_the_plans(here: Path) -> None:
+    plan = read_plan(str(plan_file(here)), ["test=other.json", "finetune=mine.json"])
+    assert plan.data == {
+        "pretrain": "pretrain.json",
+        "finetune": "mine.json",
+        "test": "other.json",
+    }
+    with pytest.raises(InputError, match="--data tests=x"):
+        read_plan(str(plan_file(here)), ["tests=x"])
+
+
+@pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_plan_of_the_package_is_one_that_can_be_run(path: Path) -> None:
+    plan = read_plan(path.stem, ["pretrain=a.json", "finetune=b.json"])
+    assert plan.name == path.stem
+    assert plan.description
+    cells = cells_of(plan)
+    assert plan.baseline in {cell.method for cell in cells}
+    for cell in cells[:3]:
+        cell_commands(plan, Folders(Path("out")), cell)
+
+
+# --- cells and commands
+
+
+def test_the_headline_pair_comes_first_seed_by_seed_and_label_by_label(here: Path) -> None:
+    methods = {"noise": {"method": "noise"}, **PLAN["methods"]}
+    plan = read_plan(str(plan_file(here, methods=methods, headline=["dae", "mae"])))
+    names = [cell.name for cell in cells_of(plan)]
+    assert names[:4] == ["mae-n2-p0-t0", "dae-n2-p0-t0", "mae-all-p0-t0", "dae-all-p0-t0"]
+    assert all(name.startswith(("mae", "dae")) for name in names[:12])
+    assert all(name.startswith("noise") for name in names[12:])
+    assert len(names) == len(set(names)) == 16
+
+
+def test_seeds_are_crossed_or_go_in_pairs(here: Path) -> None:
+    seeds = {"pretrain": 2, "finetune": 3}
+    crossed = read_plan(str(plan_file(here, seeds=seeds)))
+    paired = read_plan(str(plan_file(here, seeds={**seeds, "crossed": False})))
+    assert seeds_of(crossed) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert seeds_of(paired) == [(0, 0), (1, 1), (0, 2)]
+
+
+def seeds_of(plan: Plan) -> list[tuple[int, int]]:
+    cells = [cell for cell in cells_of(plan) if (cell.method, cell.labels) == ("mae", "all")]
+    return [(cell.pretraining.seed, cell.seed) for cell in cells]
+
+
+def test_methods_that_differ_by_their_fine_tuning_share_their_weights(here: Path) -> None:
+    encoder = {"method": "dae", "finetune": {"transfer": "encoder"}}
+    methods = {"dae": {"method": "dae"}, "encoder": encoder}
+    plan = read_plan(str(plan_file(here, methods=methods, seeds={})))
+    runs = {cell.method: cell.pretraining.name for cell in cells_of(plan)}
+    assert runs == {"dae": "dae-p0", "encoder": "dae-p0"}
+
+
+def commands_of(plan: Plan, name: str) -> dict[str, str]:
+    """The text of each command of a cell."""
+    cell = next(cell for cell in cells_of(plan) if cell.name == name)
+    folders = Folders(Path("out"))
+    commands = [pretrain_command(plan, folders, cell.pretraining)]
+    commands += cell_commands(plan, folders, cell)
+    return {command.step: command.text for command in commands}
+
+
+def test_the_commands_of_a_cell_are_those_that_a_person_would_type(here: Path) -> None:
+    changes: dict[str, Any] = {"launchers": {"pretrain": ["torchrun", "--nproc_per_node=8"]}}
+    plan = read_plan(str(plan_file(here, **changes, predict={"tta": True})))
+    assert commands_of(plan, "dae-n2-p1-t0") == {
+        "pretrain": "torchrun --nproc_per_node=8 train_pretrain.py --steps 3 --method dae "
+        "--data pretrain.json --seed 1 --out out/work/pretrain/dae-p1 --resume",
+        "finetune": "python train_seg.py --steps 3 --lr 0.001 --label-count 2 "
+        "--data labelled.json --pretrained out/work/pretrain/dae-p1/last.pt --seed 0 "
+        "--out out/work/cells/dae-n2-p1-t0/finetune --resume",
+        "predict": "python eval.py predict --tta --data labelled.json --split test "
+        "--checkpoint out/work/cells/dae-n2-p1-t0/finetune/last.pt "
+        "--out out/work/cells/dae-n2-p1-t0/predictions",
+        "score": "python eval.py score --data labelled.json --split test "
+        "--predictions out/work/cells/dae-n2-p1-t0/predictions "
+        "--out out/work/cells/dae-n2-p1-t0/scores",
+    }
+
+
+def test_a_fold_is_held_out_and_scored_and_another_list_has_none(here: Path) -> None:
+    folds = read_plan(str(plan_file(here, folds=[0, 3], split="validation", labels=[0.5])))
+    commands = commands_of(folds, "dae-share0.5-p0-t1-fold3")
+    assert "--label-fraction 0.5 " in commands["finetune"]
+    assert "--fold 3 " in commands["finetune"]
+    assert "--split validation --fold 3 " in commands["score"]
+    assert "--fold" not in commands["predict"]  # the checkpoint knows whom it held out
+
+    data = {**PLAN["data"], "test": "elsewhere.json"}
+    elsewhere = read_plan(str(plan_file(here, folds=[0, 3], data=data)))
+    commands = commands_of(elsewhere, "dae-all-p0-t1-fold3")
+    assert "--fold 3 " in commands["finetune"]
+    for step in ("predict", "score"):
+        assert "--data elsewhere.json --split test " in commands[step]
+        assert "--fold" not in commands[step]
+
+
+def test_scratch_may_have_its_own_learning_rates(here: Path) -> None:
+    methods = {"scratch": {"finetune": {"from_scratch": True}}, "dae": {"method": "dae"}}
+    plan = read_plan(str(plan_file(here, methods=methods, scratch_lr=[1, 3])))
+    assert "--lr 0.001 " in commands_of(plan, "scratch-all-p0-t0")["finetune"]
+    assert "--lr 0.003 " in commands_of(plan, "scratch-all-p0-t0-lr3")["finetune"]
+    assert not [cell for cell in cells_of(plan) if cell.method == "dae" and cell.factor != 1]
+
+    # A rate that only the preset has is multiplied as well.
+    preset = read_plan(
+        str(plan_file(here, methods=methods, scratch_lr=[3], finetune={"preset": "btcv"}))
+    )
+    assert "--lr 0.0012 " in commands_of(preset, "scratch-all-p0-t0-lr3")["finetune"]
+
+
+def test_flags_are_written_as_they_are_typed() -> None:
+    flags = {"crop": [8, 8, 16], "tta": True, "foreground_crop": False, "lr": 1e-4, "amp": "off"}
+    typed = "--crop 8 8 16 --tta --no-foreground-crop --lr 0.0001 --amp off"
+    assert " ".join(arguments(flags)) == typed
+
+
+# --- running
+
+
+def test_a_study_runs_every_command_once_and_keeps_what_is_small(here: Path) -> None:
+    out = here / "out"
+    assert run_all(study_in(out)) == []
+    steps = Counter(line.split()[0] for line in ran(here))
+    assert steps == {"train_pretrain.py": 3, "train_seg.py": 12, "predict": 12, "score": 12}
+    assert set(ran(here).values()) == {1}
+
+    kept = out / "cells" / "dae-n2-p1-t0"
+    assert {file.name for file in kept.iterdir()} == {"scores.csv", "summary.json", "cell.json"}
+    made = json.loads((kept / "cell.json").read_text())
+    assert len(made["commands"]) == 4
+    assert (made["torch"], made["validation"]["cases"]) == ("fake", 1)
+    assert list((out / "work" / "cells").iterdir()) == []  # weights and predictions are large
+    assert (out / "work" / "pretrain" / "dae-p1" / "last.pt").is_file()
+
+    before = ran(here)
+    assert run_all(study_in(out)) == []
+    assert ran(here) == before  # a second time there is nothing to do
+
+
+def test_with_keep_the_weights_and_predictions_stay(here: Path) -> None:
+    study = study_in(here / "out", labels=["all"])
+    study.keep = True
+    run_all(study)
+    assert (here / "out/work/cells/dae-all-p0-t0/finetune/last.pt").is_file()
+    assert (here / "out/work/cells/dae-all-p0-t0/predictions").is_dir()
+
+
+def test_weights_that_are_gone_are_made_again_for_the_one_cell_that_lacks(here: Path) -> None:
+    out = here / "out"
+    run_all(study_in(out))
+    before = tables(out)
+    shutil.rmtree(out / "work")
+    shutil.rmtree(out / "cells" / "dae-n2-p1-t0")
+    (here / "ran.txt").unlink()
+
+    run_all(study_in(out))
+    assert [line.split()[0] for line in ran(here)] == [
+        "train_pretrain.py",
+        "train_seg.py",
+        "predict",
+        "score",
+    ]
+    assert tables(out) == before
+
+
+def start(out: Path, **changes: Any) -> multiprocessing.Process:
+    """The study in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=in_process, args=(out, changes))
+    process.start()
+    return process
+
+
+def in_process(out: Path, changes: dict[str, Any]) -> None:
+    os.setsid()  # so that the runner can be killed with its command, or without
+    sys.exit(2 if run_all(study_in(out, **changes)) else 0)
+
+
+def test_a_study_killed_ten_times_at_random_ends_in_the_same_tables(here: Path) -> None:
+    run_all(study_in(here / "whole"))
+
+    rng = random.Random(0)
+    out = here / "killed"
+    alive = 0
+    for number in range(10):
+        process = start(out)
+        time.sleep(rng.uniform(0.1, 0.5))
+        alive += process.is_alive()
+        with_its_command = number % 2
+        if process.is_alive() and with_its_command:
+            os.killpg(process.pid, signal.SIGKILL)
+        elif process.is_alive():
+            process.kill()
+        process.join()
+    assert alive > 3
+    done = len(list((out / "cells").glob("*/cell.json")))
+
+    assert run_all(study_in(out)) == []
+    assert 0 < done <= 12
+    assert tables(out) == tables(here / "whole")
+    assert not ran(here, "clash")
+
+
+def test_three_runners_at_once_do_no_command_twice_and_end_in_the_same_tables(here: Path) -> None:
+    run_all(study_in(here / "whole"))
+    (here / "ran.txt").unlink()
+
+    processes = [start(here / "shared") for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(ran(here)) == 3 + 3 * 12
+    assert set(ran(here).values()) == set(ran(here, "start").values()) == {1}
+    assert not ran(here, "clash")
+    assert tables(here / "shared") == tables(here / "whole")
+
+
+def test_runners_are_killed_while_others_work_and_the_tables_stay_the_same(here: Path) -> None:
+    run_all(study_in(here / "whole"))
+    rng = random.Random(1)
+    out = here / "shared"
+    steady = start(out)
+    for _ in range(5):
+        process = start(out)
+        time.sleep(rng.uniform(0.1, 0.4))
+        process.kill()
+        process.join()
+    steady.join()
+    assert steady.exitcode == 0
+    assert tables(out) == tables(here / "whole")
+    assert not ran(here, "clash")
+
+
+def test_a_command_holds_the_lock_after_its_runner_was_killed(here: Path) -> None:
+    path = here / "locks" / "a.lock"
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with locked(path) as lock:
+            assert lock is not None
+            sleeper = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
+            os.write(writer, str(sleeper.pid).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    sleeper_pid = int(os.read(reader, 20))
+    with locked(path) as lock:
+        assert lock is None
+
+    os.kill(sleeper_pid, signal.SIGKILL)
+    assert within(5, lambda: is_free(path))
+
+
+def is_free(path: Path) -> bool:
+    with locked(path) as lock:
+        return lock is not None
+
+
+def within(seconds: float, condition: Any) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+# --- what goes wrong
+
+
+def test_a_cell_that_fails_is_named_with_its_log_and_the_others_go_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "cells/dae-n2-p1-t0/finetune")
+    plan = str(plan_file(here))
+    with pytest.raises(InputError) as caught:
+        command_line(plan, "--out", "out")
+    line = str(caught.value)
+    assert line.startswith("1 failure: dae-n2-p1-t0: finetune: exit code 2: train_seg.py: --lr: it")
+    assert "out/work/logs/dae-n2-p1-t0.log" in line
+    assert len(list((here / "out/cells").glob("*/cell.json"))) == 11
+    assert "1 of 2 runs" not in (here / "out/table.md").read_text()
+    assert "3 of 4 runs" in (here / "out/table.md").read_text()
+
+    monkeypatch.delenv("FAKE_FAIL")
+    assert command_line(plan, "--out", "out") == 0
+    assert "of 4 runs" not in (here / "out/table.md").read_text()
+
+
+def test_weights_that_cannot_be_made_fail_once_for_all_their_cells(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_FAIL", "pretrain/dae-p1")
+    with pytest.raises(InputError, match=r"^1 failure: dae-p1: pretrain: exit code 2"):
+        command_line(str(plan_file(here)), "--out", "out")
+    assert ran(here, "start")["train_pretrain.py out/work/pretrain/dae-p1"] == 1
+    assert len(list((here / "out/cells").glob("*/cell.json"))) == 8
+
+
+def test_a_launcher_that_is_not_there_is_an_error_of_one_line(here: Path) -> None:
+    failed = run_all(study_in(here / "out", launchers={"pretrain": ["no-such-launcher"]}))
+    assert set(failed) == {
+        f"{run}: no-such-launcher: No such file or directory"
+        for run in ("mae-p0", "dae-p0", "dae-p1")
+    }
+
+
+def test_a_cell_of_another_version_of_the_plan_is_named_and_not_mixed_in(here: Path) -> None:
+    out = here / "out"
+    run_all(study_in(out))
+    other = study_in(out, finetune={"steps": 4, "lr": 0.001})
+    with pytest.raises(InputError, match=r"another version of the plan .*steps was 3, and is 4"):
+        run_all(other)
+    report(other)
+    text = (out / "table.md").read_text()
+    assert "mae-n2-p0-t0 is left out: another version of the plan" in text
+    assert not (out / "table.csv").read_text().count("0.")
+
+    (here / "labelled.json").write_text('{"other": "list"}')
+    with pytest.raises(InputError, match="finetune_data was"):
+        run_all(study_in(out))
+
+
+def test_another_device_or_more_methods_and_labels_leave_finished_cells_as_they_are(
+    here: Path,
+) -> None:
+    out = here / "out"
+    run_all(study_in(out))
+    (here / "ran.txt").unlink()
+    methods = {**PLAN["methods"], "local": {"method": "local_mask"}}
+    more: dict[str, Any] = {"methods": methods, "finetune": {**PLAN["finetune"], "device": "cpu"}}
+    assert run_all(study_in(out, **more)) == []
+    assert {line.split("/")[-2] for line in ran(here) if line.startswith("train_seg")} == {
+        f"local-{labels}-p0-t{seed}" for labels in ("n2", "all") for seed in (0, 1)
+    }
+
+
+# --- time
+
+
+def test_the_dry_run_prints_each_cell_with_its_commands_and_the_time_it_will_take(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = str(plan_file(here))
+    assert command_line(plan, "--out", "out", "--dry-run") == 0
+    text = capsys.readouterr().out
+    assert "mae-n2-p0-t0: not measured yet" in text
+    assert text.count("train_pretrain.py") == 3
+    assert text.splitlines()[-1] == "12 cells, 12 to do, not measured yet"
+    assert not (here / "out").exists()
+
+    seconds = {"pretrain": 3600.0, "finetune": 600.0, "predict": 60.0, "score": 60.0}
+    for step, time_of_step in seconds.items():
+        add_time(here / "out/times.jsonl", {"step": step, "seconds": time_of_step})
+    command_line(plan, "--out", "out", "--dry-run")
+    text = capsys.readouterr().out
+    assert "mae-n2-p0-t0: 72 min" in text
+    assert "mae-n2-p0-t1: 12 min" in text  # the weights are made once
+    assert text.splitlines()[-1] == "12 cells, 12 to do, 5.4 h"  # 3 h and 12 times 12 min
+
+
+def test_a_step_takes_as_long_as_those_that_are_most_like_it(here: Path) -> None:
+    path = here / "times.jsonl"
+    for labels, method, seconds in (("all", "dae", 90), (5, "dae", 10), (5, "mae", 20)):
+        add_time(path, {"step": "finetune", "labels": labels, "method": method, "seconds": seconds})
+    with path.open("a") as file:
+        file.write('{"step": "finetune", "sec')  # killed while writing
+    times = read_times(path)
+    assert expected(times, step="finetune", labels=5, method="mae") == 20
+    assert expected(times, step="finetune", labels=5, method="noise") == 15
+    assert expected(times, step="finetune", labels=20, method="noise") == 20  # the median of all
+    assert expected(times, step="pretrain", method="dae") is None
+
+
+# --- results
+
+
+def finished_study(out: Path, dice: Any, validation: Any = None, **changes: Any) -> Study:
+    """A study whose cells have the Dice of dice(cell), one for each case, and nothing has run."""
+    study = study_in(out, **changes)
+    for cell in study.cells:
+        values = dice(cell)
+        if values is None:
+            continue
+        kept = study.folders.kept(cell)
+        kept.mkdir(parents=True)
+        lines = [",".join(COLUMNS)]
+        first = 0 if cell.fold is None else 100 * cell.fold
+        for number, value in enumerate(values):
+            row = {"case": f"s{first + number}", "class": "1", "name": "organ", "status": "ok"}
+            lines.append(",".join(row.get(column, str(value)) for column in COLUMNS))
+        (kept / "scores.csv").write_text("\n".join(lines))
+        (kept / "summary.json").write_text("{}")
+        made = {
+            "fingerprint": cell_fingerprint(study.plan, study.folders, cell),
+            "validation": {"dice": validation(cell) if validation else 0.5, "best_dice": 0.9},
+        }
+        (kept / "cell.json").write_text(json.dumps(made))
+    return study
+
+
+def entries_in(study: Study) -> dict[tuple[str, Any], Entry]:
+    results = results_of(study.plan, study.folders, study.cells)
+    return {(entry.name, entry.labels): entry for entry in results.entries}
+
+
+def page_of(study: Study) -> str:
+    return page(study.plan, results_of(study.plan, study.folders, study.cells))
+
+
+GAINS = np.array([0.05, 0.02, -0.01, 0.04, 0.03, 0.01])
+BASE = np.array([0.5, 0.6, 0.7, 0.8, 0.55, 0.65])
+
+
+def with_gains(cell: Cell) -> list[float]:
+    """DAE gains on 2 labels, more with each seed of both kinds."""
+    values = BASE + 0.1 * (cell.labels == "all") + 0.02 * cell.seed
+    if cell.method == "dae":
+        values = values + GAINS + 0.1 * cell.pretraining.seed
+    return list(values)
+
+
+def test_a_case_is_averaged_over_its_runs_before_methods_are_compared(here: Path) -> None:
+    entries = entries_in(finished_study(here / "out", with_gains))
+    mae = entries["mae", 2]
+    dae = entries["dae", 2]
+    assert (len(mae.runs), len(dae.runs)) == (2, 4)
+    assert mae.means["dice"].n == dae.means["dice"].n == 6  # cases, not cases times seeds
+    assert mae.means["dice"].mean == pytest.approx(BASE.mean() + 0.01)
+
+    differences = GAINS + 0.05
+    against = dae.against["dice"]
+    test = stats.ttest_1samp(differences, 0)
+    interval = test.confidence_interval(0.95)
+    assert against["difference"] == pytest.approx(differences.mean())
+    assert (against["low"], against["high"]) == pytest.approx((interval.low, interval.high))
+    assert against["t_p"] == pytest.approx(test.pvalue)
+    assert against["sign_flip_p"] == 2 / 2**6
+    assert mae.against == {}
+
+
+def test_p_is_corrected_for_the_number_of_methods_on_the_same_labels(here: Path) -> None:
+    methods = {"mae": {}, **{f"m{n}": {"noise_std": n / 10} for n in (1, 2, 3)}}
+    rng = np.random.default_rng(0)
+    dice = {name: BASE + rng.normal(0.02, 0.03, 6) for name in methods}
+    study = finished_study(
+        here / "out", lambda cell: dice[cell.method], methods=methods, labels=["all"], seeds={}
+    )
+    entries = entries_in(study)
+    rows = [entries[f"m{n}", "all"].against["dice"] for n in (1, 2, 3)]
+    for p in ("t_p", "wilcoxon_p", "sign_flip_p"):
+        assert [row[f"{p}_holm"] for row in rows] == holm([row[p] for row in rows])
+
+
+def test_the_spread_between_seeds_is_told_by_kind_of_seed(here: Path) -> None:
+    study = finished_study(here / "out", with_gains)
+    entries = entries_in(study)
+    dae = noise_of(study.plan, entries["dae", 2])
+    means = [0.0, 0.02, 0.1, 0.12]  # two tuning seeds of two pre-training seeds
+    assert dae.runs == pytest.approx(np.std(means, ddof=1))
+    assert dae.tuning == pytest.approx(np.std([0, 0.02], ddof=1))
+    assert dae.pretraining == pytest.approx(np.std([0.01, 0.11], ddof=1))
+    assert isnan(noise_of(study.plan, entries["mae", 2]).pretraining)
+
+
+@pytest.mark.parametrize(
+    "gains, seed, words",
+    [
+        ([0.05, -0.05, 0.04, -0.03, 0.02, 0.0], 0.0, "cannot tell them apart: the interval"),
+        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.05], 0.2, "cannot tell them apart: seeds of one method"),
+        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.05], 0.01, "larger than that of seeds"),
+    ],
+)
+def test_a_plain_sentence_says_whether_the_data_can_tell_two_methods_apart(
+    here: Path, gains: list[float], seed: float, words: str
+) -> None:
+    def dice(cell: Cell) -> list[float]:
+        gain = np.array(gains) if cell.method == "dae" else 0
+        return list(BASE + seed * cell.seed + gain)
+
+    study = finished_study(here / "out", dice, labels=["all"], seeds={"finetune": 2})
+    assert f"dae against mae on all labels: difference {np.mean(gains):+.4f}" in page_of(study)
+    assert words in page_of(study)
+
+
+def test_one_run_each_does_not_say_how_much_seeds_differ(here: Path) -> None:
+    study = finished_study(here / "out", with_gains, labels=["all"], seeds={})
+    assert "how much seeds differ is not known from one run" in page_of(study)
+
+
+def test_what_is_missing_is_said_and_few_cases_as_well(here: Path) -> None:
+    def some(cell: Cell) -> list[float] | None:
+        if cell.labels == 2:
+            return None if cell.method == "dae" else [0.5, 0.6]
+        return None if cell.seed else [0.5, 0.6, 0.7]
+
+    text = page_of(finished_study(here / "out", some))
+    assert ", 1 of 2 runs" in text
+    assert ", 2 of 4 runs" in text
+    assert "With 2 cases the least p of an exact test is 0.5." in text
+    assert "With 3 cases the least p of an exact test is 0.25." in text
+
+
+SCRATCH = {"scratch": {"finetune": {"from_scratch": True}}, "dae": {"method": "dae"}}
+
+
+def test_the_rate_of_scratch_is_chosen_by_validation_cases_and_not_by_those_reported(
+    here: Path,
+) -> None:
+    study = finished_study(
+        here / "out",
+        lambda cell: list(BASE + (0.1 if cell.factor == 1 else 0)),
+        validation=lambda cell: 0.6 if cell.factor == 3 else 0.5,
+        methods=SCRATCH,
+        scratch_lr=[1, 3],
+    )
+    entry = entries_in(study)["scratch", 2]
+    assert {run.cell.factor for run in entry.runs} == {3}  # though x1 has the better test cases
+    assert entry.means["dice"].mean == pytest.approx(BASE.mean())
+    line = "scratch on 2 labels: learning rate x3, chosen by the Dice of the validation cases"
+    assert f"{line} (x1 0.5000, x3 0.6000)." in page_of(study)
+
+
+def test_the_rate_of_a_fold_is_chosen_by_the_other_folds(here: Path) -> None:
+    better = {0: 3, 1: 1, 2: 1}  # in each fold
+
+    def dice(cell: Cell) -> list[float]:
+        gain = 0.3 * (cell.fold == 0) + 0.1
+        return [0.5 + gain * (cell.factor == better[cell.fold or 0])] * 2
+
+    folds: dict[str, Any] = {"folds": [0, 1, 2], "split": "validation", "seeds": {}}
+    study = finished_study(
+        here / "out", dice, methods=SCRATCH, scratch_lr=[1, 3], labels=["all"], **folds
+    )
+    entry = entries_in(study)["scratch", "all"]
+    assert {run.cell.fold: run.cell.factor for run in entry.runs} == {0: 1, 1: 3, 2: 3}
+    assert "(fold 0 x1, fold 1 x3, fold 2 x3)" in page_of(study)
+
+
+def test_without_other_cases_every_rate_has_its_row(here: Path) -> None:
+    study = finished_study(
+        here / "out",
+        with_gains,
+        methods=SCRATCH,
+        scratch_lr=[1, 3],
+        labels=["all"],
+        split="validation",
+    )
+    assert {"scratch", "scratch, lr x3", "dae"} == {name for name, _ in entries_in(study)}
+    assert "no learning rate is chosen" in page_of(study)
+
+
+def test_a_selected_checkpoint_is_said_to_be_selected(here: Path) -> None:
+    best: dict[str, Any] = {"checkpoint": "best.pt", "labels": ["all"]}
+    study = finished_study(here / "out", with_gains, **best)
+    assert "The checkpoint with the best validation Dice" in page_of(study)
+    assert "selected on the very cases" not in page_of(study)
+    reported = finished_study(here / "other", with_gains, **best, split="validation")
+    assert "selected on the very cases that are reported" in page_of(reported)
+    assert "The last checkpoint" in page_of(finished_study(here / "last", with_gains))
+
+
+def test_every_case_is_in_a_csv_and_every_entry_and_metric_in_another(here: Path) -> None:
+    study = finished_study(here / "out", with_gains)
+    report(study)
+    with (here / "out/cases.csv").open() as file:
+        cases = list(csv.DictReader(file))
+    assert len(cases) == 2 * 2 * 6
+    assert float(cases[0]["dice"]) == pytest.approx(BASE[0] + 0.01)
+    with (here / "out/table.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["metric"] for line in lines[:3]] == ["dice", "nsd", "hd95"]
+    assert len(lines) == 2 * 2 * 3
+    assert (here / "out/figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_report_of_nothing_is_a_table_of_dashes(here: Path) -> None:
+    assert command_line(str(plan_file(here)), "--out", "out", "--report") == 0
+    assert "Nothing can be compared yet." in (here / "out/table.md").read_text()
+    assert not (here / "out/figure.png").exists()
+
+
+# --- the real commands
+
+
+@pytest.mark.slow
+def test_a_study_of_the_real_commands_ends_in_a_table(tmp_path: Path) -> None:
+    network = {"feature_size": 12, "depths": [1, 1], "heads": [2, 4], "window": [4, 4, 4]}
+    common = {"steps": 3, "workers": 0, "device": "cpu", "cache_dir": str(tmp_path / "cache")}
+    plan = {
+        "name": "tiny",
+        "data": {"phantoms": {"subjects": 3, "validation": 1, "test": 2, "size": [32, 32, 32]}},
+        "pretrain": {**network, **common, "crop": [16, 16, 16], "recon": "residual"},
+        "methods": SCRATCH,
+        "finetune": {**common, "batch_size": 2},
+        "predict": {"device": "cpu"},
+        "labels": [2],
+        "scratch_lr": [1, 3],
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "dae.study", str(tmp_path / "plan.json")]
+    command += ["--out", str(tmp_path / "out")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    text = (tmp_path / "out/table.md").read_text()
+    assert "scratch on 2 labels: learning rate x" in text
+    assert "| dae" in text
+    made = json.loads((tmp_path / "out/cells/dae-n2-p0-t0/cell.json").read_text())
+    assert made["validation"]["step"] == 3

@@ -142,6 +142,7 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"seeds": {"finetune": 0}}, "at least one"),
         ({"seeds": {"pretrain": 2, "finetune": 1, "crossed": False}}, "fewer tuning seeds"),
         ({"data": {"tests": "x"}}, '"tests" is not read; "test" was probably meant'),
+        ({"data": {"phantoms": {"heds": 2}}}, '"phantoms": unrecognized arguments: --heds'),
         ({"launchers": {"train": []}}, '"train" is not read'),
     ],
 )
@@ -479,6 +480,9 @@ def test_a_cell_of_another_version_of_the_plan_is_named_and_not_mixed_in(here: P
     assert "mae-n2-p0-t0 is left out: another version of the plan" in text
     assert not (out / "table.csv").read_text().count("0.")
 
+    (here / "labelled.json").unlink()  # a report needs no lists
+    report(study_in(out))
+    assert "left out" not in (out / "table.md").read_text()
     (here / "labelled.json").write_text('{"other": "list"}')
     with pytest.raises(InputError, match="finetune_data was"):
         run_all(study_in(out))
@@ -752,8 +756,8 @@ def test_a_study_of_the_real_commands_ends_in_a_table(tmp_path: Path) -> None:
     common = {"steps": 3, "workers": 0, "device": "cpu", "cache_dir": str(tmp_path / "cache")}
     plan = {
         "name": "tiny",
-        "data": {"phantoms": {"subjects": 3, "validation": 1, "test": 2, "size": [32, 32, 32]}},
-        "pretrain": {**network, **common, "crop": [16, 16, 16], "recon": "residual"},
+        "data": {"phantoms": {"subjects": 2, "validation": 1, "test": 2, "size": [32, 32, 32]}},
+        "pretrain": {**network, **common, "alpha": 0, "crop": [16, 16, 16], "recon": "residual"},
         "methods": SCRATCH,
         "finetune": {**common, "batch_size": 2},
         "predict": {"device": "cpu"},

@@ -434,8 +434,7 @@ def sign_flips(n: int, seed: int) -> NDArray[np.float64]:
         bits = np.arange(2**n)[:, None] >> np.arange(n) & 1
     else:
         bits = np.random.default_rng(seed).integers(0, 2, (RESAMPLES, n))
-    signs: NDArray[np.float64] = 1.0 - 2.0 * bits
-    return signs
+    return np.where(bits, -1.0, 1.0)
 
 
 def holm(p: Sequence[float]) -> list[float]:

@@ -10,17 +10,18 @@ folder: none does what another is doing.
 
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 from dae.config.command_line import parse, run_or_explain
 from dae.config.study import StudyConfig
-from dae.demo.phantom import write_phantoms
+from dae.demo.__main__ import main as write_phantoms
 from dae.errors import InputError, counted
 from dae.study.cells import Folders, cell_commands, cells_of, data_of, pretrain_command
 from dae.study.locks import locked
-from dae.study.plan import Plan, read_plan
-from dae.study.runner import Study, is_done, run_all, say, time_left, time_of_cell
+from dae.study.plan import Plan, phantoms_config, read_plan
+from dae.study.runner import WAIT, Study, is_done, run_all, say, time_left, time_of_cell
 from dae.study.table import write_tables
 from dae.study.times import in_words, read_times
 
@@ -73,9 +74,14 @@ def make_phantoms(plan: Plan, folders: Folders) -> None:
     """The synthetic volumes of a plan that asks for them, unless they are there."""
     if "phantoms" not in plan.data:
         return
-    with locked(folders.lock("phantoms")) as lock:
-        if lock is not None:
-            write_phantoms(folders.phantoms(), **plan.data["phantoms"])
+    made = False
+    while not made:
+        with locked(folders.lock("phantoms")) as lock:
+            if lock is not None:
+                write_phantoms(folders.phantoms(), phantoms_config(plan))
+                made = True
+        if not made:
+            time.sleep(WAIT)  # another process makes them
 
 
 def print_cells(study: Study) -> None:

@@ -4,7 +4,8 @@ A plan is a JSON file. Every part of it is flags of the scripts, or says which v
 gives to a flag:
 
     name        of the study
-    data        the lists: "pretrain", "finetune", and "test" where cases of another list are scored
+    data        lists: "pretrain", "finetune", and "test" where cases of another list are scored;
+                or "phantoms", flags of python -m dae.demo, in place of the first two
     pretrain    flags of train_pretrain.py for all methods
     methods     name -> the flags that make it, in the order of priority; "finetune" among them
                 holds flags of train_seg.py for this method alone
@@ -37,6 +38,7 @@ from dae.config.evaluate import PredictConfig, ScoreConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data.listfile import probably_meant, read_json
+from dae.demo.__main__ import HardPhantomsConfig
 from dae.errors import InputError
 
 PLANS = Path(__file__).parent / "plans"  # those that can be given by name
@@ -269,6 +271,11 @@ def check_flags(plan: Plan, path: Path) -> None:
         check_command("pretrain", plan.pretrain_flags(method), where)
         for tuning in plan.tunings:
             check_command("finetune", plan.finetune_flags(method, tuning), where)
+    if "phantoms" in plan.data:
+        try:
+            phantoms_config(plan)
+        except InputError as error:
+            raise InputError(f'{path}: "phantoms": {error}') from error
     check_command("predict", plan.predict, f'{path}: "predict"')
     check_command("score", plan.score, f'{path}: "score"')
 
@@ -281,3 +288,9 @@ def check_command(step: StepName, flags: Flags, where: str) -> None:
         parse(CONFIGS[step], arguments(flags), prog=step, description="")
     except InputError as error:
         raise InputError(f"{where}: {step}: {error}") from error
+
+
+def phantoms_config(plan: Plan) -> HardPhantomsConfig:
+    """What `python -m dae.demo` makes of the plan's flags. Raises InputError."""
+    words = arguments(plan.data["phantoms"])
+    return parse(HardPhantomsConfig, words, prog="phantoms", description="")

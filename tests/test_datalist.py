@@ -465,6 +465,26 @@ def test_a_seed_is_refused_only_where_it_draws_neither_folds_nor_a_fraction(load
     assert whole == five_folds(drawn, fold=1, split_seed=3)
 
 
+def test_numbers_of_labels_nest_with_each_other_and_with_shares(loaded: Load) -> None:
+    labels = {"0": "background", "1": "liver"}
+    written = [{**entry, "label": f"l{n}.nii.gz"} for n, entry in enumerate(entries(20))]
+    items = loaded({"training": written, "labels": labels})
+    flags: dict[str, Any] = {"fold": 1, "split_seed": 3, "allow_trained": False}
+
+    kept = {}
+    for count in (1, 5, 8, 16):
+        split = for_segmentation(items, "l", label_fraction=1.0, label_count=count, **flags)
+        assert split.validation == five_folds(items, fold=1, split_seed=3).validation
+        kept[count] = subjects(split.training)
+    assert [len(names) for names in kept.values()] == [1, 5, 8, 16]
+    assert kept[1] < kept[5] < kept[8] < kept[16]
+    half = for_segmentation(items, "l", label_fraction=0.5, **flags)
+    assert kept[8] == subjects(half.training)
+
+    line = refusal(for_segmentation, items, "l", label_fraction=1.0, label_count=17, **flags)
+    assert line == "--label-count 17: there are 16 subjects to train on"
+
+
 def test_evaluation_follows_flags_then_whom_the_checkpoint_held_out_then_its_fold(
     loaded: Load,
 ) -> None:

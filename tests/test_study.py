@@ -415,6 +415,22 @@ def test_a_command_holds_the_lock_after_its_runner_was_killed(here: Path) -> Non
     assert within(5, lambda: is_free(path))
 
 
+def test_a_runner_waits_for_the_command_of_another_that_was_killed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one: dict[str, Any] = {"methods": {"dae": {}}, "labels": ["all"], "seeds": {}}
+    monkeypatch.setenv("FAKE_SLEEP", "1.5")
+    process = start(here / "out", **one)
+    assert within(20, lambda: ran(here, "start"))
+    process.kill()
+    process.join()
+
+    monkeypatch.setenv("FAKE_SLEEP", "0.005")
+    assert run_all(study_in(here / "out", **one)) == []
+    assert not ran(here, "clash")
+    assert ran(here)[f"train_pretrain.py {here}/out/work/pretrain/dae-p0"] == 2
+
+
 def is_free(path: Path) -> bool:
     with locked(path) as lock:
         return lock is not None

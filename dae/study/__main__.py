@@ -4,8 +4,9 @@ python -m dae.study PLAN.json --dry-run     the cells, their commands, and their
 python -m dae.study PLAN.json               run what is not there yet; again after any stop
 python -m dae.study PLAN.json --report      only the tables and the figure
 
-PLAN is a file, or the name of a plan in dae/study/plans. Several processes may run one study in one
-folder: none does what another is doing.
+PLAN is a file, or the name of a plan in dae/study/plans. The keys of a plan are listed at the top
+of dae/study/plan.py. Several processes may run one study in one folder: none does what another is
+doing.
 """
 
 import signal

@@ -783,7 +783,7 @@ def test_a_study_of_the_real_commands_ends_in_a_table(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, "-m", "dae.study", str(tmp_path / "plan.json")]
     command += ["--out", str(tmp_path / "out")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    subprocess.run(command, cwd=ROOT, check=True, timeout=3600)
     text = (tmp_path / "out/table.md").read_text()
     assert "scratch on 2 labels: learning rate x" in text
     assert "| dae" in text

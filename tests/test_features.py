@@ -19,7 +19,7 @@ from dae.data.cache import prepare_all
 from dae.data.datalist import Item
 from dae.data.preprocess import Recipe
 from dae.evaluation import features
-from dae.evaluation.features import effective_rank, nearest_neighbours, principal_plane, unit
+from dae.evaluation.features import nearest_neighbours, principal_plane, unit
 from dae.model import SwinUNETR
 from dae.pretext.contrast import embed
 from dae.weights.foreign import Weights
@@ -27,29 +27,7 @@ from dae.weights.foreign import Weights
 CPU = torch.device("cpu")
 
 
-def orthogonal(n: int, c: int) -> np.ndarray:
-    """Centred columns at right angles, of length 1."""
-    values = np.random.default_rng(0).normal(size=(n, c))
-    q, _ = np.linalg.qr(values - values.mean(axis=0))
-    return q
-
-
 # --- what vectors tell
-
-
-@pytest.mark.parametrize("directions", [1, 2, 5])
-def test_the_effective_rank_is_the_number_of_directions_that_differ_alike(directions: int) -> None:
-    rows = np.zeros((20, 9))
-    rows[:, :directions] = orthogonal(20, directions)
-    assert effective_rank(rows + 3) == pytest.approx(directions)
-
-
-def test_the_effective_rank_by_hand() -> None:
-    rows = orthogonal(10, 2) * np.array([3.0, 1.0])
-    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
-    assert effective_rank(rows) == pytest.approx(math.exp(entropy))
-    assert math.isnan(effective_rank(np.full((5, 3), 0.1)))
-    assert math.isnan(effective_rank(np.full((1, 3), 0.1)))
 
 
 def test_the_plane_is_that_of_the_largest_eigenvectors_of_the_covariance() -> None:

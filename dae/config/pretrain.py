@@ -7,9 +7,16 @@ from dae.config.command_line import Presets, opt
 from dae.config.shared import DataConfig, NetworkConfig, OptimConfig, RunConfig
 
 Method = Literal[
-    "dae", "noise", "downsample", "local_mask", "mae",
-    "scratch", "contrastive", "rotation", "swin_unetr",
-]  # fmt: skip
+    "dae",
+    "noise",
+    "downsample",
+    "local_mask",
+    "mae",
+    "contrastive",
+    "rotation",
+    "swin_unetr",
+    "scratch",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,6 +27,7 @@ from dae.data.datalist import Item
 from dae.data.preprocess import Recipe
 from dae.errors import InputError, counted
 from dae.evaluation import cases
+from dae.pretext.contrast import effective_rank
 from dae.training.kernels import lay_out
 from dae.weights.foreign import Weights
 from dae.weights.plan import DATA_OPTIONS, flag, network_of_plan
@@ -185,7 +186,7 @@ def summary_of(
     return {
         "volumes": len(z),
         "channels": z.shape[1],
-        "effective_rank": effective_rank(z),
+        "effective_rank": effective_rank(torch.from_numpy(z)),
         "nearest_neighbour": nearest_neighbours(z, modalities, subjects)._asdict(),
     }
 
@@ -209,20 +210,6 @@ def unit(features: NDArray[Any]) -> Array:
     rows = np.asarray(features, dtype=np.float64)
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     return rows / np.maximum(lengths, np.finfo(np.float64).tiny)
-
-
-def effective_rank(features: Array) -> float:
-    """In how many directions the features differ (Roy and Vetterli 2007): 1 to min(n - 1, c).
-
-    exp of the entropy of the singular values of the centred (n, c), which are scaled to sum to 1.
-    nan where all are the same.
-    """
-    values = np.linalg.svd(features - features.mean(axis=0), compute_uv=False)
-    if values[0] <= len(features) * np.finfo(np.float64).eps * np.linalg.norm(features):
-        return math.nan
-    shares = values / values.sum()
-    shares = shares[shares > 0]
-    return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
 def principal_plane(features: Array) -> tuple[Array, Array]:

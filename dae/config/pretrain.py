@@ -12,10 +12,10 @@ Method = Literal[
     "downsample",
     "local_mask",
     "mae",
+    "scratch",
     "contrastive",
     "rotation",
     "swin_unetr",
-    "scratch",
 ]
 
 

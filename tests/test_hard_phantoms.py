@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, gaussian_filter
 
-from dae.demo.anatomy import CT_LABELS
-from dae.demo.hard import GRAIN_OF, GRAINS, grain, hard_ct, hard_mr, write_hard_phantoms
+from dae.demo.anatomy import CT_LABELS, CT_TISSUES
+from dae.demo.hard import (
+    GRAIN_OF,
+    GRAINS,
+    LABELS,
+    grain,
+    hard_ct,
+    hard_mr,
+    label_of,
+    write_hard_phantoms,
+)
 from dae.demo.phantom import body_ct
 
 SIZE = (48, 48, 48)
@@ -37,7 +46,7 @@ def dice_by_brightness(make: Make, *, known: int = 6, unknown: int = 2) -> float
     for number in range(known, known + unknown):
         image, label = body(make, number)
         guess = likelihood[np.digitize(image, edges)].argmax(axis=-1)
-        for organ in range(1, len(CT_LABELS)):
+        for organ in range(1, label.max() + 1):
             both = np.sum((guess == organ) & (label == organ))
             scores.append(2 * both / (np.sum(guess == organ) + np.sum(label == organ)))
     return float(np.mean(scores))
@@ -59,7 +68,7 @@ def roughness(image: np.ndarray, organ: np.ndarray) -> float:
 
 
 def test_the_grain_tells_the_liver_from_the_spleen() -> None:
-    labels = {name: number for number, name in CT_LABELS.items()}
+    labels = {name: number for number, name in LABELS.items()}
     for number in range(2):
         image, label = hard_ct(np.random.default_rng([0, 2, number]), size=(96, 96, 96))
         of_liver, of_spleen = (roughness(image, label == labels[o]) for o in ("liver", "spleen"))
@@ -82,7 +91,7 @@ def test_a_grain_is_drawn_out_along_its_own_axis() -> None:
 
 
 def test_what_is_no_organ_shares_the_grain_of_organs() -> None:
-    organs = set(CT_LABELS.values())
+    organs = {name for name in GRAIN_OF if label_of(name)}
     of_organs = {GRAIN_OF[name] for name in GRAIN_OF if name in organs}
     of_others = {GRAIN_OF[name] for name in GRAIN_OF if name not in organs}
     assert {"fine", "coarse"} <= of_organs & of_others
@@ -90,7 +99,7 @@ def test_what_is_no_organ_shares_the_grain_of_organs() -> None:
 
 def test_bodies_have_every_label_and_differ_by_seed() -> None:
     first, second = (body(hard_ct, number) for number in (0, 1))
-    assert set(np.unique(first[1])) == set(CT_LABELS)
+    assert set(np.unique(first[1])) == set(LABELS)
     assert not np.array_equal(first[0], second[0])
     again = body(hard_ct, 0)
     assert np.array_equal(first[0], again[0])
@@ -144,3 +153,10 @@ def test_more_subjects_leave_the_test_as_it_was(tmp_path: Path) -> None:
     for entry in few["ct_seg"]["test"]:
         one, other = (tmp_path / name / entry["image"] for name in ("few", "many"))
         assert one.read_bytes() == other.read_bytes()
+
+
+def test_organs_are_those_of_the_demo_and_the_kidneys_are_one() -> None:
+    for tissue, (label, _) in CT_TISSUES.items():
+        assert (label_of(tissue) > 0) == (label > 0)
+    assert label_of("right kidney") == label_of("left kidney") == 2
+    assert label_of("spleen") == 1

@@ -38,6 +38,7 @@ from dae.demo.phantom import (
     paint,
     pose,
     vary,
+    write_ct,
 )
 from dae.files import write_bytes
 
@@ -255,17 +256,8 @@ def write_hard_phantoms(
 
 def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:
     """Write one torso and return its entry for a data list."""
-    subject = f"ct_{number:03d}"
     image, label = hard_ct(np.random.default_rng([seed, 2, number]), size=size)
-
-    write_bytes(folder / f"{subject}.nii.gz", nifti(image, "RAS"))
-    write_bytes(folder / f"{subject}_label.nii.gz", nifti(label, "RAS"))
-    return {
-        "image": f"{subject}.nii.gz",
-        "label": f"{subject}_label.nii.gz",
-        "modality": "ct",
-        "subject": subject,
-    }
+    return write_ct(folder, f"ct_{number:03d}", image, label)
 
 
 def write_head(folder: Path, number: int, *, size: Size, seed: int) -> list[Entry]:

@@ -317,10 +317,13 @@ def name_of_list(path: Path) -> str | None:
 
 
 def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:
-    """Write one torso, its axes in RAS order, and return its entry for a data list."""
-    subject = f"ct_{number:03d}"
+    """Write one torso and return its entry for a data list."""
     image, label = body_ct(np.random.default_rng([seed, 0, number]), size=size)
+    return write_ct(folder, f"ct_{number:03d}", image, label)
 
+
+def write_ct(folder: Path, subject: str, image: NDArray[np.int16], label: Bytes) -> Entry:
+    """Write a CT and its labels, their axes in RAS order, and return their entry."""
     write_bytes(folder / f"{subject}.nii.gz", nifti(image, "RAS"))
     write_bytes(folder / f"{subject}_label.nii.gz", nifti(label, "RAS"))
     return {

@@ -144,6 +144,27 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"data": {"tests": "x"}}, '"tests" is not read; "test" was probably meant'),
         ({"data": {"phantoms": {"heds": 2}}}, '"phantoms": unrecognized arguments: --heds'),
         ({"launchers": {"train": []}}, '"train" is not read'),
+        ({"name": "../a"}, '"name": "../a"'),
+        ({"name": 5}, '"name" is a text'),
+        ({"description": ["a"]}, '"description" is a text'),
+        ({"methods": 5}, '"methods" is an object'),
+        ({"methods": {"dae": {"finetune": 5}}}, '"dae": "finetune" is an object of flags'),
+        ({"methods": {"..": {}}}, '"..": a name has letters'),
+        ({"methods": {"dae": {"help": True}}}, '"help" is no flag of a plan'),
+        ({"labels": [[2]]}, '"labels" is a list of values'),
+        ({"labels": [float("inf")]}, '"labels": inf'),
+        ({"folds": [-1], "split": "validation"}, '"folds": -1'),
+        ({"folds": ["a"], "split": "validation"}, '"folds": a'),
+        ({"folds": [], "split": "validation"}, '"folds" is empty'),
+        ({"scratch_lr": ["fast"]}, '"scratch_lr": fast'),
+        ({"scratch_lr": [0]}, '"scratch_lr": 0'),
+        ({"headline": ["dae"]}, '"headline" is a list of two methods'),
+        ({"seeds": {"pretrain": "two"}}, "pretrain: two: a whole number"),
+        ({"seeds": {"finetune": {"dae": 1.5}}}, "finetune: 1.5: a whole number"),
+        ({"seeds": {"crossed": "no"}}, '"crossed" is true or false'),
+        ({"data": {"pretrain": 5}}, '"data": "pretrain" is the path of a list'),
+        ({"data": {"phantoms": 5}}, '"data": "phantoms" is an object of flags'),
+        ({"launchers": {"pretrain": "torchrun"}}, '"pretrain" is a list of words'),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_by_the_name_of_its_key(
@@ -169,6 +190,20 @@ def test_a_list_of_the_command_line_comes_before_the_plans(here: Path) -> None:
     }
     with pytest.raises(InputError, match="--data tests=x"):
         read_plan(str(plan_file(here)), ["tests=x"])
+
+
+def test_a_list_below_the_home_folder_counts_by_its_content(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(here))
+    data = {"pretrain": "pretrain.json", "finetune": "~/labelled.json"}
+    hashes = []
+    for content in ("{}", '{"other": "list"}'):
+        (here / "labelled.json").write_text(content)
+        study = study_in(here / "out", data=data)
+        made = cell_fingerprint(study.plan, study.folders, study.cells[0])
+        hashes.append(made["finetune_data"])
+    assert len(set(hashes)) == 2
 
 
 @pytest.mark.parametrize("path", sorted(PLANS.glob("*.json")), ids=lambda path: path.stem)
@@ -272,6 +307,11 @@ def test_scratch_may_have_its_own_learning_rates(here: Path) -> None:
         str(plan_file(here, methods=methods, scratch_lr=[3], finetune={"preset": "btcv"}))
     )
     assert "--lr 0.0012 " in commands_of(preset, "scratch-all-p0-t0-lr3")["finetune"]
+
+
+def test_a_number_of_labels_is_typed_as_a_whole_number(here: Path) -> None:
+    plan = read_plan(str(plan_file(here, labels=[2.0])))
+    assert "--label-count 2 " in commands_of(plan, "mae-n2-p0-t0")["finetune"]
 
 
 def test_flags_are_written_as_they_are_typed() -> None:
@@ -518,6 +558,62 @@ def test_another_device_or_more_methods_and_labels_leave_finished_cells_as_they_
     }
 
 
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"fingerprint": 5}'])
+def test_a_cell_that_was_cut_short_is_named_with_what_to_do(here: Path, content: str) -> None:
+    out = here / "out"
+    run_all(study_in(out, labels=["all"]))
+    (out / "cells/mae-all-p0-t0/cell.json").write_text(content)
+    for again in (run_all, report):
+        with pytest.raises(InputError, match=r"mae-all-p0-t0/cell\.json: .*; remove "):
+            again(study_in(out, labels=["all"]))
+
+
+def test_scores_that_lack_lines_are_not_a_table_of_fewer_cases(here: Path) -> None:
+    out = here / "out"
+    run_all(study_in(out, labels=["all"]))
+    scores = out / "cells/mae-all-p0-t0/scores.csv"
+    scores.write_text("\n".join(scores.read_text().splitlines()[:3]) + "\n")
+    with pytest.raises(InputError, match=r"mae-all-p0-t0/scores\.csv: .*; remove "):
+        report(study_in(out, labels=["all"]))
+
+
+def test_a_cell_whose_progress_was_cut_short_fails_and_the_others_go_on(here: Path) -> None:
+    progress = here / "out/work/cells/mae-all-p0-t0/progress.json"
+    progress.parent.mkdir(parents=True)
+    progress.write_text('{"begun')
+    failed = run_all(study_in(here / "out", labels=["all"]))
+    assert len(failed) == 1
+    assert failed[0].endswith(f"; remove {progress.parent}")
+    assert len(list((here / "out/cells").glob("*/cell.json"))) == 5
+
+
+def test_a_list_that_is_missing_is_named_before_anything_is_made(here: Path) -> None:
+    data = {**PLAN["data"], "test": "elsewhere.json"}
+    with pytest.raises(InputError, match=r"elsewhere\.json: .*--data test=LIST"):
+        run_all(study_in(here / "out", data=data))
+    assert not ran(here, "start")
+
+
+@pytest.mark.parametrize("name", ["table.md", "cases.csv", "figure.png"])
+def test_no_table_replaces_a_file_that_is_not_of_this_study(here: Path, name: str) -> None:
+    plan = str(plan_file(here))
+    (here / "out").mkdir()
+    (here / "out" / name).write_text("mine")
+    for words in ([], ["--report"]):
+        with pytest.raises(InputError, match=f'{name}: .* not of the study "small"'):
+            command_line(plan, "--out", "out", *words)
+    assert (here / "out" / name).read_text() == "mine"
+    assert not ran(here, "start")
+
+
+def test_two_studies_in_one_folder_do_not_replace_each_others_tables(here: Path) -> None:
+    command_line(str(plan_file(here, labels=["all"])), "--out", "out")
+    other = {"name": "other", "methods": {"noise": {"method": "noise"}}, "seeds": {}}
+    with pytest.raises(InputError, match='not of the study "other"'):
+        command_line(str(plan_file(here, **other)), "--out", "out")
+    command_line(str(plan_file(here, labels=["all"])), "--out", "out", "--report")
+
+
 # --- time
 
 
@@ -547,6 +643,7 @@ def test_a_step_takes_as_long_as_those_that_are_most_like_it(here: Path) -> None
     for labels, method, seconds in (("all", "dae", 90), (5, "dae", 10), (5, "mae", 20)):
         add_time(path, {"step": "finetune", "labels": labels, "method": method, "seconds": seconds})
     with path.open("a") as file:
+        file.write('5\n[]\n{"step": "finetune"}\n')  # no lines of this program
         file.write('{"step": "finetune", "sec')  # killed while writing
     times = read_times(path)
     assert expected(times, step="finetune", labels=5, method="mae") == 20
@@ -731,6 +828,17 @@ def test_without_other_cases_every_rate_has_its_row(here: Path) -> None:
     )
     assert {"scratch", "scratch, lr x3", "dae"} == {name for name, _ in entries_in(study)}
     assert "no learning rate is chosen" in page_of(study)
+
+
+def test_without_a_validated_case_every_rate_has_its_row(here: Path) -> None:
+    study = finished_study(
+        here / "out", with_gains, methods=SCRATCH, scratch_lr=[1, 3], labels=["all"]
+    )
+    for made in (here / "out/cells").glob("*/cell.json"):
+        content = json.loads(made.read_text())
+        made.write_text(json.dumps({**content, "validation": {"best_dice": None}}))
+    assert {"scratch", "scratch, lr x3", "dae"} == {name for name, _ in entries_in(study)}
+    assert "no case was validated on" in page_of(study)
 
 
 def test_a_selected_checkpoint_is_said_to_be_selected(here: Path) -> None:

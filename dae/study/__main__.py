@@ -23,7 +23,7 @@ from dae.study.cells import Folders, cell_commands, cells_of, data_of, pretrain_
 from dae.study.locks import locked
 from dae.study.plan import Plan, phantoms_config, read_plan
 from dae.study.runner import WAIT, Study, is_done, run_all, say, time_left, time_of_cell
-from dae.study.table import write_tables
+from dae.study.table import check_tables, write_tables
 from dae.study.times import in_words, read_times
 
 PROG = "python -m dae.study"
@@ -35,21 +35,22 @@ def main() -> int:
     plan = read_plan(name, config.data)
     folders = Folders(Path(config.out or f"runs/studies/{plan.name}"))
     cells = cells_of(plan)
-    data_of(plan, folders)  # a list that is missing is named before anything is made
+    data_of(plan, folders)  # a list that no one names is missed before anything is made
     report = partial(write_tables, plan, folders, cells)
     study = Study(plan, folders, cells, config.keep, report)
 
     if config.dry_run:
         print_cells(study)
         return 0
+    check_tables(plan, folders)
     if config.report:
         report()
         say(str(folders.out / "table.md"))
         return 0
 
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    make_phantoms(plan, folders)
     try:
+        make_phantoms(plan, folders)
         failed = run_all(study)
     except (KeyboardInterrupt, SystemExit):
         say("stopped; the same command goes on")

@@ -262,8 +262,10 @@ def tuned_flags(plan: Plan, cell: Cell) -> dict[str, Any]:
     if cell.fold is not None:
         flags["fold"] = cell.fold
     if cell.labels != "all":
-        is_share = cell.labels < 1
-        flags["label_fraction" if is_share else "label_count"] = cell.labels
+        if cell.labels < 1:
+            flags["label_fraction"] = cell.labels
+        else:
+            flags["label_count"] = int(cell.labels)  # 2.0 is a whole number, too
     return flags
 
 

@@ -27,6 +27,7 @@ gives to a flag:
 Paths are relative to the folder where the command runs, as those of flags are.
 """
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -67,6 +68,7 @@ OWN: dict[StepName, tuple[str, ...]] = {
     "score": ("data", "out", "predictions", "labels", "split", "fold"),
 }
 LISTS = ("pretrain", "finetune", "test")
+NAME = r"\w[\w.+]{0,99}"  # it becomes the name of a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +156,7 @@ def read_plan(name: str, lists: Collection[str] = ()) -> Plan:
             raise InputError(f'{path}: "{f.name}" is missing')
 
     plan = Plan(**{key: as_tuple(value) for key, value in content.items()})
+    check_shapes(plan, path)
     plan = replace(plan, data=with_lists(plan.data, lists))
     plan = replace(plan, baseline=plan.baseline or next(iter(plan.methods)))
     check_plan(plan, path)
@@ -172,6 +175,9 @@ def with_lists(data: Mapping[str, Any], lists: Collection[str]) -> dict[str, Any
         if name not in LISTS or not path:
             raise InputError(f"--data {entry}: give it as {'=LIST, '.join(LISTS)}=LIST")
         result[name] = path
+    for name in LISTS:
+        if name in result:  # as the scripts read a path
+            result[name] = str(Path(result[name]).expanduser())
     return result
 
 
@@ -190,17 +196,18 @@ def check_known(keys: Collection[str], known: Collection[str], where: str) -> No
 
 def check_plan(plan: Plan, path: Path) -> None:
     """Raises InputError, naming the key, before anything runs."""
-    check_shapes(plan, path)
     check_known(plan.data, [*LISTS, "phantoms"], f'{path}: "data"')
     check_known(plan.launchers, STEPS, f'{path}: "launchers"')
+    if not re.fullmatch(NAME, plan.name.replace("-", "_")):
+        raise InputError(f'{path}: "name": "{plan.name}": letters, digits, "_", "-", "." and "+"')
     for name in (plan.baseline, *plan.headline):
         if name not in plan.methods:
             raise InputError(f'{path}: "{name}" is none of the methods')
 
     check_choice(plan.checkpoint, get_args(Checkpoint), f'{path}: "checkpoint"')
     check_choice(plan.split, get_args(Split), f'{path}: "split"')
-    for name in (*plan.methods, *plan.tunings):
-        if not re.fullmatch(r"[\w.+]*", name):
+    for name in (*plan.methods, *filter(None, plan.tunings)):
+        if not re.fullmatch(NAME, name):
             raise InputError(f'{path}: "{name}": a name has letters, digits, "_", "." and "+"')
     for labels in plan.labels:
         check_labels(labels, path)
@@ -212,23 +219,63 @@ def check_plan(plan: Plan, path: Path) -> None:
 
 def check_shapes(plan: Plan, path: Path) -> None:
     """Raises InputError where a key holds another kind of value than it should."""
+    for key in ("name", "description", "baseline"):
+        if not isinstance(getattr(plan, key), str):
+            raise InputError(f'{path}: "{key}" is a text, "..."')
     objects = ("methods", "data", "pretrain", "finetune", "tunings", "seeds", "predict", "score")
     for key in (*objects, "launchers"):
-        if not isinstance(getattr(plan, key), Mapping):
-            raise InputError(f'{path}: "{key}" is an object, {{...}}')
+        check_object(getattr(plan, key), f'{path}: "{key}"')
     for key in ("methods", "tunings"):
         for name, flags in getattr(plan, key).items():
-            if not isinstance(flags, Mapping):
-                raise InputError(f'{path}: "{key}": "{name}" is an object of flags, {{...}}')
-    for key in ("labels", "folds", "scratch_lr", "headline"):
-        value = getattr(plan, key)
-        if not isinstance(value, tuple) and not (key == "folds" and value is None):
-            raise InputError(f'{path}: "{key}" is a list, [...]')
-        if value is not None and len(set(value)) < len(value):
-            raise InputError(f'{path}: "{key}" has a value twice')
-    for key in ("labels", "tunings", "scratch_lr"):
-        if not getattr(plan, key):
+            check_object(flags, f'{path}: "{key}": "{name}"', " of flags")
+    for method, flags in plan.methods.items():
+        check_object(flags.get("finetune", {}), f'{path}: "{method}": "finetune"', " of flags")
+
+    check_lists(plan, path)
+    for key in ("labels", "folds", "tunings", "scratch_lr"):
+        if getattr(plan, key) is not None and not getattr(plan, key):
             raise InputError(f'{path}: "{key}" is empty; leave it out')
+    if len(plan.headline) not in (0, 2):
+        raise InputError(f'{path}: "headline" is a list of two methods')
+    for name, value in plan.data.items():
+        if name == "phantoms":
+            check_object(value, f'{path}: "data": "phantoms"', " of flags")
+        elif not isinstance(value, str) or not value:
+            raise InputError(f'{path}: "data": "{name}" is the path of a list, "..."')
+    for step, words in plan.launchers.items():
+        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+            raise InputError(f'{path}: "launchers": "{step}" is a list of words, ["torchrun", ...]')
+
+
+def check_lists(plan: Plan, path: Path) -> None:
+    """Raises InputError where a list is none, or holds a value twice or of another kind."""
+    for key in ("labels", "folds", "scratch_lr", "headline"):
+        values = getattr(plan, key)
+        if key == "folds" and values is None:
+            continue
+        if not isinstance(values, tuple):
+            raise InputError(f'{path}: "{key}" is a list, [...]')
+        if any(isinstance(value, (list, dict)) for value in values):
+            raise InputError(f'{path}: "{key}" is a list of values, without lists and objects')
+        if len(set(values)) < len(values):
+            raise InputError(f'{path}: "{key}" has a value twice')
+
+    for fold in plan.folds or ():
+        if not is_whole(fold) or fold < 0:
+            raise InputError(f'{path}: "folds": {fold}: folds are whole numbers from 0 on')
+    for factor in plan.scratch_lr:
+        is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
+        if not is_number or not 0 < factor < math.inf:
+            raise InputError(f'{path}: "scratch_lr": {factor}: factors are numbers above 0')
+
+
+def check_object(value: Any, where: str, kind: str = "") -> None:
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is an object{kind}, {{...}}")
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_choice(value: Any, choices: Collection[str], where: str) -> None:
@@ -241,7 +288,7 @@ def check_labels(labels: Any, path: Path) -> None:
     if labels == "all":
         return
     is_number = isinstance(labels, (int, float)) and not isinstance(labels, bool)
-    is_count = is_number and labels >= 1 and labels == int(labels)
+    is_count = is_number and 1 <= labels < math.inf and labels == int(labels)
     if not is_count and not (is_number and 0 < labels < 1):
         raise InputError(
             f'{path}: "labels": {labels}: give a number of subjects, a share below 1, or "all"'
@@ -253,11 +300,13 @@ def check_seeds(plan: Plan, path: Path) -> None:
     check_known(plan.seeds, ["pretrain", "finetune", "crossed"], where)
     for step in ("pretrain", "finetune"):
         numbers = plan.seeds.get(step, 1)
-        if isinstance(numbers, Mapping):
-            check_known(numbers, ["default", *plan.methods], where)
-        for method in plan.methods:
-            if plan.seeds_of(step, method) < 1:
-                raise InputError(f"{where}: {step}: at least one")
+        by_method = numbers if isinstance(numbers, Mapping) else {"default": numbers}
+        check_known(by_method, ["default", *plan.methods], where)
+        for number in by_method.values():
+            if not is_whole(number) or number < 1:
+                raise InputError(f"{where}: {step}: {number}: a whole number, at least one")
+    if not isinstance(plan.seeds.get("crossed", True), bool):
+        raise InputError(f'{where}: "crossed" is true or false')
     for method in plan.methods:
         few = plan.seeds_of("finetune", method) < plan.seeds_of("pretrain", method)
         if few and not plan.seeds.get("crossed", True):
@@ -284,13 +333,21 @@ def check_command(step: StepName, flags: Flags, where: str) -> None:
     own = [name for name in flags if name in OWN[step]]
     if own:
         raise InputError(f'{where}: "{own[0]}" is a flag that the study itself sets')
+    check_no_help(flags, where)
     try:
         parse(CONFIGS[step], arguments(flags), prog=step, description="")
     except InputError as error:
         raise InputError(f"{where}: {step}: {error}") from error
 
 
+def check_no_help(flags: Flags, where: str) -> None:
+    """The one flag that ends the process that reads it."""
+    if "help" in flags:
+        raise InputError(f'{where}: "help" is no flag of a plan')
+
+
 def phantoms_config(plan: Plan) -> HardPhantomsConfig:
     """What `python -m dae.demo` makes of the plan's flags. Raises InputError."""
+    check_no_help(plan.data["phantoms"], "flags")
     words = arguments(plan.data["phantoms"])
     return parse(HardPhantomsConfig, words, prog="phantoms", description="")

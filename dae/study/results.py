@@ -5,7 +5,6 @@ runs that differ by seeds and folds. A case is averaged over the runs that have 
 is compared: seeds do not make cases. Entries are compared with the baseline case by case.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan, sqrt
@@ -28,7 +27,7 @@ from dae.evaluation.statistics import (
 )
 from dae.study.cells import KEPT, Cell, Folders, in_order
 from dae.study.plan import Labels, Plan
-from dae.study.runner import is_done, other_versions
+from dae.study.runner import is_done, made_of, other_versions
 
 METRICS = ("dice", "nsd", "hd95")
 CHOSEN = 0.0  # in place of a factor: each label count and fold has the one that was chosen for it
@@ -79,9 +78,8 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     finished: dict[str, Finished] = {}
     for cell in cells:
         if is_done(folders, cell) and cell.name not in others:
-            kept = folders.kept(cell)
-            made = json.loads((kept / KEPT[-1]).read_text())
-            rows = read_scores(kept / KEPT[0])
+            made = made_of(folders, cell)
+            rows = read_scores(folders.kept(cell) / KEPT[0])
             finished[cell.name] = Finished(cell, rows, made["validation"])
 
     notes = []
@@ -144,10 +142,15 @@ def choose_factors(
     folds = in_order(group, lambda cell: cell.fold)
     if plan.split == "test" or "test" in plan.data:
         key = "dice" if plan.checkpoint == "last.pt" else "best_dice"
+        if all(run.validation.get(key) is None for run in runs):
+            return {}, (
+                "no learning rate is chosen, as no case was validated on; every rate has its row, "
+                "and the first is the baseline."
+            )
         by_factor = {}
         for factor in factors:
             of_factor = [run for run in runs if run.cell.factor == factor]
-            by_factor[factor] = fmean(run.validation[key] or 0.0 for run in of_factor)
+            by_factor[factor] = fmean(run.validation.get(key) or 0.0 for run in of_factor)
         best = max(factors, key=lambda factor: by_factor[factor])
         dice = ", ".join(f"x{factor:g} {by_factor[factor]:.4f}" for factor in factors)
         how = f"learning rate x{best:g}, chosen by the Dice of the validation cases ({dice})."

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dae.errors import InputError, counted
+from dae.evaluation.written import sha256_of
 from dae.files import write_bytes
 from dae.study.cells import (
     KEPT,
@@ -24,6 +25,7 @@ from dae.study.cells import (
     Pretraining,
     cell_commands,
     cell_fingerprint,
+    data_of,
     difference,
     pretrain_command,
     pretraining_fingerprint,
@@ -74,6 +76,8 @@ def run_all(study: Study) -> list[str]:
     check_made_by_this_plan(study)
     study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
     say(f"{len(study.cells)} cells, {len(study.remaining)} of them to do")
+    if study.remaining:
+        check_lists_are_there(study)
 
     while study.remaining:
         worked = False
@@ -157,6 +161,7 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
 
     kept = folders.kept(cell)
     kept.mkdir(parents=True, exist_ok=True)
+    scores = unit.folder / "scores" / KEPT[0]
     for name in KEPT[:-1]:
         write_bytes(kept / name, (unit.folder / "scores" / name).read_bytes())
     content = {
@@ -169,6 +174,7 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
             pretrain_command(study.plan, folders, cell.pretraining).text,
             *(command.text for command in commands),
         ],
+        "scores_sha256": sha256_of([scores]),
         "fingerprint": unit.fingerprint,
     }
     write_bytes(kept / KEPT[-1], (json.dumps(content, indent=1) + "\n").encode())
@@ -235,6 +241,16 @@ def is_done(folders: Folders, cell: Cell) -> bool:
     return all((folders.kept(cell) / name).is_file() for name in KEPT)
 
 
+def check_lists_are_there(study: Study) -> None:
+    """Raises InputError where a list is missing: else the first to tell were hours away."""
+    for name, path in data_of(study.plan, study.folders).items():
+        if not Path(path).exists():
+            raise InputError(
+                f'plan "{study.plan.name}": {path}: there is no such list; '
+                f"give --data {name}=LIST (a path is from the folder where the command runs)"
+            )
+
+
 def check_made_by_this_plan(study: Study) -> None:
     """Raises InputError where a finished cell was made by another version of the plan."""
     others = other_versions(study.plan, study.folders, study.cells)
@@ -253,19 +269,52 @@ def other_versions(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> dict[
     for cell in cells:
         if not is_done(folders, cell):
             continue
-        made = json.loads((folders.kept(cell) / KEPT[-1]).read_text())
+        made = made_of(folders, cell)
         how = difference(cell_fingerprint(plan, folders, cell), made["fingerprint"])
         if how:
             others[cell.name] = how
     return others
 
 
+def made_of(folders: Folders, cell: Cell) -> dict[str, Any]:
+    """What cell.json says of a finished cell, in which "fingerprint" and "validation" are objects.
+
+    Raises InputError where it, or the scores beside it, are not as they were written: scores that
+    are cut short between two lines would be a table of fewer cases.
+    """
+    kept = folders.kept(cell)
+    made = read_object(kept / KEPT[-1], ("fingerprint", "validation"))
+    changed = KEPT[-1] if made is None else ""
+    if made and made.get("scores_sha256") not in (None, sha256_of([kept / KEPT[0]])):
+        changed = KEPT[0]
+    if made is None or changed:
+        raise InputError(
+            f"{kept / changed}: is not as it was written; remove {kept}, and the cell is run again"
+        )
+    return made
+
+
+def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
+    """The object of a JSON file in which these keys hold objects; None where it has none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # cut short, or no text
+        return None
+    is_whole = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in keys)
+    return content if is_whole else None
+
+
 def progress_of(unit: Unit) -> dict[str, Any]:
-    """What is done of a unit. Raises CommandFailed where another version of the plan began it."""
+    """What is done of a unit.
+
+    Raises CommandFailed where another version of the plan began it, or the file is damaged.
+    """
     path = unit.folder / "progress.json"
     if not path.is_file():
         return {"begun": [], "seconds": {}, "fingerprint": unit.fingerprint}
-    progress: dict[str, Any] = json.loads(path.read_text())
+    progress = read_object(path, ("seconds", "fingerprint"))
+    if progress is None or not isinstance(progress.get("begun"), list):
+        raise CommandFailed(f"{unit.name}: {path}: is not as it was written; remove {unit.folder}")
     how = difference(unit.fingerprint, progress["fingerprint"])
     if how:
         raise CommandFailed(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import isfinite, nan
 from typing import Any
 
+from dae.errors import InputError
 from dae.evaluation.cases import write_csv
 from dae.evaluation.report import aligned, p_value
 from dae.evaluation.statistics import P_VALUES, Interval, case_means
@@ -23,6 +24,8 @@ from dae.study.results import (
     verdict,
 )
 
+TABLES = ("table.md", "table.csv", "cases.csv", "figure.png")
+
 
 def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
     """All four files, from the cells that are finished."""
@@ -38,12 +41,32 @@ def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
         write_bytes(folders.out / "figure.png", picture(plan, results))
 
 
+def check_tables(plan: Plan, folders: Folders) -> None:
+    """Raises InputError where the tables would replace files that are not of a study of this name.
+
+    table.md is written first, and its first line says whose it is.
+    """
+    page = folders.out / "table.md"
+    own = page.is_file() and page.read_bytes().startswith(f"{heading(plan)}\n".encode())
+    for name in TABLES:
+        path = folders.out / name
+        if path.exists() and not own:
+            raise InputError(
+                f'{path}: is there already, and is not of the study "{plan.name}"; give another '
+                "--out, or move it away"
+            )
+
+
 # --- Markdown
+
+
+def heading(plan: Plan) -> str:
+    return f"# {plan.name}"
 
 
 def page(plan: Plan, results: Results) -> str:
     """A table as the paper's, then every comparison, the noise between seeds, and notes."""
-    parts = [f"# {plan.name}", plan.description, protocol(plan)]
+    parts = [heading(plan), plan.description, protocol(plan)]
     parts.append(aligned(overview(plan, results.entries)))
     parts.append(aligned(comparisons(plan, results.entries)))
     noise = noise_lines(plan, results.entries) or ["Nothing can be compared yet."]

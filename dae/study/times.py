@@ -26,11 +26,13 @@ def add_time(path: Path, entry: Mapping[str, Any]) -> None:
 def read_times(path: Path) -> list[dict[str, Any]]:
     """The lines so far, without one that was cut short."""
     entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            entries.append(json.loads(line))
+            entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(entry, dict) and "seconds" in entry:
+            entries.append(entry)
     return entries
 
 

@@ -21,7 +21,8 @@ from dae.demo.hard import (
     label_of,
     write_hard_phantoms,
 )
-from dae.demo.phantom import body_ct
+from dae.demo.phantom import body_ct, write_phantoms
+from dae.errors import InputError
 
 SIZE = (48, 48, 48)
 TINY = (16, 16, 16)
@@ -160,3 +161,14 @@ def test_organs_are_those_of_the_demo_and_the_kidneys_are_one() -> None:
         assert (label_of(tissue) > 0) == (label > 0)
     assert label_of("right kidney") == label_of("left kidney") == 2
     assert label_of("spleen") == 1
+
+
+@pytest.mark.parametrize("content", ['{"training": []}', '{"name": "mine"}', "[]", "no JSON"])
+def test_a_list_that_is_not_of_phantoms_is_not_replaced(tmp_path: Path, content: str) -> None:
+    mine = tmp_path / "ct_seg.json"
+    mine.write_text(content)
+    for make in (write_hard_phantoms, write_phantoms):
+        with pytest.raises(InputError, match=r"ct_seg\.json: .*name another folder"):
+            make(tmp_path, subjects=1, validation=0, test=0, size=TINY)
+    assert mine.read_text() == content
+    assert list(tmp_path.iterdir()) == [mine]

@@ -37,6 +37,7 @@ from dae.demo.phantom import (
     nifti,
     paint,
     pose,
+    remove_lists,
     vary,
     write_ct,
 )
@@ -213,10 +214,8 @@ def write_hard_phantoms(
     if all(name_of_list(path) == name for path in lists):
         return lists
 
-    # If this run is cut short, no list shall name what it has not written.
     folder.mkdir(parents=True, exist_ok=True)
-    for path in lists:
-        path.unlink(missing_ok=True)
+    remove_lists(lists)
 
     # Numbered from the test on, so that more subjects to train on leave the test as it was.
     parts: dict[str, list[Entry]] = {}

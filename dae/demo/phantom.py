@@ -38,6 +38,7 @@ from dae.demo.anatomy import (
     TORSO,
     Shape,
 )
+from dae.errors import InputError
 from dae.files import write_bytes
 
 Size = tuple[int, int, int]
@@ -284,10 +285,8 @@ def write_phantoms(
     if all(name_of_list(path) == name for path in lists):
         return lists
 
-    # If this run is cut short, no list shall name what it has not written.
     folder.mkdir(parents=True, exist_ok=True)
-    for path in lists:
-        path.unlink(missing_ok=True)
+    remove_lists(lists)
 
     total = subjects + validation + test
     torsos = [write_torso(folder, number, size=size, seed=seed) for number in range(total)]
@@ -309,11 +308,29 @@ def write_phantoms(
 
 
 def name_of_list(path: Path) -> str | None:
-    """The name that a list gives itself; None where there is no list."""
+    """The name that a list gives itself, "" for none; None where there is no list."""
     if not path.is_file():
         return None
-    name: str | None = json.loads(path.read_text()).get("name")
-    return name
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return ""
+    return str(content.get("name", "")) if isinstance(content, dict) else ""
+
+
+def remove_lists(paths: Sequence[Path]) -> None:
+    """If a run is cut short, no list shall name what it has not written.
+
+    Raises InputError, and removes none, where one of them is not of phantoms.
+    """
+    for path in paths:
+        name = name_of_list(path)
+        if name is not None and not name.startswith(("phantoms ", "hard phantoms ")):
+            raise InputError(
+                f"{path}: is there already, and no list of phantoms; name another folder"
+            )
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:

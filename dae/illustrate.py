@@ -442,8 +442,8 @@ def crop_of(config: CropConfig) -> tuple[Tensor, Display]:
     kept = volume.data.astype(DTYPE)  # as training reads it from its cache
     x = crop(kept, corner, config.crop, volume.background.tolist())
 
-    if len(config.grey) not in (0, 2):
-        raise InputError("--grey: give two values, black and white")
+    if config.grey and (len(config.grey) != 2 or config.grey[0] >= config.grey[1]):
+        raise InputError("--grey: give two values, that of black below that of white")
     low, high = config.grey or np.percentile(x[0], (1, 99)).tolist()
     mm = [round(size, 2) for size in volume.spacing]
     title = (
@@ -457,6 +457,8 @@ def item_of(config: CropConfig) -> Item:
     """The image of the flags: a file, one of a list, or a phantom. Raises InputError."""
     if config.image and config.data:
         raise InputError("--image: not beside --data; give one of them")
+    if config.image and config.case:
+        raise InputError("--case: not beside --image; it names an image of --data")
     if config.image:
         head = datalist.head_of({}, Path("--image"), folder=Path(), modality=config.modality)
         return datalist.item_of({"image": list(config.image)}, "--image", head)

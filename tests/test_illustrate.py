@@ -443,6 +443,8 @@ def test_each_command_writes_a_picture_that_can_be_seen(
         ({"centre": (1, 2)}, "--centre: give three"),
         ({"centre": (1, 2, 99)}, "--centre: give three"),
         ({"grey": (1.0,)}, "--grey: give two"),
+        ({"grey": (1.0, 0.0)}, "--grey: give two values, that of black below"),
+        ({"image": ("a.nii",), "case": "a"}, "--case: not beside --image"),
         ({"crop": (15, 16, 16)}, "does not fit the network"),
         ({"method": "nothing"}, "nothing: does not disrupt"),
         ({"temperature": 90.0}, "--temperature"),

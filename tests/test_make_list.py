@@ -485,6 +485,19 @@ def test_a_list_is_not_written_over(make: Make, tmp_path: Path) -> None:
     assert foreign.read_text() == "not json"
 
 
+@pytest.mark.parametrize("parts", [{"training": {}}, {"training": [], "test": 5}, {"test": ["a"]}])
+def test_a_list_that_was_damaged_by_hand_is_refused_by_its_part(
+    make: Make, tmp_path: Path, parts: dict[str, Any]
+) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps({"sources": [], **parts}))
+    before = damaged.read_text()
+    flags = {"pattern": ("{subject}_t1.nii.gz",), "modality": "t1", "add": True}
+    line = refusal(make, "d", "a_t1.nii.gz", out="damaged.json", **flags)
+    assert "is no list of items" in line
+    assert damaged.read_text() == before
+
+
 def test_the_same_call_again_adds_only_what_is_new(make: Make, tmp_path: Path) -> None:
     make("b", *brats(0), dataset="brats21", add=True)
     first = (tmp_path / "list.json").read_bytes()

@@ -35,6 +35,8 @@ from dae.files import write_atomic
 
 PROG = "python -m dae.data.make_list"
 
+PARTS = ("training", "validation", "test")
+
 # A last word that says that a file is no image.
 LABEL_WORDS = ("seg", "dseg", "segmentation", "label", "labels", "mask")
 
@@ -103,6 +105,10 @@ def content_of(out: Path, *, add: bool) -> dict[str, Any]:
     content = read_json(out)
     if not isinstance(content, dict) or not are_sources(content.get("sources")):
         raise InputError(f"--out {out}: this command has not written it; name another file")
+    for part in PARTS:
+        items = content.get(part, [])
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise InputError(f'--out {out}: "{part}" is no list of items; mend it by hand')
     if content.get("training"):
         load(str(out))  # refuses what was changed by hand and is no list any more
     return content
@@ -233,7 +239,7 @@ def check_no_namesakes(
 
 def items_in(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     items: list[dict[str, Any]] = []
-    for part in ("training", "validation", "test"):
+    for part in PARTS:
         items += content.get(part, [])
     return items
 

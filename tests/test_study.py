@@ -587,6 +587,14 @@ def test_a_cell_whose_progress_was_cut_short_fails_and_the_others_go_on(here: Pa
     assert len(list((here / "out/cells").glob("*/cell.json"))) == 5
 
 
+def test_a_command_whose_folder_is_removed_fails_alone(here: Path) -> None:
+    gone = here / "gone.sh"
+    gone.write_text("rm -r out/work; exit 3")
+    failed = run_all(study_in(here / "out", launchers={"pretrain": ["sh", str(gone)]}))
+    assert len(failed) == 3
+    assert all("exit code 3: its log is gone" in line for line in failed)
+
+
 def test_a_list_that_is_missing_is_named_before_anything_is_made(here: Path) -> None:
     data = {**PLAN["data"], "test": "elsewhere.json"}
     with pytest.raises(InputError, match=r"elsewhere\.json: .*--data test=LIST"):

@@ -78,9 +78,9 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     finished: dict[str, Finished] = {}
     for cell in cells:
         if is_done(folders, cell) and cell.name not in others:
-            made = made_of(folders, cell)
+            validation = made_of(folders, cell)["validation"]
             rows = read_scores(folders.kept(cell) / KEPT[0])
-            finished[cell.name] = Finished(cell, rows, made["validation"])
+            finished[cell.name] = Finished(cell, rows, validation)
 
     notes = []
     for name, how in others.items():

@@ -369,6 +369,8 @@ def run_on(log: Path) -> dict[str, Any]:
 
 def last_line(log: Path) -> str:
     """The last line that a command has printed, at most 300 characters of it."""
+    if not log.is_file():  # someone has removed the folder meanwhile
+        return "its log is gone"
     lines = log.read_text(errors="replace").split("\n")
     printed = [line.strip() for line in lines if line.strip()]
     return printed[-1][-300:] if printed else "it printed nothing"

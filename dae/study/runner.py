@@ -79,12 +79,16 @@ def run_all(study: Study) -> list[str]:
     if study.remaining:
         check_lists_are_there(study)
 
+    waiting = False
     while study.remaining:
         worked = False
         for cell in list(study.remaining):
             worked |= try_cell(study, cell)
         if study.remaining and not worked:
+            if not waiting:
+                say(f"waiting for other processes, {counted(len(study.remaining), 'cell')} left")
             time.sleep(WAIT)
+        waiting = not worked
     return list(dict.fromkeys(study.failed.values()))
 
 

@@ -751,6 +751,50 @@ def test_the_spread_between_seeds_is_told_by_kind_of_seed(here: Path) -> None:
     assert isnan(noise_of(study.plan, entries["mae", 2]).pretraining)
 
 
+def test_seeds_that_go_together_do_not_say_which_kind_makes_the_spread(here: Path) -> None:
+    seeds = {"pretrain": {"default": 1, "dae": 2}, "finetune": 2, "crossed": False}
+    study = finished_study(here / "out", with_gains, seeds=seeds)
+    noise = noise_of(study.plan, entries_in(study)["dae", 2])
+    assert noise.runs == pytest.approx(np.std([0.0, 0.12], ddof=1))
+    assert isnan(noise.pretraining) and isnan(noise.tuning)
+
+    # Two tuning seeds of mae have one pre-training run: its share of the spread is not known.
+    assert "SD between seeds 0.0849 and 0.0141 (of one pre-training)" in page_of(study)
+
+
+def test_a_score_that_one_method_alone_has_is_said_to_be_left_out(here: Path) -> None:
+    def dice(cell: Cell) -> list[float]:
+        return [float("nan"), *BASE[1:]] if cell.method == "mae" else list(BASE + GAINS)
+
+    study = finished_study(here / "out", dice, labels=["all"], seeds={})
+    dae = entries_in(study)["dae", "all"]
+    assert (dae.means["dice"].n, dae.against["dice"]["n"]) == (6, 5)
+    assert "dae on all labels: 1 Dice of a class in a case are there for it or for mae alone" in (
+        page_of(study)
+    )
+
+
+def test_methods_without_a_case_in_common_are_not_said_to_have_one(here: Path) -> None:
+    def dice(cell: Cell) -> list[float] | None:
+        return list(BASE) if (cell.method == "mae") == (cell.fold == 0) else None
+
+    data = {"pretrain": "pretrain.json", "finetune": "tune.json"}
+    folds = {"folds": [0, 1], "split": "validation", "data": data}
+    study = finished_study(here / "out", dice, labels=["all"], seeds={}, **folds)
+    assert "over 0 cases" in page_of(study)
+    assert "No case has scores of both." in page_of(study)
+
+
+def test_the_table_names_its_lists_and_says_that_fewer_labels_are_the_same_ones(here: Path) -> None:
+    data = {"pretrain": "pretrain.json", "finetune": "tune.json", "test": "elsewhere.json"}
+    text = page_of(finished_study(here / "out", with_gains, data=data))
+    assert "Pre-trained on pretrain.json, fine-tuned on tune.json." in text
+    assert "on the test cases of elsewhere.json" in text
+    assert "the same subjects in every run" in text
+    alone = finished_study(here / "other", with_gains, labels=["all"])
+    assert "the same subjects" not in page_of(alone)
+
+
 @pytest.mark.parametrize(
     "gains, seed, words",
     [

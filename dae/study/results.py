@@ -5,6 +5,7 @@ runs that differ by seeds and folds. A case is averaged over the runs that have 
 is compared: seeds do not make cases. Entries are compared with the baseline case by case.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite, nan, sqrt
@@ -99,7 +100,7 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
         for tuning in plan.tunings:
             column = [e for e in entries if (e.labels, e.tuning) == (labels, tuning)]
             compare_with_baseline(plan, column)
-    return Results(entries, notes)
+    return Results(entries, notes + unpaired(plan, entries))
 
 
 # --- entries, and the learning rate of scratch
@@ -223,10 +224,26 @@ def compare_with_baseline(plan: Plan, column: Sequence[Entry]) -> None:
 
 def difference_of(a: Entry, b: Entry, metric: str) -> Row:
     """B minus A over the cases that both have, as `statistics.compare` says it of all classes."""
-    pairs, _ = paired_scores(
+    pairs, left_out = paired_scores(
         by_case_and_class(a.rows, a.name), by_case_and_class(b.rows, b.name), metric
     )
-    return compare_pairs(paired_case_means(pairs), {}, metric, seed=0)
+    in_all = sum(left_out.values(), Counter[str]())
+    return compare_pairs(paired_case_means(pairs), in_all, metric, seed=0)
+
+
+def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
+    """Notes on the scores that a mean holds and its difference to the baseline does not."""
+    notes = []
+    for entry in entries:
+        left_out = entry.against["dice"]["left_out"] if entry.against else {}
+        number = sum(n for reason, n in left_out.items() if not reason.endswith("in A and B"))
+        if number:
+            notes.append(
+                f"{entry.name} on {labels_in_words(entry.labels)}: {number} Dice of a class in a "
+                f"case are there for it or for {plan.baseline} alone, and left out of the "
+                "difference."
+            )
+    return notes
 
 
 # --- the noise between seeds
@@ -237,7 +254,7 @@ class Noise:
     """Standard deviations of a method's mean Dice; nan where there are not two runs."""
 
     runs: float  # between all runs, each a pre-training seed with a tuning seed
-    pretraining: float  # between pre-training seeds, each averaged over its tuning seeds
+    pretraining: float  # between pre-training seeds of the same tuning seeds, averaged over these
     tuning: float  # between tuning seeds of one pre-training seed
 
 
@@ -255,12 +272,14 @@ def noise_of(plan: Plan, entry: Entry) -> Noise:
             by_pretraining.setdefault(pretraining, []).append(fmean(dice))
 
     groups = list(by_pretraining.values())
+    # Where each pre-training seed has a tuning seed of its own, their effects cannot be told apart.
+    crossed = plan.seeds.get("crossed", True) or plan.seeds_of("finetune", entry.method) == 1
     runs = [dice for group in groups for dice in group]
     squares = sum(stdev(group) ** 2 * (len(group) - 1) for group in groups if len(group) > 1)
     freedom = sum(len(group) - 1 for group in groups)
     return Noise(
         runs=stdev(runs) if len(runs) > 1 else nan,
-        pretraining=stdev(map(fmean, groups)) if len(groups) > 1 else nan,
+        pretraining=stdev(map(fmean, groups)) if len(groups) > 1 and crossed else nan,
         tuning=sqrt(squares / freedom) if freedom else nan,
     )
 
@@ -274,8 +293,10 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
     text = (
         f"{b.name} against {a.name} on {labels_in_words(a.labels)}: difference "
         f"{signed(difference['difference'])} over {difference['n']} cases; SD between seeds "
-        f"{decimal(noises[1])} and {decimal(noises[0])}. "
+        f"{noise_in_words(plan, b)} and {noise_in_words(plan, a)}. "
     )
+    if not difference["n"]:
+        return text + "No case has scores of both."
     if not isfinite(difference["low"]):
         return text + "One case cannot tell them apart."
     if difference["low"] <= 0 <= difference["high"]:
@@ -285,6 +306,14 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
     if not isfinite(noise):
         return text + "The interval leaves out 0; how much seeds differ is not known from one run."
     return text + "The interval leaves out 0, and the difference is larger than that of seeds."
+
+
+def noise_in_words(plan: Plan, entry: Entry) -> str:
+    """The standard deviation between runs, and what it does not hold."""
+    noise = noise_of(plan, entry).runs
+    pretrainings = {run.cell.pretraining.seed for run in entry.runs}
+    shared = isfinite(noise) and len(pretrainings) == 1 and not plan.is_scratch(entry.method)
+    return f"{decimal(noise)} (of one pre-training)" if shared else decimal(noise)
 
 
 # --- in words

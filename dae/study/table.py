@@ -80,8 +80,10 @@ def page(plan: Plan, results: Results) -> str:
 
 def protocol(plan: Plan) -> str:
     """What was scored, and how it was averaged."""
-    where = "of another list than was tuned on" if "test" in plan.data else "of the list"
-    cases = f"the {plan.split} cases {where}"
+    lists = {name: path for name, path in plan.data.items() if name != "phantoms"}
+    tuned_on = lists.get("finetune", "phantoms")
+    source = f"Pre-trained on {lists.get('pretrain', 'phantoms')}, fine-tuned on {tuned_on}."
+    cases = f"the {plan.split} cases of {lists.get('test', tuned_on)}"
     if plan.folds:
         cases += f", in folds {', '.join(map(str, plan.folds))}"
 
@@ -91,8 +93,13 @@ def protocol(plan: Plan) -> str:
     text = f"{checkpoint}, on {cases}."
     if plan.checkpoint == "best.pt" and plan.split == "validation" and "test" not in plan.data:
         text += " It was selected on the very cases that are reported, so the scores are too high."
+    if any(labels != "all" for labels in plan.labels):
+        text += (
+            " Fewer labels are those of the same subjects in every run: what another choice of "
+            "them would change is in no interval."
+        )
     return (
-        f"{text} Dice is the mean over cases, each averaged over its runs (seeds and folds). In "
+        f"{source} {text} Dice is the mean over cases, each averaged over its runs (seeds and folds). In "
         f"brackets is the difference to {plan.baseline}, case by case. The 95 % intervals are over "
         "cases: Student's t below 20 cases, else the percentile bootstrap. Holm corrects for the "
         "number of methods on the same labels."

@@ -99,10 +99,10 @@ def protocol(plan: Plan) -> str:
             "them would change is in no interval."
         )
     return (
-        f"{source} {text} Dice is the mean over cases, each averaged over its runs (seeds and folds). In "
-        f"brackets is the difference to {plan.baseline}, case by case. The 95 % intervals are over "
-        "cases: Student's t below 20 cases, else the percentile bootstrap. Holm corrects for the "
-        "number of methods on the same labels."
+        f"{source} {text} Dice is the mean over cases, each averaged over its runs (seeds and "
+        f"folds). In brackets is the difference to {plan.baseline}, case by case. The 95 % "
+        "intervals are over cases: Student's t below 20 cases, else the percentile bootstrap. Holm "
+        "corrects for the number of methods on the same labels."
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dae.check import SMALL
 from dae.model import BACKBONES
-from dae.model.probe import Probe
+from dae.model.probe import Probe, Standardise
 
 TINY: dict[str, dict[str, Any]] = {
     "swin_unetr": NETWORK,
@@ -41,7 +41,7 @@ def test_the_suite_knows_every_backbone() -> None:
 def test_it_is_one_linear_layer_on_all_states_upsampled_and_side_by_side(name: str) -> None:
     """By scipy's interpolation, in float64."""
     net, backbone = probe(name)
-    net = net.double()
+    net = net.double().eval()
     x = image().double()
     with torch.no_grad():
         states = backbone.encode(backbone.tokenize(x))
@@ -83,6 +83,7 @@ def test_the_gradient_of_the_head_is_that_of_finite_differences(name: str) -> No
     x = image(16, 16, 32)[:1].double()
     weighted = torch.randn_like(net(x))
     (net(x) * weighted).sum().backward()
+    net.eval()  # what the states were standardised by stays
     for layer in net.head:
         index = (0, 1, 0, 0, 0)
         values = []
@@ -93,6 +94,43 @@ def test_the_gradient_of_the_head_is_that_of_finite_differences(name: str) -> No
                 values.append(float((net(x) * weighted).sum()))
                 layer.weight[index] = before
         assert layer.weight.grad[index] == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-5)
+
+
+def test_states_are_standardised_over_all_that_was_trained_on() -> None:
+    """In any batches, and afterwards always alike."""
+    x = 3 + 0.01 * torch.randn(4, 5, 2, 3, 4, generator=torch.Generator().manual_seed(2))
+    whole, halves = Standardise(5), Standardise(5)
+    assert torch.equal(whole.eval()(x), x)
+
+    values = x.double()
+    mean = values.mean(dim=(0, 2, 3, 4), keepdim=True)
+    variance = values.var(dim=(0, 2, 3, 4), keepdim=True, correction=0)
+    wanted = ((values - mean) / (variance + 1e-6).sqrt()).float()
+    torch.testing.assert_close(whole.train()(x), wanted, atol=1e-3, rtol=0)
+    halves.train()(x[:2])
+    torch.testing.assert_close(halves(x[2:]), wanted[2:], atol=1e-3, rtol=0)
+
+    torch.testing.assert_close(halves.eval()(x[:1]), wanted[:1], atol=1e-3, rtol=0)
+    torch.testing.assert_close(halves.sums, whole.sums)
+
+
+def test_a_head_is_trained_at_a_usual_rate_where_states_hardly_change_from_place_to_place() -> None:
+    """As the deep states of a Swin UNETR do: the channels differ by 1, the places by 0.005."""
+    rng = torch.Generator().manual_seed(3)
+    label = torch.rand(1, 6, 6, 6, generator=rng) < 0.2
+    state = torch.randn(1, 32, 1, 1, 1, generator=rng).expand(1, 32, 6, 6, 6).clone()
+    state += 0.005 * torch.randn(1, 32, 6, 6, 6, generator=rng)
+    state[:, 0] += 0.02 * label
+
+    torch.manual_seed(0)
+    net = nn.Sequential(Standardise(32), nn.Conv3d(32, 2, 1))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for _ in range(100):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(state), label.long()).backward()
+        optimizer.step()
+    found = net.eval()(state).argmax(dim=1).bool()
+    assert 2 * (found & label).sum() / (found.sum() + label.sum()) > 0.9
 
 
 class WithDropout(nn.Module):
@@ -122,15 +160,22 @@ def test_the_encoder_is_frozen_where_it_has_a_dropout_and_a_batch_norm() -> None
     wanted = net(x)
     net.train()
     assert net.training and not net.encoder.training
-    assert torch.equal(net(x), wanted)
-    for name, value in net.state_dict().items():
-        assert torch.equal(value, before[name]), name
+    (state,) = net.states(x)
+    values = net.head[0].standardise(state)
+    torch.testing.assert_close(values.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-5, rtol=0)
+    for name, value in net.encoder.state_dict().items():
+        assert torch.equal(value, before[f"encoder.{name}"]), name
+
+    fresh = Probe(net.backbone[0], 2, 3).eval()
+    fresh.load_state_dict(before)
+    assert torch.equal(fresh(x), wanted)
 
 
 @every
 def test_a_sample_does_not_depend_on_its_company_and_a_copy_is_whole(name: str) -> None:
     net, _ = probe(name, channels=2)
     x = image(channels=2)
+    net.eval()
     torch.testing.assert_close(net(x)[:1], net(x[:1]), atol=1e-5, rtol=1e-5)
 
     other = copy.deepcopy(net)

@@ -1,7 +1,7 @@
 """A linear probe: what a frozen encoder knows, read by one linear layer (Alain and Bengio 2016).
 
 Fine-tuning all of a network mixes what the encoder has learned with what a decoder adds to it. Here
-the encoder is never trained, and nothing after it is more than linear.
+the encoder is never trained, and what is trained is linear in its normed states.
 
 Axis letters: b batch, c channels, d h w the grid of a state, D H W that of the image.
 """
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+import torch.distributed as dist
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,10 +24,10 @@ class Probe(nn.Module):
 
     The states are layer-normed over their channels, without weights, so that none of them counts
     for more because its values are larger. (Swin UNETR's are so already, but with
-    --no-normalize-hidden.) Each is then mapped by a 1x1x1 convolution, upsampled by trilinear
-    interpolation, and all are added up. That equals one linear layer on all channels of all states,
-    upsampled: the weights of an interpolation sum to 1, so it may as well come after the layer,
-    where it has few channels to work on.
+    --no-normalize-hidden.) Each is then standardised, mapped by a 1x1x1 convolution, upsampled by
+    trilinear interpolation, and all are added up. That equals one linear layer on all channels of
+    all states, upsampled: the weights of an interpolation sum to 1, so it may as well come after
+    the layer, where it has few channels to work on.
     """
 
     def __init__(self, backbone: Any, in_channels: int, out_channels: int) -> None:
@@ -41,7 +42,7 @@ class Probe(nn.Module):
         # One bias is enough for a sum.
         self.head = nn.ModuleList()
         for n, channels in enumerate(widths_of(backbone, in_channels)):
-            self.head.append(nn.Conv3d(channels, out_channels, 1, bias=n == 0))
+            self.head.append(Layer(channels, out_channels, bias=n == 0))
 
     def train(self, mode: bool = True) -> "Probe":
         """The encoder stays in eval mode: a dropout or a batch norm of it would not be frozen."""
@@ -58,6 +59,60 @@ class Probe(nn.Module):
         size = x.shape[-3:]
         maps = [layer(state) for layer, state in zip(self.head, self.states(x))]
         return torch.stack([enlarged(y, size) for y in maps]).sum(dim=0)
+
+
+class Layer(nn.Conv3d):
+    """A 1x1x1 convolution of what is standardised first."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias)
+        self.standardise = Standardise(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.standardise(x))
+
+
+class Standardise(nn.Module):
+    """Each channel to mean 0 and variance 1 over all that it was trained on so far.
+
+    (b, c, d, h, w) -> the same shape; unchanged before the first training step. It is a factor and
+    a constant for each channel, so a layer on top of it stays linear. Without it no usual rate
+    trains that layer: the channels of a deep state may differ a hundred times less from place to
+    place than from each other, and the weights would have to be as large. (He et al. 2022 have a
+    batch norm without weights there. Sums over all crops do not depend on the last batches.)
+    """
+
+    sums: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        # Positions, values and squares. The variance is their difference: float64 keeps its digits.
+        self.register_buffer("sums", torch.zeros(3, channels, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.sums += over_ranks(sums_of(x))
+
+        n, total, squares = self.sums
+        mean = total / n.clamp(min=1)
+        variance = (squares / n.clamp(min=1) - mean**2).clamp(min=0) + 1e-6
+        scale = torch.where(n > 0, variance, 1.0).rsqrt()
+        mean, scale = (rearrange(y, "c -> c 1 1 1").to(x.dtype) for y in (mean, scale))
+        return (x - mean) * scale
+
+
+def sums_of(x: Tensor) -> Tensor:
+    """Of each channel the number of positions, the sum and the sum of squares: (3, c), float64."""
+    x = x.double()
+    values = (torch.ones_like(x), x, x**2)
+    return torch.stack([reduce(y, "b c d h w -> c", "sum") for y in values])
+
+
+def over_ranks(sums: Tensor) -> Tensor:
+    """The same on all ranks, as if they had one batch."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
 
 
 def normed(state: Tensor) -> Tensor:

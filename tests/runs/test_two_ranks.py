@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dae.config.pretrain import PretextConfig
 from dae.model import SwinUNETR
+from dae.model.probe import Probe
 from dae.pretext.baselines import BASELINES, pretext_of
 from dae.pretext.contrast import cmcl, gather
 from dae.pretext.methods import Pretext
@@ -56,6 +57,19 @@ def trained(part: slice) -> dict[str, torch.Tensor]:
     return dict(pretext.state_dict())
 
 
+def gradients_of_probe(
+    wrap: Callable[[Any], torch.nn.Module], part: slice
+) -> dict[str, torch.Tensor]:
+    """One backward pass of a linear probe on a part of one batch of four, and its sums."""
+    torch.manual_seed(0)
+    probe = Probe(SwinUNETR(1, 1, **NETWORK), 1, 3)
+    x = torch.randn(4, 1, 16, 16, 16)
+    net = wrap(probe)
+    net(x[part]).square().mean().backward()
+    found = {name: p.grad for name, p in probe.named_parameters() if p.grad is not None}
+    return found | {name: y for name, y in probe.named_buffers() if name.endswith("sums")}
+
+
 def as_a_rank(out: Path) -> None:
     """What each of two processes does when this file is run under torchrun."""
     dist.init_process_group("gloo")
@@ -74,6 +88,7 @@ def as_a_rank(out: Path) -> None:
             method: gradients(DistributedDataParallel, slice(2 * rank, 2 * rank + 2), method)
             for method in BASELINES_TRAINED
         },
+        "probe": gradients_of_probe(DistributedDataParallel, slice(2 * rank, 2 * rank + 2)),
         "z": everyone.detach(),
         "modality": modality,
         "z_gradient": mine.grad,
@@ -125,6 +140,14 @@ def test_gradients_of_two_ranks_are_identical_and_equal_those_of_one_process(
     assert same_weights(first, second)
     for name, gradient in alone.items():
         assert torch.allclose(first[name], gradient, atol=1e-6, rtol=1e-5), name
+
+
+def test_a_probe_standardises_over_both_ranks(ranks: list[dict[str, Any]]) -> None:
+    alone = gradients_of_probe(lambda probe: probe, slice(4))
+    first, second = (rank["probe"] for rank in ranks)
+    assert same_weights(first, second)
+    for name, value in alone.items():
+        assert torch.allclose(first[name], value, atol=1e-5, rtol=1e-4), name
 
 
 def test_weights_of_two_ranks_stay_identical(ranks: list[dict[str, Any]]) -> None:

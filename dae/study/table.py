@@ -25,6 +25,7 @@ from dae.study.results import (
 )
 
 TABLES = ("table.md", "table.csv", "cases.csv", "figure.png")
+MARKERS = ("o", "s", "^", "v")
 
 
 def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
@@ -251,13 +252,16 @@ def cases_of_csv(results: Results) -> list[dict[str, Any]]:
 
 def picture(plan: Plan, results: Results) -> bytes:
     """Left the mean Dice by number of labels, right the difference to the baseline; 95 %."""
-    figure = new_figure(11, 4.5)
+    figure = new_figure(12, 4.5)
     left, right = figure.subplots(1, 2)
-    names = list(dict.fromkeys(entry.name for entry in results.entries))
+    with_runs = [entry for entry in results.entries if entry.runs]
+    names = list(dict.fromkeys(entry.name for entry in with_runs))
     for number, name in enumerate(names):
         aside = 0.5 * (number + 0.5) / len(names) - 0.25  # so that intervals lie side by side
-        of_name = [entry for entry in results.entries if entry.name == name and entry.runs]
-        draw(left, plan, name, aside, [(entry.labels, entry.means["dice"]) for entry in of_name])
+        marker = MARKERS[number // 10 % len(MARKERS)]  # matplotlib has ten colours
+        of_name = [entry for entry in with_runs if entry.name == name]
+        means = [(entry.labels, entry.means["dice"]) for entry in of_name]
+        draw(left, plan, means, name=name, aside=aside, marker=marker)
 
         differences = []
         for entry in of_name:
@@ -265,7 +269,7 @@ def picture(plan: Plan, results: Results) -> bytes:
                 row = entry.against["dice"]
                 interval = Interval(row["difference"], row["low"], row["high"], row["n"])
                 differences.append((entry.labels, interval))
-        draw(right, plan, name, aside, differences)
+        draw(right, plan, differences, name=name, aside=aside, marker=marker)
 
     right.axhline(0, color="black", linewidth=0.8)
     left.set_ylabel("mean Dice over cases")
@@ -273,19 +277,25 @@ def picture(plan: Plan, results: Results) -> bytes:
     for ax in (left, right):
         ax.set_xticks(range(len(plan.labels)), [labels_in_words(n) for n in plan.labels])
         ax.set_xlim(-0.5, len(plan.labels) - 0.5)
-    left.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     return png(figure)
 
 
 def draw(
-    ax: Any, plan: Plan, name: str, aside: float, points: Sequence[tuple[Labels, Interval]]
+    ax: Any,
+    plan: Plan,
+    points: Sequence[tuple[Labels, Interval]],
+    *,
+    name: str,
+    aside: float,
+    marker: str,
 ) -> None:
     """The points of one method with their intervals. Without a point it only takes its colour."""
     x = [plan.labels.index(labels) + aside for labels, _ in points]
     y = [interval.mean for _, interval in points]
     below = [zero_if_none(interval.mean - interval.low) for _, interval in points]
     above = [zero_if_none(interval.high - interval.mean) for _, interval in points]
-    ax.errorbar(x, y, [below, above], fmt="o", markersize=4, capsize=2, label=name)
+    ax.errorbar(x, y, [below, above], fmt=marker, markersize=4, capsize=2, label=name)
 
 
 def zero_if_none(width: float) -> float:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,18 @@ class Restored(NamedTuple):
     n: int  # which of the fixed crops
     errors: list[float]  # see l1_of_samples
     picture: Triple | None
+
+
+class Compared(NamedTuple):
+    """One crop of a validation of a baseline."""
+
+    n: int  # which of the fixed crops
+    terms: dict[str, float]
+    h: Tensor | None  # (1, 2, e), the projections of its views
+    picture: Views | None
+
+
+C = TypeVar("C", Restored, Compared)
 
 
 @torch.no_grad()
@@ -45,32 +57,16 @@ def reconstruct(
     pretext.eval()
     own: list[Restored] = []
     for n in range(ranks.rank, count, ranks.world):
-        batch = collate([fixed.fixed(n)]).to(ranks.device)
-        drawn = pretext.draw(batch.x, batch.seeds)
-        with autocast(dtype, ranks.device):
-            output = pretext(batch.x, batch.modality, drawn)
+        batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
         errors = l1_of_samples(batch, output)[0].tolist()
         picture = picture_of(batch, output, modalities) if n < pictured else None
         own.append(Restored(n, errors, picture))
     pretext.train()
 
-    crops: list[Restored] = []
-    for of_rank in gather_objects(own):
-        crops += of_rank
-    crops.sort(key=lambda crop: crop.n)
-
+    crops = of_all_ranks(own)
     metrics = by_modality([crop.errors for crop in crops], modalities)
     pictures = [crop.picture for crop in crops if crop.picture is not None]
     return {**metrics, "crops": len(crops), "seconds": time.perf_counter() - started}, pictures
-
-
-class Compared(NamedTuple):
-    """One crop of a validation of a baseline."""
-
-    n: int  # which of the fixed crops
-    terms: dict[str, float]
-    h: Tensor | None  # (1, 2, e), the projections of its views
-    picture: Views | None
 
 
 @torch.no_grad()
@@ -93,21 +89,14 @@ def compare_views(
     pretext.eval()
     own: list[Compared] = []
     for n in range(ranks.rank, count, ranks.world):
-        batch = collate([fixed.fixed(n)]).to(ranks.device)
-        drawn = pretext.draw(batch.x, batch.seeds)
-        with autocast(dtype, ranks.device):
-            output = pretext(batch.x, batch.modality, drawn)
+        batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
         terms = {name: float(value) for name, value in output.terms.items()}
         h = None if output.h is None else output.h.cpu()
         picture = views_of(batch, output, modalities) if n < pictured else None
         own.append(Compared(n, terms, h, picture))
     pretext.train()
 
-    crops: list[Compared] = []
-    for of_rank in gather_objects(own):
-        crops += of_rank
-    crops.sort(key=lambda crop: crop.n)
-
+    crops = of_all_ranks(own)
     means: dict[str, Any] = {}
     for name in pretext.terms:
         means[name] = sum(crop.terms[name] for crop in crops) / len(crops)
@@ -127,6 +116,29 @@ def compare_views(
     }
     pictures = [crop.picture for crop in crops if crop.picture is not None]
     return validation, pictures
+
+
+def output_of(
+    pretext: AnyPretext,
+    fixed: Crops,
+    n: int,
+    *,
+    dtype: torch.dtype | None,
+    ranks: Ranks,
+) -> tuple[Batch, Any]:
+    """The n-th fixed crop as a batch of its own, and what the method makes of it."""
+    batch = collate([fixed.fixed(n)]).to(ranks.device)
+    drawn = pretext.draw(batch.x, batch.seeds)
+    with autocast(dtype, ranks.device):
+        return batch, pretext(batch.x, batch.modality, drawn)
+
+
+def of_all_ranks(own: list[C]) -> list[C]:
+    """The crops of all ranks, in their order."""
+    crops: list[C] = []
+    for of_rank in gather_objects(own):
+        crops += of_rank
+    return sorted(crops, key=lambda crop: crop.n)
 
 
 def l1_of_samples(batch: Batch, output: Output) -> Tensor:

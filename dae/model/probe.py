@@ -104,8 +104,10 @@ class Standardise(nn.Module):
 def sums_of(x: Tensor) -> Tensor:
     """Of each channel the number of positions, the sum and the sum of squares: (3, c), float64."""
     x = x.double()
-    values = (torch.ones_like(x), x, x**2)
-    return torch.stack([reduce(y, "b c d h w -> c", "sum") for y in values])
+    total = reduce(x, "b c d h w -> c", "sum")
+    squares = reduce(x**2, "b c d h w -> c", "sum")
+    positions = torch.full_like(total, x[:, 0].numel())
+    return torch.stack([positions, total, squares])
 
 
 def over_ranks(sums: Tensor) -> Tensor:

@@ -96,12 +96,6 @@ class Baseline(Method):
 class Scratch(Baseline):
     """No pre-training: the row that all others are compared with. There is nothing to run."""
 
-    def draw(self, x: Tensor, seeds: Sequence[int]) -> None:
-        raise NotImplementedError("untrained weights are saved as they are drawn")
-
-    def forward(self, x: Tensor, modality: Tensor, drawn: None) -> ViewsOutput:
-        raise NotImplementedError("untrained weights are saved as they are drawn")
-
 
 class Contrastive(Baseline):
     """Contrastive coding, Chen et al. 2020 (SimCLR): two views of a sample have one feature."""

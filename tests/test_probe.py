@@ -191,3 +191,9 @@ def test_it_is_built_on_the_device_meta_too() -> None:
     with torch.device("meta"):
         net = Probe(BACKBONES["swin_unetr"](1, 1, **NETWORK), 1, 3)
     assert [layer.in_channels for layer in net.head] == [8, 16, 32]
+
+
+def test_it_is_built_on_a_backbone_of_float64_too() -> None:
+    backbone = BACKBONES["swin_unetr"](2, 1, **NETWORK).double()
+    net = Probe(backbone, 2, 3).double()
+    assert net(torch.rand(1, 2, 16, 32, 16, dtype=torch.float64)).dtype == torch.float64

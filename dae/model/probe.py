@@ -130,9 +130,9 @@ def enlarged(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def widths_of(backbone: Any, in_channels: int) -> list[int]:
     """The channels of each state, by those of the smallest crop that fits."""
-    device = next(backbone.parameters()).device
+    weight = next(backbone.parameters())
     n = backbone.divisor
-    x = torch.zeros(1, in_channels, 2 * n, n, n, device=device)
+    x = weight.new_zeros(1, in_channels, 2 * n, n, n)
 
     states = backbone.encode(backbone.tokenize(x))
     return [state.shape[1] for state in states]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dae.check import SMALL
 from dae.model import BACKBONES
-from dae.model.probe import Probe, Standardise
+from dae.model.probe import Probe, Whiten, whitening
 
 TINY: dict[str, dict[str, Any]] = {
     "swin_unetr": NETWORK,
@@ -83,7 +83,7 @@ def test_the_gradient_of_the_head_is_that_of_finite_differences(name: str) -> No
     x = image(16, 16, 32)[:1].double()
     weighted = torch.randn_like(net(x))
     (net(x) * weighted).sum().backward()
-    net.eval()  # what the states were standardised by stays
+    net.eval()  # what the states were whitened by stays
     for layer in net.head:
         index = (0, 1, 0, 0, 0)
         values = []
@@ -96,34 +96,87 @@ def test_the_gradient_of_the_head_is_that_of_finite_differences(name: str) -> No
         assert layer.weight.grad[index] == pytest.approx((values[0] - values[1]) / 2e-4, rel=1e-5)
 
 
-def test_states_are_standardised_over_all_that_was_trained_on() -> None:
+def some_states(n: int, *, seed: int = 2) -> Tensor:
+    """Of 5 channels that depend on each other; nearly all of their variance is along one line."""
+    rng = torch.Generator().manual_seed(seed)
+    mix = torch.randn(5, 5, generator=rng) * torch.tensor([1, 0.3, 0.2, 0.03, 0.001])
+    return 3 + torch.einsum(
+        "k c, b c d h w -> b k d h w", mix, torch.randn(n, 5, 8, 9, 10, generator=rng)
+    )
+
+
+def test_states_are_whitened_over_all_that_was_trained_on() -> None:
     """In any batches, and afterwards always alike."""
-    x = 3 + 0.01 * torch.randn(4, 5, 2, 3, 4, generator=torch.Generator().manual_seed(2))
-    whole, halves = Standardise(5), Standardise(5)
+    x = some_states(6)
+    whole, halves = Whiten(5), Whiten(5)
     assert torch.equal(whole.eval()(x), x)
 
-    values = x.double()
-    mean = values.mean(dim=(0, 2, 3, 4), keepdim=True)
-    variance = values.var(dim=(0, 2, 3, 4), keepdim=True, correction=0)
-    wanted = ((values - mean) / (variance + 1e-6).sqrt()).float()
-    torch.testing.assert_close(whole.train()(x), wanted, atol=1e-3, rtol=0)
-    halves.train()(x[:2])
-    torch.testing.assert_close(halves(x[2:]), wanted[2:], atol=1e-3, rtol=0)
+    y = whole.train()(x).double().numpy()
+    covariance = np.cov(y.transpose(1, 0, 2, 3, 4).reshape(5, -1))
+    # The last variance is a millionth of the first, and 1e-5 is added to all.
+    np.testing.assert_allclose(covariance[:3, :3], np.eye(3), atol=0.05)
+    assert abs(y.mean(axis=(0, 2, 3, 4))).max() < 1e-4
 
-    torch.testing.assert_close(halves.eval()(x[:1]), wanted[:1], atol=1e-3, rtol=0)
+    halves.train()(x[:3])
+    torch.testing.assert_close(halves(x[3:]), whole.eval()(x)[3:], atol=1e-3, rtol=0)
+    torch.testing.assert_close(halves.eval()(x[:1]), whole(x)[:1], atol=1e-3, rtol=0)
     torch.testing.assert_close(halves.sums, whole.sums)
 
 
-def test_a_head_is_trained_at_a_usual_rate_where_states_hardly_change_from_place_to_place() -> None:
-    """As the deep states of a Swin UNETR do: the channels differ by 1, the places by 0.005."""
+def test_whitening_is_what_the_textbook_says() -> None:
+    """Solved by NumPy: W with W (C + share I) W^T = 1, lower triangular."""
+    x = some_states(2)
+    net = Whiten(5).train()
+    net(x)
+
+    positions = x.double().numpy().transpose(1, 0, 2, 3, 4).reshape(5, -1)
+    covariance = np.cov(positions, ddof=0)
+    share = 1 / positions.shape[1] + 1e-5
+    regular = covariance + share * np.trace(covariance) / 5 * np.eye(5)
+
+    mean, matrix = whitening(net.sums)
+    np.testing.assert_allclose(mean.numpy(), positions.mean(axis=1))
+    assert np.allclose(matrix, np.tril(matrix))
+    np.testing.assert_allclose(matrix.numpy() @ regular @ matrix.numpy().T, np.eye(5), atol=1e-8)
+
+
+def test_few_positions_are_not_taken_for_directions_without_variance() -> None:
+    """Two positions of 20 channels: what they do not span is hardly made larger, not 300 times."""
+    rng = torch.Generator().manual_seed(3)
+    net = Whiten(20).train()
+    net(torch.randn(1, 20, 2, 1, 1, generator=rng))
+    other = torch.randn(1, 20, 30, 1, 1, generator=rng)
+    assert 0.3 < net.eval()(other).std() < 3
+
+
+def test_mixed_precision_does_not_blur_directions_of_little_variance() -> None:
+    x = some_states(2)
+    net = Whiten(5).train()
+    wanted = net(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.eval()(x), wanted)
+
+
+@pytest.mark.parametrize("few", (False, True))
+def test_a_head_is_trained_at_a_usual_rate_whatever_the_states_are_like(few: bool) -> None:
+    """As the deep states of a Swin UNETR are: the channels differ by 1, the places by 0.005.
+
+    Or (few) nearly all of the variance lies along a few directions, and what tells the label does
+    not, as after pre-training.
+    """
     rng = torch.Generator().manual_seed(3)
     label = torch.rand(1, 6, 6, 6, generator=rng) < 0.2
     state = torch.randn(1, 32, 1, 1, 1, generator=rng).expand(1, 32, 6, 6, 6).clone()
     state += 0.005 * torch.randn(1, 32, 6, 6, 6, generator=rng)
     state[:, 0] += 0.02 * label
+    if few:
+        large = torch.randn(1, 3, 6, 6, 6, generator=rng)
+        state += torch.einsum(
+            "k c, b c d h w -> b k d h w", torch.randn(32, 3, generator=rng), large
+        )
 
     torch.manual_seed(0)
-    net = nn.Sequential(Standardise(32), nn.Conv3d(32, 2, 1))
+    net = nn.Sequential(Whiten(32), nn.Conv3d(32, 2, 1))
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     for _ in range(100):
         optimizer.zero_grad()
@@ -161,7 +214,7 @@ def test_the_encoder_is_frozen_where_it_has_a_dropout_and_a_batch_norm() -> None
     net.train()
     assert net.training and not net.encoder.training
     (state,) = net.states(x)
-    values = net.head[0].standardise(state)
+    values = net.head[0].whiten(state)
     torch.testing.assert_close(values.mean(dim=(0, 2, 3, 4)), torch.zeros(4), atol=1e-5, rtol=0)
     for name, value in net.encoder.state_dict().items():
         assert torch.equal(value, before[f"encoder.{name}"]), name

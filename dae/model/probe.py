@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from einops import rearrange, reduce
+from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,7 +24,7 @@ class Probe(nn.Module):
 
     The states are layer-normed over their channels, without weights, so that none of them counts
     for more because its values are larger. (Swin UNETR's are so already, but with
-    --no-normalize-hidden.) Each is then standardised, mapped by a 1x1x1 convolution, upsampled by
+    --no-normalize-hidden.) Each is then whitened, mapped by a 1x1x1 convolution, upsampled by
     trilinear interpolation, and all are added up. That equals one linear layer on all channels of
     all states, upsampled: the weights of an interpolation sum to 1, so it may as well come after
     the layer, where it has few channels to work on.
@@ -62,52 +62,80 @@ class Probe(nn.Module):
 
 
 class Layer(nn.Conv3d):
-    """A 1x1x1 convolution of what is standardised first."""
+    """A 1x1x1 convolution of what is whitened first."""
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool) -> None:
         super().__init__(in_channels, out_channels, 1, bias=bias)
-        self.standardise = Standardise(in_channels)
+        self.whiten = Whiten(in_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.standardise(x))
+        return super().forward(self.whiten(x))
 
 
-class Standardise(nn.Module):
-    """Each channel to mean 0 and variance 1 over all that it was trained on so far.
+class Whiten(nn.Module):
+    """Channels to mean 0 and covariance 1 over all that it was trained on so far.
 
-    (b, c, d, h, w) -> the same shape; unchanged before the first training step. It is a factor and
-    a constant for each channel, so a layer on top of it stays linear. Without it no usual rate
-    trains that layer: the channels of a deep state may differ a hundred times less from place to
-    place than from each other, and the weights would have to be as large. (He et al. 2022 have a
-    batch norm without weights there. Sums over all crops do not depend on the last batches.)
+    (b, c, d, h, w) -> the same shape; unchanged before the first training step. It is a matrix and
+    a constant, so a layer on top of it stays linear.
+
+    Without it a probe measures something else: how fast gradient descent gets anywhere. A deep
+    state may differ a hundred times less from place to place than its channels differ from each
+    other, and after pre-training nearly all of its variance may lie along five of 64 directions.
+    What is told by the other directions would need weights that no usual rate reaches. (He et al.
+    2022 have a batch norm without weights there, which mends the first of the two. Sums over all
+    crops do not depend on the last batches.)
     """
 
     sums: Tensor
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        # Positions, values and squares. The variance is their difference: float64 keeps its digits.
-        self.register_buffer("sums", torch.zeros(3, channels, dtype=torch.float64))
+        # Of the products of all pairs of channels and a 1. A covariance is the difference of two
+        # such sums: float64 keeps its digits.
+        size = channels + 1
+        self.register_buffer("sums", torch.zeros(size, size, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.sums += over_ranks(sums_of(x))
+            self.sums += over_ranks(sums_of_products(x))
 
-        n, total, squares = self.sums
-        mean = total / n.clamp(min=1)
-        variance = (squares / n.clamp(min=1) - mean**2).clamp(min=0) + 1e-6
-        scale = torch.where(n > 0, variance, 1.0).rsqrt()
-        mean, scale = (rearrange(y, "c -> c 1 1 1").to(x.dtype) for y in (mean, scale))
-        return (x - mean) * scale
+        # In float64, which autocast and TF32 leave alone: a direction of little variance is the
+        # difference of large values.
+        mean, matrix = whitening(self.sums)
+        centred = x.double() - rearrange(mean, "c -> c 1 1 1")
+        return einsum(matrix, centred, "k c, b c d h w -> b k d h w").to(x.dtype)
 
 
-def sums_of(x: Tensor) -> Tensor:
-    """Of each channel the number of positions, the sum and the sum of squares: (3, c), float64."""
-    x = x.double()
-    total = reduce(x, "b c d h w -> c", "sum")
-    squares = reduce(x**2, "b c d h w -> c", "sum")
-    positions = torch.full_like(total, x[:, 0].numel())
-    return torch.stack([positions, total, squares])
+def sums_of_products(x: Tensor) -> Tensor:
+    """Over all positions of (b, c, d, h, w): of 1, of each channel, and of each pair of channels.
+
+    (1 + c, 1 + c), float64.
+    """
+    positions = rearrange(x.double(), "b c d h w -> (b d h w) c")
+    with_1 = F.pad(positions, (1, 0), value=1.0)
+    return with_1.T @ with_1
+
+
+def whitening(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean (c,), and the matrix (c, c) after which channels have a covariance of 1.
+
+    sums: of `sums_of_products`. The matrix is the inverse of the Cholesky factor.
+    """
+    n = sums[0, 0].clamp(min=1)
+    mean = sums[0, 1:] / n
+    covariance = sums[1:, 1:] / n - mean[:, None] * mean
+
+    # A covariance of few positions takes directions that it has not seen for ones without variance,
+    # so one position more is counted, which varies alike in all of them. The second share is for
+    # good: layer norm takes one direction away, and only rounding is left there.
+    variance = covariance.diagonal().mean().clamp(min=1e-12)
+    share = 1 / n + 1e-5
+
+    eye = torch.eye(len(mean), dtype=sums.dtype, device=sums.device)
+    factor, _ = torch.linalg.cholesky_ex(covariance + share * variance * eye)
+    matrix = torch.linalg.solve_triangular(factor, eye, upper=False)
+    is_trained = sums[0, 0] > 0
+    return mean, torch.where(is_trained, matrix, eye)
 
 
 def over_ranks(sums: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ Each command has its own --help.
 import sys
 from collections.abc import Sequence
 
+import dae.quiet  # noqa: F401 - before torch
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.evaluate import (
     CkaConfig,
@@ -79,10 +80,11 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -94,9 +96,10 @@ from dae.data import datalist, holdout, leaks
 from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
-from dae.data.preprocess import Recipe, normalise
+from dae.data.preprocess import Prepared, Recipe, normalise
 from dae.data.sides import AXES, flips_of, likely_pairs, pairs_in_words
 from dae.evaluation import cases, features, postprocess, report, statistics
+from dae.evaluation.ahead import one_ahead
 from dae.evaluation.cka import as_markdown, cka_of_stages
 from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
@@ -104,7 +107,16 @@ from dae.evaluation.windows import Predict, sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
 from dae.figures import cka_chart, embedding_chart
 from dae.training import resume
-from dae.training.distributed import start
+from dae.training.distributed import (
+    PREDICTING,
+    Ranks,
+    gather_objects,
+    in_one_voice,
+    joined,
+    share,
+    spoken_by_main,
+    start,
+)
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
 from dae.weights import checkpoint, foreign
@@ -118,51 +130,13 @@ def predict(config: PredictConfig) -> list[Path]:
 
     Cases that are in --out already, of the same checkpoints, settings and images, are not predicted
     again. A case that cannot be predicted does not keep the others from it: InputError at the end
-    names all such cases.
+    names all such cases. Where torchrun has started several ranks, they share the cases, and rank 0
+    speaks and returns for all of them.
     """
-    out = output_folder(config)
-    if config.images and config.data:
-        raise InputError("--images: not beside --data; give one of them")
-    device = start(config.device).device
-    choose_kernels(device, tf32=False)
-
-    # The networks: what they were trained with, and whom they were trained on.
-    saved, networks = load_ensemble(config, device)
-    model = model_of(config, saved[0]["plan"], networks, device)
-    seen, unknown = leaks.seen_of(saved, config.checkpoint)
-
-    # The images: whether these networks can predict them, and may.
-    items = items_to_predict(config, model.plan, seen, unknown)
-    for item in items:
-        check_intensity(item, [state["plan"] for state in saved])
-    names = cases.case_names([item.image[0] for item in items])
-    before = leaks.read_predicted(out)  # found damaged now, and not after hours of prediction
-    trained = trained_cases(config, items, names, seen, unknown)
-
-    # The folder: label maps replace nothing there, and all of them are made in one way.
-    written = Written(out)
-    check_targets(written, dict(zip(names, items)), model.settings)
-    written.check([leaks.PREDICTED])
-    record = Record(written, config, seen, before, trained)
-    print(
-        f"{counted(len(items), 'image')}, {counted(len(networks), 'checkpoint')}, "
-        f"{averaging(config, model.plan)}"
-    )
-
-    results = predict_cases(items, names, model, record)
-
-    from_before = f", {results.kept} of them from before" if results.kept else ""
-    print(f"{counted(len(results.label_maps), 'label map')} in {out}{from_before}")
-    if results.label_maps:
-        record.write()
-    if config.images:
-        warn(about_trained(record.trained))
-    if results.failed:
-        raise InputError(
-            f"{len(results.failed)} of {len(items)} cases could not be predicted: "
-            f"{'; '.join(results.failed)}"
-        )
-    return results.label_maps
+    with joined(config.device, patience=PREDICTING) as ranks, spoken_by_main(ranks):
+        # All ranks look at the folder before any of them writes into it.
+        job = in_one_voice(ranks, partial(plan_prediction, config, ranks))
+        return carry_out(job, ranks)
 
 
 def score(config: ScoreConfig) -> dict[str, Any]:
@@ -397,7 +371,7 @@ def load_member(
     """A checkpoint without what is LARGE in it, and its network. `first` is the plan that it must
     agree with.
     """
-    state = checkpoint.load(Path(name))
+    state = checkpoint.load(Path(name), mapped=True)
     plan = trained_plan(state)
     if first is None and not plan["classes"]:
         raise InputError(f"--checkpoint {name}: names no classes; fine-tune it with train_seg.py")
@@ -721,89 +695,291 @@ class Record:
     written: Written
     config: PredictConfig
     seen: leaks.Seen  # whom the networks were trained on
-    before: Mapping[str, Any]  # the record of earlier runs into this folder
     trained: set[str]  # cases known so far, grows with each that is found
-    predicted: list[str] = field(default_factory=list)  # cases, by this run
+    predicted: list[str] = field(default_factory=list)  # cases, by this process
+    is_shared: bool = False  # other ranks write it, too
 
     def write(self) -> None:
-        make = partial(
-            leaks.write_predicted,
-            seen=self.seen,
-            before=self.before,
-            split="" if self.config.images else self.config.split,
-            cases=self.predicted,
-            trained=sorted(self.trained),
-        )
-        self.written.write(leaks.PREDICTED, make)
+        """Add what is known to what the file says of other cases."""
+        with self.written.alone() if self.is_shared else nullcontext():
+            make = partial(
+                leaks.write_predicted,
+                seen=self.seen,
+                before=leaks.read_predicted(self.written.folder),
+                split="" if self.config.images else self.config.split,
+                cases=self.predicted,
+                trained=sorted(self.trained),
+            )
+            self.written.write(leaks.PREDICTED, make)
 
 
 # --- predict: case by case
 
 
-class Results(NamedTuple):
-    """What became of all cases."""
-
-    label_maps: list[Path]
-    kept: int  # of them, from an earlier run
-    failed: list[str]  # why the others could not be predicted
+S = TypeVar("S", bound="Case")
+T = TypeVar("T")
 
 
-def predict_cases(
-    items: Sequence[Item], names: Sequence[str], model: Model, record: Record
-) -> Results:
-    """A label map for each item. One that cannot be predicted does not keep the others from it."""
+@dataclass(frozen=True)
+class Case:
+    """An image that is to be predicted."""
+
+    number: int  # among all cases
+    item: Item
+    name: str
+
+    @property
+    def file(self) -> str:
+        """The name of its label map."""
+        return f"{self.name}.nii.gz"
+
+
+@dataclass(frozen=True)
+class Ready(Case):
+    """A case as the network takes it."""
+
+    source: Mapping[str, Any]  # what its label map is made from
+    trained: bool  # the networks were trained on these very voxels
+    prepared: Prepared
+    shape: tuple[int, ...]  # (d, h, w) of the image's own grid
+    spacing: tuple[float, float, float]  # mm, of that grid
+
+
+@dataclass(frozen=True)
+class Predicted(Case):
+    """A case as the network has labelled it."""
+
+    source: Mapping[str, Any]
+    trained: bool
+    labels: Labels  # (d, h, w), on the image's own grid
+    spacing: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: a label map, or a reason why there is none."""
+
+    number: int  # of the case
+    kept: bool = False  # the label map is there from an earlier run
+    trained: bool = False  # the networks were trained on it
+    failed: str = ""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that `predict` is to do."""
+
+    cases: Sequence[Case]
+    model: Model
+    record: Record
+
+
+def plan_prediction(config: PredictConfig, ranks: Ranks) -> Job:
+    """What `predict` will do. Raises InputError where it cannot be done. Writes nothing."""
+    out = output_folder(config)
+    if config.images and config.data:
+        raise InputError("--images: not beside --data; give one of them")
+    device = ranks.device
+    choose_kernels(device, tf32=False)
+
+    # The networks: what they were trained with, and whom they were trained on.
+    saved, networks = load_ensemble(config, device)
+    model = model_of(config, saved[0]["plan"], networks, device)
+    seen, unknown = leaks.seen_of(saved, config.checkpoint)
+
+    # The images: whether these networks can predict them, and may.
+    items = items_to_predict(config, model.plan, seen, unknown)
+    for item in items:
+        check_intensity(item, [state["plan"] for state in saved])
+    names = cases.case_names([item.image[0] for item in items])
+    leaks.read_predicted(out)  # found damaged now, and not after hours of prediction
+    trained = trained_cases(config, items, names, seen, unknown)
+
+    # The folder: label maps replace nothing there, and all of them are made in one way.
+    written = Written(out)
+    check_targets(written, dict(zip(names, items)), model.settings)
+    written.check([leaks.PREDICTED])
+    record = Record(written, config, seen, trained, is_shared=ranks.world > 1)
+    print(
+        f"{counted(len(items), 'image')}, {counted(len(networks), 'checkpoint')}, "
+        f"{averaging(config, model.plan)}"
+    )
+    all_cases = [Case(n, item, name) for n, (item, name) in enumerate(zip(items, names))]
+    return Job(all_cases, model, record)
+
+
+def carry_out(job: Job, ranks: Ranks) -> list[Path]:
+    """Predict all cases, and say what became of them. Raises InputError that names the failed."""
+    own = predict_cases(job, ranks)
+    for outcome in own:
+        if outcome.trained:
+            job.record.trained.add(job.cases[outcome.number].name)
+    if any(not outcome.failed for outcome in own):
+        job.record.write()
+
+    # What became of all cases, in the order of the cases.
+    outcomes: list[Outcome] = []
+    trained: set[str] = set()
+    for of_rank, trained_of_rank in gather_objects((own, job.record.trained)):
+        outcomes += of_rank
+        trained |= trained_of_rank
+    outcomes.sort(key=lambda outcome: outcome.number)
+    if not ranks.is_main:
+        return []
+
     label_maps: list[Path] = []
-    kept = 0
     failed: list[str] = []
-    for item, name in tqdm(list(zip(items, names)), "predicting", disable=not sys.stderr.isatty()):
-        try:
-            was_there = predict_case(item, name, model, record)
-        # An image, or its size, may be wrong and the next one right. A full disk stays full, and
-        # its OSError ends the run.
-        except (InputError, ValueError, RuntimeError, MemoryError) as error:
-            if os.environ.get("DAE_DEBUG") == "1":
-                raise
-            failed.append(failure_in_words(error, item))
-            continue
+    for outcome in outcomes:
+        if outcome.failed:
+            failed.append(outcome.failed)
+        else:
+            label_maps.append(job.record.written.folder / job.cases[outcome.number].file)
 
-        label_maps.append(record.written.folder / f"{name}.nii.gz")
-        if was_there:
-            kept += 1
-    return Results(label_maps, kept, failed)
+    kept = sum(outcome.kept for outcome in outcomes)
+    from_before = f", {kept} of them from before" if kept else ""
+    folder = job.record.written.folder
+    print(f"{counted(len(label_maps), 'label map')} in {folder}{from_before}")
+    if job.model.config.images:
+        warn(about_trained(trained))
+    if failed:
+        raise InputError(
+            f"{len(failed)} of {len(job.cases)} cases could not be predicted: {'; '.join(failed)}"
+        )
+    return label_maps
 
 
-def predict_case(item: Item, name: str, model: Model, record: Record) -> bool:
-    """Write <name>.nii.gz, and note what it was made from. Returns whether it was there already."""
-    file = f"{name}.nii.gz"
-    source = source_of(item)
+def predict_cases(job: Job, ranks: Ranks) -> list[Outcome]:
+    """Label maps of this rank's share of the cases. One that cannot be predicted does not keep the
+    others from it.
+
+    While the network works on one case, the next is read and the last is written.
+    """
+    count = len(job.cases)
+    own_cases = (job.cases[number] for number in share(count, ranks))
+    ready = one_ahead(partial(attempt, partial(read_case, job)), own_cases)
+    predicted = map(partial(attempt, partial(predict_case, job.model)), ready)
+    outcomes = one_ahead(partial(attempt, partial(write_case, job)), predicted)
+
+    done: list[Outcome] = []
+    is_quiet = not (ranks.is_main and sys.stderr.isatty())
+    with tqdm(total=count, desc="predicting", disable=is_quiet) as bar:
+        for outcome in outcomes:
+            done.append(outcome)
+            bar.update(outcome.number + 1 - bar.n)  # other ranks work on those before it
+    return done
+
+
+def attempt(stage: Callable[[S], T], case: S | Outcome) -> T | Outcome:
+    """A stage of a case, unless an earlier one has ended it. What fails here ends it, too."""
+    if isinstance(case, Outcome):
+        return case
+    try:
+        return stage(case)
+    # An image, or its size, may be wrong and the next one right. A full disk stays full, and
+    # its OSError ends the run.
+    except (InputError, ValueError, RuntimeError, MemoryError) as error:
+        if os.environ.get("DAE_DEBUG") == "1":
+            raise
+        return Outcome(case.number, failed=failure_in_words(error, case.item))
+
+
+def read_case(job: Job, case: Case) -> Ready | Outcome:
+    """Read and prepare an image, unless its label map is there already."""
+    written = job.record.written
+    source = source_of(case.item)
     # A run that was stopped goes on where it was.
-    if is_finished(record.written, file, source):
-        if record.written.last(file).get("trained"):
-            record.trained.add(name)
-        return True
+    if is_finished(written, case.file, source):
+        trained = bool(written.last(case.file).get("trained"))
+        return Outcome(case.number, kept=True, trained=trained)
 
     # Its subject or its path may be new, and its voxels those of a training image.
-    volume = read_channels(item.image)
-    if leaks.is_trained(volume.data, record.seen):
-        config = model.config
-        if not config.images and not config.allow_trained:
-            leaks.refuse_trained([name], str(item.image[0]), "predict")
-        record.trained.add(name)
+    volume = read_channels(case.item.image)
+    config = job.model.config
+    trained = leaks.is_trained(volume.data, job.record.seen)
+    if trained and not config.images and not config.allow_trained:
+        leaks.refuse_trained([case.name], str(case.item.image[0]), "predict")
 
-    labels = predict_image(item, volume, model)
-    record.written.write(
-        file,
-        partial(save_like, item.image[0], labels),
-        settings=model.settings,
+    return Ready(
+        **vars(case),
         source=source,
-        trained=name in record.trained,
+        trained=trained or case.name in job.record.trained,
+        prepared=prepare_image(case.item, volume, job.model.plan),
+        shape=volume.data.shape[1:],
+        spacing=volume.spacing,
     )
-    record.predicted.append(name)
+
+
+def prepare_image(item: Item, volume: Volume, plan: Mapping[str, Any]) -> Prepared:
+    """A volume as the network of a plan takes it. Raises InputError."""
+    recipe = Recipe(
+        tuple(plan["spacing"]),
+        tuple(plan["ct_window"]),
+        plan["mr_intensity"],
+        plan["foreground_crop"],
+    )
+    prepared = normalise(volume, item, recipe)
+    if len(prepared.data) != plan["in_channels"]:
+        raise InputError(
+            f"{item.image[0]}: {len(prepared.data)} channels, "
+            f"the network takes {plan['in_channels']}"
+        )
+    return prepared
+
+
+def predict_case(model: Model, case: Ready) -> Predicted:
+    """A case with its label map, and without its image."""
+    labels = predict_image(case.prepared, case.shape, model)
+    return Predicted(
+        case.number, case.item, case.name, case.source, case.trained, labels, case.spacing
+    )
+
+
+def predict_image(prepared: Prepared, shape: Sequence[int], model: Model) -> Labels:
+    """The label map of an image, on the image's own grid `shape` (d, h, w). Raises InputError."""
+    plan = model.plan
+    # The network knows a class by its index, the file by its label.
+    classes = [int(label) for label in plan["classes"]]
+    slabs = sliding_window(
+        prepared.data,
+        model.predictors,
+        window=tuple(plan["crop"]),
+        classes=len(classes),
+        overlap=model.config.overlap,
+        batch=model.config.batch,
+        device=model.device,
+        background=prepared.background.tolist(),
+        flips=plan["flip_axes"] if model.config.tta else (),
+        combine=model.config.ensemble,
+        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]],
+        swap_axes=plan["swap_axes"],
+    )
+    # With --foreground-crop only the box of the patient was predicted.
+    if prepared.box:
+        slabs = paste(slabs, prepared.box, prepared.grid)
+
+    class_index = label_map(slabs, prepared.grid, shape)
+    labels: Labels = np.array(classes, dtype=np.uint8)[class_index]
+    return labels
+
+
+def write_case(job: Job, case: Predicted) -> Outcome:
+    """Write <name>.nii.gz, and note what it was made from."""
+    record = job.record
+    labels = postprocess.apply(case.labels, job.model.steps, case.spacing)
+    record.written.write(
+        case.file,
+        partial(save_like, case.item.image[0], labels),
+        settings=job.model.settings,
+        source=case.source,
+        trained=case.trained,
+    )
+    record.predicted.append(case.name)
 
     # At once: a run that is stopped must not leave a trained case unmarked.
-    if name in record.trained:
+    if case.trained:
+        record.trained.add(case.name)
         record.write()
-    return False
+    return Outcome(case.number, trained=case.trained)
 
 
 def source_of(item: Item) -> dict[str, Any]:
@@ -826,47 +1002,6 @@ def is_finished(written: Written, file: str, source: Mapping[str, Any]) -> bool:
         if made_from.get(key) != source[key]:
             return False
     return written.is_whole(file)
-
-
-def predict_image(item: Item, volume: Volume, model: Model) -> Labels:
-    """The label map of one image (d, h, w), on the image's own grid. Raises InputError."""
-    plan = model.plan
-    recipe = Recipe(
-        tuple(plan["spacing"]),
-        tuple(plan["ct_window"]),
-        plan["mr_intensity"],
-        plan["foreground_crop"],
-    )
-    prepared = normalise(volume, item, recipe)
-    if len(prepared.data) != plan["in_channels"]:
-        raise InputError(
-            f"{item.image[0]}: {len(prepared.data)} channels, "
-            f"the network takes {plan['in_channels']}"
-        )
-
-    # The network knows a class by its index, the file by its label.
-    classes = [int(label) for label in plan["classes"]]
-    slabs = sliding_window(
-        prepared.data,
-        model.predictors,
-        window=tuple(plan["crop"]),
-        classes=len(classes),
-        overlap=model.config.overlap,
-        batch=model.config.batch,
-        device=model.device,
-        background=prepared.background.tolist(),
-        flips=plan["flip_axes"] if model.config.tta else (),
-        combine=model.config.ensemble,
-        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]],
-        swap_axes=plan["swap_axes"],
-    )
-    # With --foreground-crop only the box of the patient was predicted.
-    if prepared.box:
-        slabs = paste(slabs, prepared.box, prepared.grid)
-
-    class_index = label_map(slabs, prepared.grid, volume.data.shape[1:])
-    labels: Labels = np.array(classes, dtype=np.uint8)[class_index]
-    return postprocess.apply(labels, model.steps, volume.spacing)
 
 
 def failure_in_words(error: Exception, item: Item) -> str:

@@ -6,6 +6,7 @@ eight GPUs, or going on:
     torchrun --nproc_per_node=8 train_pretrain.py --data list.json --out runs/a --resume
 """
 
+import dae.quiet  # noqa: F401 - before torch
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.pretrain import PretrainConfig
 

@@ -8,6 +8,7 @@ the same without the weights:
     python train_seg.py ... --from-scratch --out runs/scratch
 """
 
+import dae.quiet  # noqa: F401 - before torch
 from dae.config.command_line import from_command_line, run_or_explain
 from dae.config.segment import SegConfig
 

@@ -4,6 +4,7 @@ Read the files in this order; each imports only what stands above it.
 
 THE METHOD: what an auditor reads, with train_pretrain.py at its end
 
+    quiet.py                     threads that wait for work sleep
     errors.py                    the one error that a user can mend
     config/command_line.py       a frozen dataclass in, a command line out
     config/shared.py             options of the network, the data, the optimiser and the run
@@ -82,6 +83,7 @@ AROUND IT: what a run needs
     evaluation/cases.py          predictions against labels, file by file
     evaluation/windows.py        sliding window, flips, ensembles
     evaluation/native_grid.py    back to the patient's own grid and file
+    evaluation/ahead.py          the next case is read while this one is predicted
     evaluation/validation.py     Dice over whole volumes, while training
     evaluation/postprocess.py    components, holes, smoothing; chosen on validation cases
     evaluation/report.py         CSV, JSON, one HTML page (page.html)

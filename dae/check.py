@@ -9,6 +9,9 @@ For each backbone, the gradient of a batch must be the mean of the gradients of 
 one by one. In float64 on a CPU, float32 on a GPU.
 """
 
+import dae.quiet  # noqa: F401 - before torch
+
+# isort: split
 import argparse
 import sys
 import time

@@ -1,5 +1,8 @@
 """Tiny volumes and a tiny network: a run of some steps in about a second."""
 
+import dae.quiet  # noqa: F401 - before torch
+
+# isort: split
 import json
 import os
 import signal

@@ -6,9 +6,11 @@ SHA-256 of its bytes, the time, and what it was made from. The line is written b
 its name, so that a run that is cut short knows its own files.
 """
 
+import fcntl
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -66,6 +68,18 @@ class Written:
             )
         if not path.is_file() or sha256_of([path]) not in hashes:
             raise InputError(f"{where} was changed since it was written; {remedy}")
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within this block no other process is in such a block for the folder, and what others
+        have written so far is known.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        ledger = self.folder / LEDGER
+        with ledger.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # freed when the file is closed
+            self.lines = read_lines(ledger)
+            yield
 
     def write(self, name: str, make: Callable[[Path], object], **metadata: Any) -> Path:
         """Write a file atomically: `make` gets the path to write to, `metadata` goes into the line.

@@ -6,8 +6,9 @@ Also the stop signal, because all ranks must agree on the step at which they sto
 import os
 import signal
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -16,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 MEETING = timedelta(minutes=10)  # a rank starts within minutes or not at all
 PREPARING = timedelta(hours=1)  # once they have met, one rank may prepare volumes for long
+PREDICTING = timedelta(days=7)  # one rank may be at a large volume long after the others are done
 
 # What torchrun sets for each rank.
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -37,6 +40,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    store: Store | None = None  # numbers by name that all ranks read and write
 
     @property
     def is_main(self) -> bool:
@@ -47,13 +51,14 @@ class Ranks:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Ranks]:
-    """This process among those of the run, until the block ends.
+def joined(device: str, *, patience: timedelta = PREPARING) -> Iterator[Ranks]:
+    """This process among those of the run, until the block ends. They wait for each other for
+    `patience`.
 
     Raises InputError where the launch is wrong, where another rank has ended before this one, and
     where a process that reads ahead has died. torch has a traceback for each of them.
     """
-    ranks = start(device)
+    ranks = start(device, patience=patience)
     try:
         yield ranks
     except RuntimeError as error:
@@ -80,7 +85,7 @@ def reason_of(error: RuntimeError) -> str:
     return ""
 
 
-def start(device: str) -> Ranks:
+def start(device: str, *, patience: timedelta = PREPARING) -> Ranks:
     """Join the process group if torchrun has set one up: gloo on CPUs, NCCL on GPUs.
 
     Raises InputError.
@@ -95,8 +100,8 @@ def start(device: str) -> Ranks:
     if on_cuda:
         own = torch.device("cuda", local_gpu())
         torch.cuda.set_device(own)
-    meet("nccl" if on_cuda else "gloo")
-    return Ranks(dist.get_rank(), dist.get_world_size(), own)
+    store = meet("nccl" if on_cuda else "gloo", patience)
+    return Ranks(dist.get_rank(), dist.get_world_size(), own, store)
 
 
 def local_gpu() -> int:
@@ -150,21 +155,23 @@ def check_not_repeated() -> None:
         )
 
 
-def meet(backend: str) -> None:
-    """Find the other ranks at MASTER_ADDR and MASTER_PORT. Raises InputError where none answers."""
+def meet(backend: str, patience: timedelta) -> Store:
+    """Find the other ranks at MASTER_ADDR and MASTER_PORT: the store that all of them share.
+
+    Raises InputError where none answers.
+    """
     address = os.environ["MASTER_ADDR"]
     port = os.environ["MASTER_PORT"]
     try:
         socket.getaddrinfo(address, int(port))
         store, rank, world = next(iter(rendezvous("env://", timeout=MEETING)))
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=PREPARING
-        )
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"MASTER_ADDR {address}, MASTER_PORT {port}: the ranks do not meet there "
             f"({one_line(error)}); check torchrun's --rdzv-endpoint or --master-addr"
         ) from error
+    return store
 
 
 # --- in a step
@@ -212,6 +219,48 @@ def on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.barrier()
     return result if ranks.is_main else work()
+
+
+def share(count: int, ranks: Ranks) -> Iterator[int]:
+    """The numbers below `count`, each on one rank: a rank that asks gets the next one.
+
+    So the ranks end at about the same time, however long the work on each number takes. It can be
+    called once a run.
+    """
+    if ranks.store is None:
+        yield from range(count)
+        return
+    while (number := ranks.store.add("shared", 1) - 1) < count:
+        yield number
+
+
+def spoken_by_main(ranks: Ranks) -> AbstractContextManager[Any]:
+    """Within this block what ranks other than 0 print is not shown. Their errors are."""
+    return redirect_stdout(sys.stdout if ranks.is_main else None)
+
+
+def in_one_voice(ranks: Ranks, work: Callable[[], T]) -> T:
+    """What `work` returns on this rank, once every rank has done it.
+
+    Where some rank cannot do it, rank 0 raises an InputError with the first reason. The other ranks
+    end without a word, and with exit code 0: torchrun kills all ranks once one has failed, and
+    rank 0 has yet to speak.
+    """
+    if ranks.world == 1:
+        return work()
+
+    reason = ""
+    try:
+        result = work()
+    except (InputError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+
+    reasons = [of_rank for of_rank in gather_objects(reason) if of_rank]
+    if not reasons:
+        return result
+    if ranks.is_main:
+        raise InputError(reasons[0])
+    sys.exit(0)
 
 
 class StopSignal:

@@ -60,16 +60,17 @@ def write_torch_file(path: Path, content: dict[str, Any], *, sealed: bool) -> No
             seal(file)
 
 
-def load(path: Path) -> dict[str, Any]:
+def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
     """The state that `save` wrote, on the CPU. Runs no code from the file.
 
-    Raises InputError on any damage.
+    Tensors that are `mapped` stay in the file until they are used: whoever needs the weights alone
+    then never holds the optimiser, which is twice as large. Raises InputError on any damage.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such checkpoint")
 
     try:
-        state = load_if_intact(path)
+        state = load_if_intact(path, mapped=mapped)
     except Exception as error:  # torch raises a dozen types of error for a damaged file
         raise InputError(
             f"{path}: not a checkpoint that can be read ({one_line(error)})"
@@ -86,13 +87,14 @@ def load(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def load_if_intact(path: Path) -> Any:
+def load_if_intact(path: Path, *, mapped: bool) -> Any:
     """The content of a torch file whose seal matches its bytes, else None."""
     with path.open("rb") as file:
         if not seal_matches(file):
             return None
         file.seek(0)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        source = path if mapped else file  # torch maps only what has a path
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
 
 
 def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) -> None:

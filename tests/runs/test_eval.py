@@ -447,13 +447,13 @@ def predict(tmp_path: Path) -> Predict:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The images that a network was asked about, in order."""
     seen: list[Path] = []
-    predicted = evaluate.predict_image
+    predicted = evaluate.predict_case
 
-    def remember(item: Any, *arguments: Any) -> Any:
-        seen.append(item.image[0])
-        return predicted(item, *arguments)
+    def remember(model: Any, case: Any) -> Any:
+        seen.append(case.item.image[0])
+        return predicted(model, case)
 
-    monkeypatch.setattr(evaluate, "predict_image", remember)
+    monkeypatch.setattr(evaluate, "predict_case", remember)
     return seen
 
 
@@ -795,9 +795,9 @@ def test_an_ensemble_holds_its_networks_and_nothing_else_of_its_checkpoints(
     def alive() -> int:
         return sum(reference() is not None for reference in loaded)
 
-    def load(path: Path) -> dict[str, Any]:
+    def load(path: Path, **how: Any) -> dict[str, Any]:
         assert alive() == 0  # one at a time
-        state = load_checkpoint(path)
+        state = load_checkpoint(path, **how)
         for tensor in (*state["model"].values(), state["optimizer"]["exp_avg"]):
             loaded.append(weakref.ref(tensor))
         return state

@@ -242,6 +242,11 @@ def train_step(run: Run, batches: Iterator[Batch], signal: StopSignal) -> Step:
     run.scaler.step(run.optimizer)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
+
+    # In smit a teacher follows the weights, once a step. After a gradient that is not finite they
+    # have not moved: the scaler of fp16 has skipped the step.
+    if math.isfinite(grad_norm):
+        run.pretext.after_step(run.state["step"] / config.steps)
     return Step(
         loss,
         dict(zip(names, of_terms)),
@@ -336,7 +341,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     lay_out(pretext, ranks.device, compiled=config.compile)
 
     # Optimiser.
-    optimizer = adamw(pretext.named_parameters(), config)
+    optimizer = adamw(pretext.to_optimise(), config)
     scaler = grad_scaler(dtype, ranks.device)
 
     # Run: from step 0, or from where it was stopped.
@@ -463,6 +468,7 @@ def build(
         notes=weights.notes,
         may_be_equal=weights.plan.get("method") == "scratch",
     )
+    pretext.after_init()
     return pretext, report
 
 
@@ -560,7 +566,7 @@ def say_start(run: Run) -> None:
     config = run.config
     step = run.state["step"]
     volumes = len(run.crops.volumes)
-    parameters = sum(parameter.numel() for parameter in run.pretext.parameters())
+    parameters = sum(parameter.numel() for _, parameter in run.pretext.to_optimise())
     warmup = warmup_steps(config)
     log_start(
         run.log,
@@ -735,7 +741,7 @@ def advise(run: Run, validation: Mapping[str, Any], *, done: bool) -> None:
     Once: at the third validation in a row, or at the end.
     """
     state = run.state
-    if "l1" not in validation:  # contrast and rotation reconstruct nothing
+    if "l1" not in validation:  # of a baseline that does not restore its input
         return
     is_behind = state["step"] > 0 and validation["l1"] > validation["l1_input"] > 0
     state["behind"] = state["behind"] + 1 if is_behind else 0

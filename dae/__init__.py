@@ -20,6 +20,7 @@ THE METHOD: what an auditor reads, with train_pretrain.py at its end
 
     pretext/disrupt.py           eq. 1 noise, eq. 2 downsampling, local masking, token masking
     pretext/contrast.py          eq. 3 and 4: cross-modal contrastive learning
+    pretext/distil.py            teacher and student: self-distillation, beyond the paper
     pretext/methods.py           METHODS: Table 5 as a table, and `forward`, which is Figure 1
     pretext/views.py             what a baseline does to a crop: augment, turn, cut out
     pretext/baselines.py         the other rows of Table 4, what DAE is compared with

@@ -61,7 +61,7 @@ def test_its_loss_falls(method: str) -> None:
     assert losses[-1] < 0.6 * losses[0]
 
 
-@every
+@pytest.mark.parametrize("method", [name for name in TRAINED if name != "smit"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_gradients_reach_the_encoder_the_heads_and_for_inpainting_the_decoder(
     method: str, backbone: str

@@ -53,6 +53,7 @@ def step_of(
         ("swin_unetr", "mae", "plain"),
         ("swin_unetr", "contrastive", "plain"),
         ("swin_unetr", "swin_unetr", "plain"),
+        ("swin_unetr", "smit", "plain"),
         *(pytest.param("swin_unetr", method, "plain", marks=pytest.mark.slow) for method in PARTS),
         ("unet", "dae", "scaled"),
         ("vit_unetr", "dae", "plain"),

@@ -131,8 +131,12 @@ def pretext_in_float64(method: str) -> Any:
     return pretext_of(backbone, PretextConfig(method=method, mask_block=4)).double()
 
 
-def test_the_gradient_of_rotation_is_the_mean_of_its_samples() -> None:
-    net = pretext_in_float64("rotation")
+# L1 is float32 by design, so the gradients of smit have its digits.
+@pytest.mark.parametrize("method, allowed", [("rotation", 1e-9), ("smit", 1e-5)])
+def test_the_gradient_of_a_baseline_without_contrast_is_the_mean_of_its_samples(
+    method: str, allowed: float
+) -> None:
+    net = pretext_in_float64(method)
     x = crops("even", 3)
     modality = torch.tensor([0, 1, 0])
 
@@ -142,7 +146,7 @@ def test_the_gradient_of_rotation_is_the_mean_of_its_samples() -> None:
 
     of_batch = gradients(net, partial(loss, slice(None)))
     of_samples = [gradients(net, partial(loss, slice(n, n + 1))) for n in range(3)]
-    assert largest_difference(of_batch, mean_of(of_samples)) < 1e-9
+    assert largest_difference(of_batch, mean_of(of_samples)) < allowed
 
 
 @pytest.mark.parametrize("method", ["contrastive", "swin_unetr"])

@@ -16,6 +16,7 @@ Method = Literal[
     "contrastive",
     "rotation",
     "swin_unetr",
+    "smit",
 ]
 
 
@@ -27,7 +28,8 @@ class PretextConfig:
         "dae",
         "dae: noise, downsampling, local masking; noise, downsample, local_mask, mae: rows of "
         "Table 5; contrastive, rotation, swin_unetr, mae: rows of Table 4, the first three without "
-        "CMCL; scratch: untrained weights, no step is taken; Table 4 and sec. 3.3",
+        "CMCL; scratch: untrained weights, no step is taken; Table 4 and sec. 3.3; smit: a row "
+        "beyond the paper, masking with self-distillation (Jiang et al. 2022), without CMCL",
     )
     noise_mean: float = opt(0.0, "mu of eq. 1")
     noise_std: float = opt(
@@ -42,7 +44,7 @@ class PretextConfig:
     )
     mask_ratio: tuple[float, ...] = opt(
         (0.6,),
-        "r, share of channels (mae: of tokens) masked; two numbers: drawn "
+        "r, share of channels (mae, smit: of tokens) masked; two numbers: drawn "
         "between them; sec. 3.2 (App. G.3: 0.4 alone)",
         low=0,
         high=0.99,
@@ -54,7 +56,7 @@ class PretextConfig:
         "channels", "what local masking zeroes, sec. 2; planes: what the authors' layout bug zeroes"
     )
     mask_block: int = opt(
-        16, "side of mae's masked blocks, and of swin_unetr's cut-outs, in voxels", low=1
+        16, "side of the masked blocks of mae and smit, and of swin_unetr's cut-outs, voxels", low=1
     )
     recon: Literal["plain", "scaled", "output", "residual"] = opt(
         "plain",
@@ -70,8 +72,8 @@ class PretextConfig:
     )
     alpha: float = opt(
         0.05,
-        "weight of CMCL, eq. 4; 0 takes it out of the loss; contrastive, rotation and swin_unetr "
-        "have none; sec. 2",
+        "weight of CMCL, eq. 4; 0 takes it out of the loss; contrastive, rotation, swin_unetr and "
+        "smit have none; sec. 2",
         low=0,
     )
     cmcl: Literal["bce", "softmax", "ranks"] = opt(
@@ -102,6 +104,25 @@ class PretextConfig:
         "share of the voxels that swin_unetr cuts out; Tang et al. 2022; Table 4",
         low=0,
         high=0.9,
+    )
+    distil_weight: float = opt(
+        0.1,
+        "weight of each of smit's two distillations; its L1 has 1; of our choice, so that the "
+        "three are of one size; beyond the paper",
+        low=0,
+    )
+    distil_momentum: float = opt(
+        0.996,
+        "momentum of smit's teacher in the first step, which goes to 1 along a cosine; Caron et "
+        "al. 2021; beyond the paper",
+        low=0,
+        high=1,
+    )
+    distil_temperature: float = opt(
+        0.04,
+        "temperature that sharpens smit's teacher; the student has 0.1; Caron et al. 2021; beyond "
+        "the paper",
+        low=0.001,
     )
 
 

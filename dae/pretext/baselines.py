@@ -1,7 +1,8 @@
 """The other rows of Table 4: what DAE is compared with. (`mae` is a row of METHODS.)
 
 Read each `forward` beside the figure of its work: Contrastive beside Chen et al. 2020, Rotation
-beside Taleb et al. 2020 and Tang et al. 2022, SwinUNETRPretext beside Tang et al. 2022.
+beside Taleb et al. 2020 and Tang et al. 2022, SwinUNETRPretext beside Tang et al. 2022. SMIT,
+beside Jiang et al. 2022, is in no table of the paper: later and stronger than the rows that are.
 
 All share the loop with `Pretext`. None has CMCL, which is DAE's own. What they learn on top of the
 bottleneck (a projection, a classifier) belongs to the method and is thrown away after pre-training,
@@ -10,24 +11,38 @@ as in their works. Contrast and rotation alone never use the decoder, which stay
 Axis letters: b batch, v the two views of a sample, c channels, d h w grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
 
 import torch
 from einops import reduce
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dae.config.pretrain import PretextConfig
 from dae.model import Backbone
 from dae.pretext.contrast import embed, gather_one, nt_xent
-from dae.pretext.disrupt import draw_cubes, sample_generators
+from dae.pretext.disrupt import draw_cubes, sample_generators, token_mask
+from dae.pretext.distil import (
+    Heads,
+    Teacher,
+    cross_entropy_with,
+    deepest_within,
+    entropy,
+    mask_of_cells,
+    mask_of_voxels,
+    mean_where,
+    teacher_momentum,
+)
 from dae.pretext.methods import (
     METHODS,
     RECON,
     Method,
     Pretext,
+    check_options,
+    draw_cube_mask,
     is_in_crop_units,
     l1_of,
     start_from_x_hat,
@@ -56,7 +71,7 @@ PROJECTION_OF_TANG = 512  # in Tang et al. 2022
 class ViewsOutput(NamedTuple):
     """The result of one forward pass of a baseline."""
 
-    loss: Tensor  # the sum of the method's losses, all of weight 1; float32
+    loss: Tensor  # the sum of the method's losses; float32
     terms: dict[str, Tensor]  # losses, and shares that were right, by name
     views: Tensor  # what the network saw: (b, c, d, h, w), or (2b, c, d, h, w) for two views
     x_rec: Tensor | None  # what the network made of the views
@@ -231,11 +246,87 @@ class SwinUNETRPretext(Baseline):
         return ViewsOutput(loss, terms, x_hat, x_rec.detach(), h.detach(), z_of(states[-1], x))
 
 
+class SMIT(Baseline):
+    """Jiang et al. 2022: masked image modelling, and what a teacher says of the whole crop.
+
+    Masked tokens and the skip are those of `mae`, so the two differ in the loss alone. `backbone`
+    is the student, whose encoder and decoder are transferred; the teacher has no decoder.
+    """
+
+    losses = ("mip", "mpd", "itd")
+    terms = ("mip", "mpd", "mpd_floor", "itd", "itd_floor")
+    trains_decoder = True
+    uses = ("mask_ratio", "mask_block", "distil_weight", "distil_momentum", "distil_temperature")
+
+    def __init__(self, backbone: Backbone, options: PretextConfig) -> None:
+        check_options(options)
+        super().__init__(backbone, options)
+
+        states = rehearse(backbone)
+        cells = [2 * backbone.divisor // state.shape[-1] for state in states]
+        block = max(1, options.mask_block // backbone.stride) * backbone.stride
+        self.level = deepest_within(cells, block)
+
+        self.heads = Heads(states[self.level].shape[1], states[-1].shape[1])
+        self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
+        trunc_normal_(self.mask_token, std=0.02)
+        self.teacher = Teacher(self.backbone, self.heads)
+
+    def draw(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        return draw_cube_mask(self, x, sample_generators(seeds, x.device))
+
+    def forward(self, x: Tensor, modality: Tensor, drawn: Tensor) -> ViewsOutput:
+        """Jiang et al. 2022, Fig. 1, on one view of each crop. drawn: bool, of tokens."""
+        cells_told, image_told = self.teacher(x, self.level, self.options.distil_temperature)
+
+        tokens = token_mask(self.backbone.tokenize(x), drawn, self.mask_token)
+        states = self.backbone.encode(tokens)
+        x_rec = self.backbone.decode(states, torch.zeros_like(x)).float()
+        cells, image = self.heads(states[self.level], states[-1])
+
+        masked = mask_of_voxels(drawn, self.backbone.stride)
+        error = reduce((x_rec - x.float()).abs(), "b c d h w -> b d h w", "mean")
+        mip = mean_where(error, masked[:, 0]).mean()  # L1 of masked voxels alone
+
+        masked_cells = mask_of_cells(drawn, cells.shape[1:4])
+        mpd = mean_where(cross_entropy_with(cells_told, cells), masked_cells).mean()
+        mpd_floor = mean_where(entropy(cells_told), masked_cells).mean()
+        itd = cross_entropy_with(image_told, image).mean()
+
+        # The floor of a cross-entropy is the entropy of the teacher, where student and teacher
+        # agree. A floor that goes to 0, or to the logarithm of the classes, is a collapse.
+        weight = self.options.distil_weight
+        loss = mip + weight * mpd + weight * itd
+        terms = {
+            "mip": mip.detach(),
+            "mpd": weight * mpd.detach(),
+            "mpd_floor": weight * mpd_floor,
+            "itd": weight * itd.detach(),
+            "itd_floor": weight * entropy(image_told).mean(),
+        }
+        seen = cut_out(x, masked)
+        return ViewsOutput(loss, terms, seen, x_rec.detach(), None, z_of(states[-1], x))
+
+    def to_optimise(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """All but the teacher, which follows."""
+        for name, parameter in self.named_parameters():
+            if not name.startswith("teacher."):
+                yield name, parameter
+
+    def after_init(self) -> None:
+        self.teacher.follow(self, momentum=0.0)
+
+    def after_step(self, progress: float) -> None:
+        self.teacher.follow(self, teacher_momentum(progress, self.options.distil_momentum))
+        self.teacher.recentre()
+
+
 BASELINES: dict[str, type[Baseline]] = {
     "scratch": Scratch,
     "contrastive": Contrastive,
     "rotation": Rotation,
     "swin_unetr": SwinUNETRPretext,
+    "smit": SMIT,
 }
 
 
@@ -290,9 +381,14 @@ def freeze_all_but_encoder(backbone: nn.Module) -> None:
 
 
 def bottleneck_channels(backbone: Any) -> int:
-    """Channels of the deepest state, by a rehearsal without values on the device meta."""
+    """Channels of the deepest state."""
+    return int(rehearse(backbone)[-1].shape[1])
+
+
+def rehearse(backbone: Any) -> list[Tensor]:
+    """The states of a crop of 2 * divisor voxels a side, without values, on the device meta."""
     rehearsal = deepcopy(backbone).to("meta")
     side = 2 * backbone.divisor // backbone.stride  # tokens; two voxels of the bottleneck
     tokens = torch.zeros(1, backbone.embed_dim, side, side, side, device="meta")
     with torch.no_grad():
-        return int(rehearsal.encode(tokens)[-1].shape[1])
+        return list(rehearsal.encode(tokens))

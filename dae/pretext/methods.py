@@ -10,7 +10,7 @@ needs random numbers, DRAWS says which. A loss or a head of its own is one more 
 Axis letters: b batch, c channels, d h w grid.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +153,16 @@ class Method(nn.Module):
 
     def check_crop(self, crop: Sequence[int]) -> None:
         """Raises ValueError on a crop that the method cannot take. crop: voxels along d h w."""
+
+    def to_optimise(self) -> Iterable[tuple[str, nn.Parameter]]:
+        """The parameters that the optimiser gets, by name."""
+        return self.named_parameters()
+
+    def after_init(self) -> None:
+        """The backbone has got the weights of --init: what was copied of it is copied again."""
+
+    def after_step(self, progress: float) -> None:
+        """The optimiser has moved the weights. progress: of the run, 0 in its first step."""
 
 
 class Pretext(Method):
@@ -312,13 +322,13 @@ def draw_channel_mask(net: Pretext, x: Tensor, generators: Sequence[Generator]) 
     )
 
 
-def draw_cube_mask(net: Pretext, x: Tensor, generators: Sequence[Generator]) -> Tensor:
+def draw_cube_mask(net: Method, x: Tensor, generators: Sequence[Generator]) -> Tensor:
     """Cubes of --mask-block voxels, in tokens."""
     block = max(1, net.options.mask_block // net.backbone.stride)
     return draw_cubes(token_grid(net, x), generators, ratio=net.options.mask_ratio, block=block)
 
 
-def token_grid(net: Pretext, x: Tensor) -> list[int]:
+def token_grid(net: Method, x: Tensor) -> list[int]:
     return [n // net.backbone.stride for n in x.shape[2:]]
 
 

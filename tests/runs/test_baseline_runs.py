@@ -140,7 +140,7 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
     ]
 
 
-@every
+@pytest.mark.parametrize("method", ["contrastive", "rotation", "swin_unetr"])
 def test_the_views_of_validation_are_the_same_in_every_run(
     tiny: Config, tmp_path: Path, method: str
 ) -> None:

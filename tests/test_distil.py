@@ -286,13 +286,13 @@ def test_the_optimiser_gets_all_parameters_of_every_other_method(method: str) ->
     assert [name for name, _ in net.to_optimise()] == [name for name, _ in net.named_parameters()]
 
 
-def test_the_teacher_has_no_decoder_and_is_saved_with_its_centres_and_no_sums() -> None:
+def test_the_teacher_has_no_decoder_and_is_saved_with_its_centres() -> None:
     net = smit()
-    step(net, normal(1, 3, 1, 16, 16, 16))
     saved = {name for name in net.own_state() if name.startswith("teacher.")}
     encoder = {f"teacher.backbone.encoder.{name}" for name in net.backbone.encoder.state_dict()}
     heads = {f"teacher.heads.{name}" for name in net.heads.state_dict()}
-    assert saved == encoder | heads | {"teacher.centres"}
+    centres = {"teacher.centres", "teacher.sums", "teacher.batches"}
+    assert saved == encoder | heads | centres
 
 
 def test_blocks_that_are_computed_twice_count_once() -> None:
@@ -305,6 +305,18 @@ def test_blocks_that_are_computed_twice_count_once() -> None:
     assert torch.equal(plain.teacher.sums, twice.teacher.sums)
     for (name, a), b in zip(plain.named_parameters(), twice.parameters()):
         assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-6), name
+
+
+def test_a_compiled_step_remembers_what_an_eager_one_does() -> None:
+    eager, compiled = smit(), smit()
+    x = normal(1, 3, 1, 16, 16, 16)
+    torch._dynamo.reset()
+    run: Any = torch.compile(compiled, backend="eager", fullgraph=True)
+    for _ in range(2):
+        step(eager, x)
+        run(x, torch.zeros(3), compiled.draw(x, SEEDS))
+    assert compiled.teacher.batches.item() == 2
+    assert torch.allclose(eager.teacher.sums, compiled.teacher.sums, atol=1e-6)
 
 
 # --- runs

@@ -83,10 +83,8 @@ class Teacher(nn.Module):
         self.heads = deepcopy(heads)
         self.requires_grad_(False)
         self.register_buffer("centres", torch.zeros(2, CLASSES))
-
-        # Both are 0 between two steps, when a run is saved.
-        self.register_buffer("sums", torch.zeros(2, CLASSES), persistent=False)
-        self.register_buffer("batches", torch.zeros(()), persistent=False)
+        self.register_buffer("sums", torch.zeros(2, CLASSES))
+        self.register_buffer("batches", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, x: Tensor, level: int, temperature: float) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ def sums_of_products(x: Tensor) -> Tensor:
     """
     positions = rearrange(x.double(), "b c d h w -> (b d h w) c")
     with_1 = F.pad(positions, (1, 0), value=1.0)
-    return with_1.T @ with_1
+    return einsum(with_1, with_1, "n j, n k -> j k")
 
 
 def whitening(sums: Tensor) -> tuple[Tensor, Tensor]:

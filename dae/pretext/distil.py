@@ -21,9 +21,7 @@ from torch.nn import functional as F
 
 from dae.pretext.contrast import gather_one
 
-CLASSES = (
-    1024  # iBOT has 8192, for batches of a thousand images; here a step has some thousand cells
-)
+CLASSES = 1024  # iBOT has 8192, for a thousand images a batch; a step here has some thousand cells
 WIDTH = 256  # values of a feature that is compared with the classes; DINO, iBOT
 STUDENT_TEMPERATURE = 0.1  # DINO, iBOT
 CENTRE_MOMENTUM = 0.9  # DINO, iBOT

@@ -513,7 +513,7 @@ def items_to_predict(
     if config.images:
         return images_of(config, plan)
     items, chosen = cases_of(config, config.modality, seen, unknown)
-    check_classes(items.labels, plan, config.data)
+    cases.check_classes(items.labels, plan["classes"], config.data)
     return chosen
 
 
@@ -564,18 +564,6 @@ def cases_of(
     if not chosen:
         raise InputError(f"--split {config.split}: {config.data} has no such items")
     return items, chosen
-
-
-def check_classes(labels: Mapping[int, str], plan: Mapping[str, Any], data: str) -> None:
-    """Raises InputError where the list gives a label of the checkpoint another name: that is
-    another task.
-    """
-    for label, name in labels.items():
-        known = plan["classes"].get(str(label), name)  # a label of the list alone is no matter
-        if label != 0 and known.casefold() != name.casefold():
-            raise InputError(
-                f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint"
-            )
 
 
 def check_intensity(item: Item, plans: Sequence[Mapping[str, Any]]) -> None:

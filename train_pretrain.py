@@ -25,9 +25,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dae.config.command_line import value_if_set, was_set
+from dae.config.command_line import was_set
 from dae.config.pretrain import PretextConfig
-from dae.data import datalist, holdout, leaks
+from dae.data import holdout, leaks
 from dae.data.batches import Batch, Crops, spread_over_modalities
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
@@ -329,7 +329,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
 
     # Data.
     config = with_phantoms(config, ranks, out / "phantoms")
-    items = read_list(config)
+    items = holdout.read_for_pretraining(config)
     crops, fixed = crops_of(items, recipe, config, ranks)
     channels = crops.volumes[0].shape[0]
 
@@ -387,19 +387,6 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
         state=state,
         notes=list(items.notes),
         note=note,
-    )
-
-
-def read_list(config: PretrainConfig) -> DataList:
-    """Volumes to train on, and volumes to validate on. Raises InputError."""
-    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    if config.channels == "apart":
-        items = datalist.split_channels(items)
-    return holdout.for_pretraining(
-        items,
-        fold=value_if_set(config, "fold"),
-        split_seed=value_if_set(config, "split_seed"),
-        allow_trained=config.allow_trained,
     )
 
 

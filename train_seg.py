@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
 
-from dae.config.command_line import value_if_set, was_set
-from dae.data import datalist, holdout, leaks
+from dae.config.command_line import was_set
+from dae.data import holdout, leaks
 from dae.data.batches import LabelledCrops
 from dae.data.cache import Cached
 from dae.data.datalist import DataList
@@ -279,7 +279,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     # Data.
     phantoms = Path(config.pretrained).parent / "phantoms"  # those of the demo of pre-training
     config = with_phantoms(config, ranks, phantoms)
-    items = read_list(config)
+    items = holdout.read_for_segmentation(config)
     classes = dict(sorted(items.labels.items()))
     flips = flips_for(items, classes, resumed, config)
     config = replace(config, steps=steps_of(items, resumed, config, ranks))
@@ -353,23 +353,6 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         state=state,
         notes=notes,
         report=report,
-    )
-
-
-def read_list(config: SegConfig) -> DataList:
-    """Items with labels to train on and to validate on. Raises InputError.
-
-    They are divided as the list says, by its folds, or by one of five seeded folds.
-    """
-    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    return holdout.for_segmentation(
-        items,
-        config.data,
-        fold=value_if_set(config, "fold"),
-        split_seed=value_if_set(config, "split_seed"),
-        label_fraction=config.label_fraction,
-        label_count=config.label_count,
-        allow_trained=config.allow_trained,
     )
 
 

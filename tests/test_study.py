@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from math import isnan
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,32 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FAKE_COLUMNS", ",".join(COLUMNS))
     monkeypatch.setenv("FAKE_SLEEP", "0.005")
     monkeypatch.setattr(runner, "WAIT", 0.05)
-    for name in ("pretrain.json", "labelled.json"):
-        (tmp_path / name).write_text("{}")
+    write_list(tmp_path / "pretrain.json", training=8, validation=1)
+    write_list(tmp_path / "labelled.json")
     return tmp_path
+
+
+def write_list(
+    path: Path,
+    *,
+    training: int = 5,
+    validation: int = 1,
+    test: int = 6,
+    folds: int = 0,
+    **changes: Any,
+) -> None:
+    """A list with so many CT subjects in each split, whose files are not there."""
+    content: dict[str, Any] = {"labels": {"0": "background", "1": "organ"}}
+    for split, count in (("training", training), ("validation", validation), ("test", test)):
+        content[split] = []
+        for n in range(count):
+            case = f"{path.stem}_{split}{n}"
+            entry = {"image": f"{case}.nii.gz", "label": f"{case}_label.nii.gz", "modality": "ct"}
+            content[split].append({**entry, "subject": case})
+    for n, entry in enumerate(content["training"]):
+        if folds:
+            entry["fold"] = n % folds
+    path.write_text(json.dumps(content | changes))
 
 
 def study_in(out: Path, **changes: Any) -> Study:
@@ -539,7 +563,7 @@ def test_a_cell_of_another_version_of_the_plan_is_named_and_not_mixed_in(here: P
     (here / "labelled.json").unlink()  # a report needs no lists
     report(study_in(out))
     assert "left out" not in (out / "table.md").read_text()
-    (here / "labelled.json").write_text('{"other": "list"}')
+    write_list(here / "labelled.json", training=4)
     with pytest.raises(InputError, match="finetune_data was"):
         run_all(study_in(out))
 
@@ -600,6 +624,126 @@ def test_a_list_that_is_missing_is_named_before_anything_is_made(here: Path) -> 
     with pytest.raises(InputError, match=r"elsewhere\.json: .*--data test=LIST"):
         run_all(study_in(here / "out", data=data))
     assert not ran(here, "start")
+
+
+IN_FOLDS: dict[str, Any] = {"split": "validation", "folds": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    "of_list, changes, words",
+    [
+        (
+            {},
+            {"labels": [2, 50]},
+            (
+                "mae, labels 50: finetune: --label-count 50: there are 5 subjects to train on "
+                "(labelled.json)"
+            ),
+        ),
+        (
+            {"folds": 2, "validation": 0, "test": 0},
+            {**IN_FOLDS, "folds": [0, 7]},
+            (
+                "mae, labels 2, fold 7: finetune: --fold 7: the list has the folds 0, 1 "
+                "(labelled.json)"
+            ),
+        ),
+        (  # one fold is held out, so that only some of the subjects are left to train on
+            {"validation": 0, "test": 0},
+            {**IN_FOLDS, "labels": [5]},
+            "mae, labels 5, fold 0: finetune: --label-count 5: there are 4 subjects",
+        ),
+        (
+            {},
+            {**IN_FOLDS, "labels": ["all"]},
+            (
+                "mae, labels all, fold 0: finetune: --fold 0: cannot choose what is held out: "
+                'the list has a "validation" of its own'
+            ),
+        ),
+        (
+            {"labels": {"0": "background"}},
+            {},
+            'mae, labels 2: finetune: labelled.json: "labels" must name the background',
+        ),
+        (
+            {"test": 0},
+            {},
+            "mae, labels 2: predict: --split test: labelled.json has no such items",
+        ),
+        (
+            {},
+            {"methods": {"mae": {"method": "mae"}, "dae": {"fold": 3}}},
+            "dae, labels 2: pretrain: --fold 3: cannot choose what is held out",
+        ),
+        (
+            {},
+            {
+                "finetune": {"lr": 1e308},
+                "methods": {"dae": {"method": "scratch"}},
+                "scratch_lr": [1, 1000],
+            },
+            "dae, labels 2: --lr inf: must be a number",
+        ),
+    ],
+)
+def test_what_a_list_does_not_have_is_said_before_hours_of_training(
+    here: Path, of_list: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    write_list(here / "labelled.json", **of_list)
+    with pytest.raises(InputError) as caught:
+        run_all(study_in(here / "out", **changes))
+    assert str(caught.value).startswith(f'plan "small": {words}')
+    assert "\n" not in str(caught.value)
+    assert not ran(here, "start")
+
+
+def without_labels(path: Path) -> None:
+    content = json.loads(path.read_text())
+    del content["test"][3]["label"]
+    path.write_text(json.dumps(content))
+
+
+def with_a_subject_that_is_trained_on(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["test"][3]["subject"] = "labelled_training0"
+    path.write_text(json.dumps(content))
+
+
+def with_other_classes(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["labels"] = {"0": "background", "1": "tumour"}
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (without_labels, "elsewhere_test3.nii.gz: has no "),
+        (with_other_classes, "label 1 is 'tumour' there and 'organ' in the checkpoint"),
+        (with_a_subject_that_is_trained_on, "trained on case labelled_training0; predict what"),
+    ],
+)
+def test_cases_that_could_not_be_scored_are_said_before_hours_of_training(
+    here: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    data = {**PLAN["data"], "test": "elsewhere.json"}
+    whole: dict[str, Any] = {"data": data, "labels": ["all"], "methods": {"dae": {}}, "seeds": {}}
+    write_list(here / "elsewhere.json")
+    assert run_all(study_in(here / "whole", **whole)) == []
+
+    spoil(here / "elsewhere.json")
+    (here / "ran.txt").unlink()
+    with pytest.raises(InputError, match=f'^plan "small": dae, labels all: predict: .*{words}'):
+        run_all(study_in(here / "out", **whole))
+    assert not ran(here, "start")
+
+
+def test_folds_and_numbers_that_a_list_has_are_run(here: Path) -> None:
+    write_list(here / "labelled.json", validation=0, test=0)  # five folds are drawn
+    plan: dict[str, Any] = {**IN_FOLDS, "labels": [4, 0.5], "methods": {"dae": {}}, "seeds": {}}
+    assert run_all(study_in(here / "out", **plan)) == []
+    assert len(list((here / "out/cells").glob("*/cell.json"))) == 4
 
 
 @pytest.mark.parametrize("name", ["table.md", "cases.csv", "figure.png"])

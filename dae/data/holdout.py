@@ -12,7 +12,10 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from dae.data import leaks
+from dae.config.command_line import value_if_set
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
+from dae.data import datalist, leaks
 from dae.data.datalist import DataList, check_all_labelled
 from dae.data.leaks import Seen
 from dae.errors import InputError, counted
@@ -22,6 +25,33 @@ SHARE = 0.05  # of the subjects are held out of pre-training (Table 1)
 
 
 # --- one function for each script
+
+
+def read_for_pretraining(config: PretrainConfig) -> DataList:
+    """The list of --data, divided as train_pretrain.py does it. Raises InputError."""
+    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    if config.channels == "apart":
+        items = datalist.split_channels(items)
+    return for_pretraining(
+        items,
+        fold=value_if_set(config, "fold"),
+        split_seed=value_if_set(config, "split_seed"),
+        allow_trained=config.allow_trained,
+    )
+
+
+def read_for_segmentation(config: SegConfig) -> DataList:
+    """The list of --data, divided as train_seg.py does it. Raises InputError."""
+    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
+    return for_segmentation(
+        items,
+        config.data,
+        fold=value_if_set(config, "fold"),
+        split_seed=value_if_set(config, "split_seed"),
+        label_fraction=config.label_fraction,
+        label_count=config.label_count,
+        allow_trained=config.allow_trained,
+    )
 
 
 def for_pretraining(

@@ -144,6 +144,20 @@ def check_labels(pairs: Sequence[Pair]) -> None:
         )
 
 
+def check_classes(labels: Mapping[int, str], classes: Mapping[str, str], data: str) -> None:
+    """Raises InputError where a list gives a label of the checkpoint another name: that is another
+    task.
+
+    labels: of the list `data`. classes: of the checkpoint, with labels as JSON has them.
+    """
+    for label, name in labels.items():
+        known = classes.get(str(label), name)  # a label of the list alone is no matter
+        if label != 0 and known.casefold() != name.casefold():
+            raise InputError(
+                f"--data {data}: label {label} is {name!r} there and {known!r} in the checkpoint"
+            )
+
+
 def volumes_in(folder: Path) -> list[Path]:
     """The NIfTI files of a folder, in order of name, without hidden files.
 

@@ -25,11 +25,11 @@ from dae.study.cells import (
     Pretraining,
     cell_commands,
     cell_fingerprint,
-    data_of,
     difference,
     pretrain_command,
     pretraining_fingerprint,
 )
+from dae.study.lists import check_lists
 from dae.study.locks import locked
 from dae.study.plan import Plan
 from dae.study.times import add_time, expected, in_words, read_times
@@ -77,7 +77,7 @@ def run_all(study: Study) -> list[str]:
     study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
     say(f"{len(study.cells)} cells, {len(study.remaining)} of them to do")
     if study.remaining:
-        check_lists_are_there(study)
+        check_lists(study.plan, study.folders, study.remaining)
 
     waiting = False
     while study.remaining:
@@ -243,16 +243,6 @@ def do_step(
 def is_done(folders: Folders, cell: Cell) -> bool:
     """Whether the scores of a cell are there, whole."""
     return all((folders.kept(cell) / name).is_file() for name in KEPT)
-
-
-def check_lists_are_there(study: Study) -> None:
-    """Raises InputError where a list is missing: else the first to tell were hours away."""
-    for name, path in data_of(study.plan, study.folders).items():
-        if not Path(path).exists():
-            raise InputError(
-                f'plan "{study.plan.name}": {path}: there is no such list; '
-                f"give --data {name}=LIST (a path is from the folder where the command runs)"
-            )
 
 
 def check_made_by_this_plan(study: Study) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 CASES = 6
 RAN = Path(os.environ.get("FAKE_RAN", "ran.txt"))
+RANKS = int(os.environ.get("FAKE_RANKS", "1"))
 SLEEP = float(os.environ.get("FAKE_SLEEP", "0.02"))
 
 
@@ -59,8 +60,7 @@ def note(line: str) -> None:
 def pretrain(flags: dict[str, str], out: Path) -> None:
     made = {"method": flags.get("method", "dae"), "seed": flags["seed"]}
     (out / "last.pt").write_text(json.dumps(made))
-    event = {"event": "end", "reason": "finished"}
-    (out / "log.jsonl").write_text(json.dumps(event) + "\n")
+    write_log(out, [start_event(flags), {"event": "end", "reason": "finished"}])
 
 
 def finetune(flags: dict[str, str], out: Path) -> None:
@@ -69,10 +69,20 @@ def finetune(flags: dict[str, str], out: Path) -> None:
     made |= {"tuned": {name: flags.get(name, "") for name in deciding}}
     (out / "last.pt").write_text(json.dumps(made))
     events = [
-        {"event": "start", "step": 0, "torch": "fake", "device": "cpu"},
+        start_event(flags),
         {"event": "validation", "step": 3, "dice": dice_of(made, "validation"), "cases": 1},
         {"event": "end", "reason": "finished"},
     ]
+    write_log(out, events)
+
+
+def start_event(flags: dict[str, str]) -> dict[str, object]:
+    samples = RANKS * int(flags.get("batch-size", "2"))
+    batch = {"world": RANKS, "global_batch": samples}
+    return {"event": "start", "step": 0, "torch": "fake", "device": "cpu", **batch}
+
+
+def write_log(out: Path, events: list[dict[str, object]]) -> None:
     (out / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -568,6 +568,67 @@ def test_a_cell_of_another_version_of_the_plan_is_named_and_not_mixed_in(here: P
         run_all(study_in(out))
 
 
+def on_ranks(number: int, *steps: str) -> dict[str, Any]:
+    """Launchers that start these steps on so many ranks."""
+    launched = ["env", f"FAKE_RANKS={number}", *FAKE]
+    return {"launchers": {**PLAN["launchers"], **dict.fromkeys(steps, launched)}}
+
+
+@pytest.mark.parametrize(
+    "step, gone", [("pretrain", "work/pretrain/dae-p0"), ("finetune", "work/cells/dae-n2-p0-t0")]
+)
+def test_a_study_that_goes_on_with_other_ranks_stops_and_is_not_mixed(
+    here: Path, step: str, gone: str
+) -> None:
+    out = here / "out"
+    two: dict[str, Any] = {"seeds": {}, **on_ranks(2, step)}
+    four: dict[str, Any] = {"seeds": {}, **on_ranks(4, step)}
+    first = {name: flags for name, flags in PLAN["methods"].items() if name == "mae"}
+    run_all(study_in(out, methods=first, **two))
+    made = json.loads((out / "cells/mae-n2-p0-t0/cell.json").read_text())
+    assert made["batches"][step] == {"samples": 4, "ranks": 2}
+
+    words = f"dae-n2-p0-t0 is of another recipe than mae-n2-p0-t0 .{step}: 8 samples a step on 4 "
+    for _ in range(2):  # what was begun is not finished with the right launcher either
+        with pytest.raises(InputError, match=f"{words}.*remove {out / gone} and launch"):
+            run_all(study_in(out, **four))
+    with pytest.raises(InputError, match=words):
+        run_all(study_in(out, **two))
+    assert not (out / "cells/dae-n2-p0-t0").exists()
+    assert not ran(here)[f"predict {out}/work/cells/dae-n2-p0-t0/predictions"]
+
+    shutil.rmtree(out / gone)
+    assert run_all(study_in(out, **two)) == []
+
+
+def test_methods_of_different_batches_a_rank_may_have_different_ranks(here: Path) -> None:
+    methods = {"mae": {"batch_size": 4}, "dae": {"batch_size": 2}}
+    plan: dict[str, Any] = {"methods": methods, "labels": ["all"], "seeds": {}}
+    run_all(study_in(here / "out", **{**plan, "methods": {"mae": methods["mae"]}}))
+    assert run_all(study_in(here / "out", **plan, **on_ranks(2, "pretrain"))) == []
+    assert "another recipe" not in page_of(study_in(here / "out", **plan))
+
+
+def test_cells_of_different_ranks_are_told_in_the_table_and_old_ones_are_read(here: Path) -> None:
+    out = here / "out"
+    run_all(study_in(out, labels=["all"]))
+    made = out / "cells/dae-all-p1-t1/cell.json"
+    content = json.loads(made.read_text())
+    content["batches"]["finetune"] = {"samples": 8, "ranks": 4}
+    made.write_text(json.dumps(content))
+    text = page_of(study_in(out, labels=["all"]))
+    assert text.count("is of another recipe than") == 1
+    assert (
+        "- dae-all-p1-t1 is of another recipe than mae-all-p0-t0 (finetune: 8 samples a step on 4 "
+        "ranks, not 2 on 1 rank)."
+    ) in text
+
+    del content["batches"]
+    made.write_text(json.dumps(content))
+    assert "another recipe" not in page_of(study_in(out, labels=["all"]))
+    assert run_all(study_in(out, labels=["all"])) == []
+
+
 def test_another_device_or_more_methods_and_labels_leave_finished_cells_as_they_are(
     here: Path,
 ) -> None:

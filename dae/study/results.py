@@ -28,7 +28,7 @@ from dae.evaluation.statistics import (
 )
 from dae.study.cells import KEPT, Cell, Folders, in_order
 from dae.study.plan import Labels, Plan
-from dae.study.runner import is_done, made_of, other_versions
+from dae.study.runner import Batches, is_done, made_of, other_batch, other_versions
 
 METRICS = ("dice", "nsd", "hd95")
 CHOSEN = 0.0  # in place of a factor: each label count and fold has the one that was chosen for it
@@ -41,6 +41,7 @@ class Finished:
     cell: Cell
     rows: list[Row]
     validation: Mapping[str, Any]  # last and best Dice of the cases that fine-tuning validated on
+    batches: Batches  # of its training runs
 
 
 @dataclass
@@ -79,13 +80,15 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     finished: dict[str, Finished] = {}
     for cell in cells:
         if is_done(folders, cell) and cell.name not in others:
-            validation = made_of(folders, cell)["validation"]
+            made = made_of(folders, cell)
             rows = read_scores(folders.kept(cell) / KEPT[0])
-            finished[cell.name] = Finished(cell, rows, validation)
+            batches = made.get("batches", {})
+            finished[cell.name] = Finished(cell, rows, made["validation"], batches)
 
     notes = []
     for name, how in others.items():
         notes.append(f"{name} is left out: another version of the plan made it ({how}).")
+    notes += launched_otherwise(list(finished.values()))
     entries: list[Entry] = []
     for method, tuning in in_order(cells, lambda cell: (cell.method, cell.tuning)):
         for labels in plan.labels:
@@ -101,6 +104,20 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
             column = [e for e in entries if (e.labels, e.tuning) == (labels, tuning)]
             compare_with_baseline(plan, column)
     return Results(entries, notes + unpaired(plan, entries))
+
+
+def launched_otherwise(finished: Sequence[Finished]) -> list[str]:
+    """A note on each cell that was trained on another number of ranks than one before it."""
+    notes = []
+    for number, run in enumerate(finished):
+        for before in finished[:number]:
+            how = other_batch(run.batches, before.batches)
+            if how:
+                notes.append(
+                    f"{run.cell.name} is of another recipe than {before.cell.name} ({how})."
+                )
+                break
+    return notes
 
 
 # --- entries, and the learning rate of scratch

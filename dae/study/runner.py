@@ -37,6 +37,8 @@ from dae.study.times import add_time, expected, in_words, read_times
 WAIT = 2.0  # seconds between looks at what other processes work on
 TRAINING = ("pretrain", "finetune")
 
+Batches = Mapping[str, Mapping[str, int]]  # step -> samples of a step, and ranks
+
 # Of a run's first event, what tells where a cell was made.
 VERSIONS = ("torch", "numpy", "python", "platform", "threads", "gpu", "device", "git")
 
@@ -160,6 +162,7 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
     progress = progress_of(unit)
     commands = cell_commands(study.plan, folders, cell)
     for command in commands:
+        check_batches(study, cell)  # before each step, so that as little as can be is done in vain
         if command.step not in progress["seconds"]:
             do_step(study, unit, command, progress, lock)
 
@@ -173,7 +176,8 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": progress["seconds"],
         "validation": last_validation(unit.folder / "finetune" / "log.jsonl"),
-        **run_on(unit.folder / "finetune" / "log.jsonl"),
+        **versions_of(unit.folder / "finetune" / "log.jsonl"),
+        "batches": batches_of(folders, cell),
         "commands": [
             pretrain_command(study.plan, folders, cell.pretraining).text,
             *(command.text for command in commands),
@@ -270,6 +274,59 @@ def other_versions(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> dict[
     return others
 
 
+def batches_of(folders: Folders, cell: Cell) -> Batches:
+    """By step, the samples of a step and the ranks of the training runs that have started."""
+    runs = {
+        "pretrain": folders.pretraining(cell.pretraining),
+        "finetune": folders.work(cell) / "finetune",
+    }
+    batches = {}
+    for step, folder in runs.items():
+        start = start_of(folder / "log.jsonl")
+        if "global_batch" in start and "world" in start:
+            batches[step] = {"samples": start["global_batch"], "ranks": start["world"]}
+    return batches
+
+
+def other_batch(own: Batches, other: Batches) -> str:
+    """In words, what differs where two cells were launched on different numbers of ranks.
+
+    The flags of a plan say how many samples a rank has, its launchers how many ranks there are, and
+    only both together what is trained. Methods of different samples a rank may well have different
+    numbers of ranks. Cells of older versions say nothing of it.
+    """
+    for step in sorted(own.keys() & other.keys()):
+        a, b = own[step], other[step]
+        same_flags = a["samples"] * b["ranks"] == b["samples"] * a["ranks"]
+        if same_flags and a != b:
+            return (
+                f"{step}: {a['samples']} samples a step on {counted(a['ranks'], 'rank')}, not "
+                f"{b['samples']} on {counted(b['ranks'], 'rank')}"
+            )
+    return ""
+
+
+def check_batches(study: Study, cell: Cell) -> None:
+    """Raises InputError where a finished cell was trained on another number of ranks.
+
+    It ends the study: cells that follow would be trained in vain as well.
+    """
+    folders = study.folders
+    own = batches_of(folders, cell)
+    for other in study.cells:
+        if not is_done(folders, other):
+            continue
+        how = other_batch(own, made_of(folders, other).get("batches", {}))
+        if how:
+            run = folders.work(cell)
+            if how.startswith("pretrain"):
+                run = folders.pretraining(cell.pretraining)
+            raise InputError(
+                f"{cell.name} is of another recipe than {other.name} ({how}); remove {run} and "
+                'launch it on as many ranks ("launchers"), or give another --out'
+            )
+
+
 def made_of(folders: Folders, cell: Cell) -> dict[str, Any]:
     """What cell.json says of a finished cell, in which "fingerprint" and "validation" are objects.
 
@@ -355,10 +412,16 @@ def last_validation(log: Path) -> dict[str, Any]:
     return {**found, "best_dice": best}
 
 
-def run_on(log: Path) -> dict[str, Any]:
-    """Versions and machine of the run, by the event that it last started with."""
+def start_of(log: Path) -> dict[str, Any]:
+    """The event that a run last started with, or nothing."""
     starts = [event for event in events_of(log) if event["event"] in ("start", "resume")]
-    return {key: starts[-1].get(key) for key in VERSIONS} if starts else {}
+    return starts[-1] if starts else {}
+
+
+def versions_of(log: Path) -> dict[str, Any]:
+    """Versions and machine of a run, where it has started."""
+    start = start_of(log)
+    return {key: start.get(key) for key in VERSIONS} if start else {}
 
 
 def last_line(log: Path) -> str:

@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -34,12 +35,38 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         note(f"clash {step} {out}")
-    time.sleep(SLEEP)
+    work(SLEEP, step, out)
     if os.environ.get("FAKE_FAIL") and os.environ["FAKE_FAIL"] in str(out):
         print(f"{step}: --lr: it went wrong")
         sys.exit(2)
     STEPS[step](flags, out)
     note(f"end {step} {out}")
+
+
+def work(seconds: float, step: str, out: Path) -> None:
+    """Sleep; after a signal save for a moment and exit, as the scripts of training do.
+
+    As there, a second SIGINT ends the process before it has saved.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        note(f"signal {signal.Signals(number).name} {step} {out}")
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGINT, ask)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not asked:
+        time.sleep(min(0.02, seconds))
+    if asked:
+        saved = time.monotonic() + 0.5
+        while time.monotonic() < saved:
+            time.sleep(0.02)
+        note(f"saved {step} {out}")
+        sys.exit(0)
 
 
 def flags_of(words: list[str]) -> dict[str, str]:

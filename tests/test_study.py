@@ -495,6 +495,35 @@ def test_a_runner_waits_for_the_command_of_another_that_was_killed(
     assert ran(here)[f"train_pretrain.py {here}/out/work/pretrain/dae-p0"] == 2
 
 
+@pytest.mark.parametrize(
+    "number, to_both", [(signal.SIGINT, False), (signal.SIGINT, True), (signal.SIGTERM, False)]
+)
+def test_a_signal_to_the_runner_is_passed_on_and_the_command_saves_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, to_both: bool
+) -> None:
+    monkeypatch.setenv("FAKE_SLEEP", "60")
+    command = [sys.executable, "-m", "dae.study", str(plan_file(here)), "--out", "out"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command, env=environment, start_new_session=True, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert within(60, lambda: ran(here, "start"))
+        time.sleep(0.2)  # so that the command has its handlers
+        if to_both:  # as the keyboard does
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        printed, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert printed.endswith("stopped; the same command goes on\n")
+    assert ran(here, "saved") == {"train_pretrain.py out/work/pretrain/mae-p0": 1}
+    signals = Counter(line.split()[0] for line in ran(here, "signal"))
+    assert signals == ({"SIGINT": 1, "SIGTERM": 1} if to_both else {"SIGTERM": 1})
+
+
 def is_free(path: Path) -> bool:
     with locked(path) as lock:
         return lock is not None

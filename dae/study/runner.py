@@ -221,10 +221,9 @@ def do_step(
             raise CommandFailed(f"{unit.name}: {command.words[0]}: {error.strerror}") from error
         try:
             code = process.wait()
-        except KeyboardInterrupt:
-            process.wait()  # the keyboard has interrupted the command as well: it saves, and ends
-            raise
-        except SystemExit:
+        except (KeyboardInterrupt, SystemExit):
+            # It saves, and ends. The keyboard has interrupted the command as well, and this is
+            # SIGTERM: a second SIGINT would end a training run before it has saved.
             process.terminate()
             process.wait()
             raise

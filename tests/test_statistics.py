@@ -1,6 +1,7 @@
 """dae/evaluation/statistics.py against SciPy and numbers worked out by hand, without a warning."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from math import inf, isnan, nan, sqrt
 from typing import Any
 
@@ -22,6 +23,7 @@ from dae.evaluation.statistics import (
     fold_table,
     holm,
     mean_interval,
+    share_better,
     sign_flip_p,
     summarise,
     worst_cases,
@@ -567,3 +569,20 @@ def test_under_the_penalty_a_missed_organ_is_as_far_off_as_its_volume_is_long() 
 
 def test_every_definition_has_its_words() -> None:
     assert set(SURFACES) == set(DEFINITIONS)
+
+
+@pytest.mark.parametrize("metric, sign", [("dice", 1), ("hd95", -1)])
+def test_the_share_of_resamples_is_that_of_all_samples_there_are(metric: str, sign: int) -> None:
+    gains = np.array([0.5, -0.25, 0.125, -0.375])
+    samples = np.array(list(product(gains, repeat=4)))  # 256, each as likely as any other
+    share = (samples.sum(axis=1) > 0).mean()
+    pairs = [(1.0, 1.0 + sign * gain) for gain in gains]
+    assert share_better(pairs, metric) == pytest.approx(share, abs=0.02)
+
+
+def test_equal_runs_are_better_in_no_resample_and_one_pair_has_none() -> None:
+    assert share_better([(0.3, 0.3)] * 5, "dice") == 0
+    assert share_better([(0.1, 0.1 + 0.2), (0.1 + 0.2, 0.3)], "dice") == pytest.approx(
+        0.75, abs=0.02
+    )
+    assert isnan(share_better([(0.3, 0.4)], "dice"))

@@ -12,7 +12,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from math import isnan
+from itertools import product
+from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from dae.study.cells import (
 )
 from dae.study.locks import locked
 from dae.study.plan import PLANS, Plan, arguments, read_plan
-from dae.study.results import Entry, noise_of, results_of
+from dae.study.results import Entry, noise_of, percent, results_of
 from dae.study.runner import Study, run_all
 from dae.study.table import page, write_tables
 from dae.study.times import add_time, expected, read_times
@@ -1008,6 +1009,36 @@ def test_a_score_that_one_method_alone_has_is_said_to_be_left_out(here: Path) ->
     )
 
 
+def test_cases_whose_distance_lacks_an_organ_are_counted(here: Path) -> None:
+    study = finished_study(here / "out", with_gains, labels=["all"])
+    distance = COLUMNS.index("hd95")
+    status = COLUMNS.index("status")
+    # In both runs of mae the same case misses its organ, in one of them another one as well. A
+    # class that neither map has is nobody's miss.
+    for seed, case, what in (
+        (0, 2, "missed"),
+        (1, 2, "missed"),
+        (1, 4, "spurious"),
+        (1, 5, "absent"),
+    ):
+        scores = here / f"out/cells/mae-all-p0-t{seed}/scores.csv"
+        lines = [line.split(",") for line in scores.read_text().splitlines()]
+        lines[1 + case][distance] = "inf" if what != "absent" else "nan"
+        lines[1 + case][status] = what
+        scores.write_text("\n".join(map(",".join, lines)))
+    report(study)
+    with (here / "out/table.csv").open() as file:
+        lacking = {
+            (line["method"], line["metric"]): line["cases_lacking_an_organ"]
+            for line in csv.DictReader(file)
+        }
+    assert lacking["mae", "hd95"] == "2"
+    assert lacking["mae", "dice"] == lacking["dae", "hd95"] == "0"
+    note = "Cases with such an organ in a run: mae 2 of 6."
+    assert note in (here / "out/table.md").read_text()
+    assert "such an organ" not in page_of(finished_study(here / "whole", with_gains))
+
+
 def test_methods_without_a_case_in_common_are_not_said_to_have_one(here: Path) -> None:
     def dice(cell: Cell) -> list[float] | None:
         return list(BASE) if (cell.method == "mae") == (cell.fold == 0) else None
@@ -1047,6 +1078,46 @@ def test_a_plain_sentence_says_whether_the_data_can_tell_two_methods_apart(
     study = finished_study(here / "out", dice, labels=["all"], seeds={"finetune": 2})
     assert f"dae against mae on all labels: difference {np.mean(gains):+.4f}" in page_of(study)
     assert words in page_of(study)
+
+
+def test_the_table_says_how_often_a_method_is_above_when_cases_are_resampled(here: Path) -> None:
+    gains = np.array([0.05, -0.05, 0.04, -0.03, 0.02, 0.01])
+
+    def dice(cell: Cell) -> list[float]:
+        return list(BASE + (gains if cell.method == "dae" else 0))
+
+    study = finished_study(here / "out", dice, labels=["all"], seeds={})
+    samples = np.array(list(product(gains, repeat=6)))  # every one there is
+    share = (samples.mean(axis=1).round(12) > 0).mean()
+    against = entries_in(study)["dae", "all"].against["dice"]
+    assert against["share_better"] == pytest.approx(share, abs=0.02)
+
+    lines = [line.split(" | ") for line in page_of(study).splitlines() if " | " in line]
+    column = next(line.index("above mae") for line in lines if "above mae" in line)
+    assert lines[-1][column].strip() == f"{100 * against['share_better']:.0f} %"
+    assert "seeds are not resampled" in page_of(study)
+
+
+@pytest.mark.parametrize(
+    "share, words",
+    [(0, "0 %"), (0.004, "<1 %"), (0.031, "3 %"), (0.996, ">99 %"), (1, "100 %"), (nan, "–")],
+)
+def test_a_share_is_rounded_to_none_or_all_only_where_it_is(share: float, words: str) -> None:
+    assert percent(share) == words
+
+
+def test_methods_without_a_run_have_no_row_and_are_named(here: Path) -> None:
+    methods = {**PLAN["methods"], "noise": {"method": "noise"}}
+
+    def dice(cell: Cell) -> list[float] | None:
+        if cell.method == "noise" or (cell.method, cell.labels) == ("mae", 2):
+            return None
+        return list(BASE)
+
+    text = page_of(finished_study(here / "out", dice, methods=methods))
+    assert "Not run yet: noise." in text
+    assert "| noise" not in text
+    assert "- Nothing is compared on 2 labels: mae has no run there yet." in text
 
 
 def test_one_run_each_does_not_say_how_much_seeds_differ(here: Path) -> None:

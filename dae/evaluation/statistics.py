@@ -385,6 +385,19 @@ def compare_pairs(
     }
 
 
+def share_better(pairs: Sequence[Scores], metric: str, *, seed: int = 0) -> float:
+    """In which share of the bootstrap's samples of these pairs B has the better mean.
+
+    Samples in which both means are equal do not count for B. Below two pairs it is nan.
+    """
+    if len(pairs) < 2:
+        return nan
+    a, b = np.array(pairs, np.float64).T
+    gains = b - a if metric in HIGHER_IS_BETTER else a - b
+    means = bootstrap_shares(len(gains), seed) @ np.round(gains, DECIMALS)
+    return float((np.round(means, DECIMALS) > 0).mean())
+
+
 def better_run(difference: float, metric: str) -> str:
     """A, B or neither, by the sign of B minus A."""
     gain = difference if metric in HIGHER_IS_BETTER else -difference

@@ -13,7 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from dae.evaluation.cases import read_scores
-from dae.evaluation.metrics import Row
+from dae.evaluation.metrics import ABSENT, Row
 from dae.evaluation.statistics import (
     P_VALUES,
     Interval,
@@ -24,6 +24,7 @@ from dae.evaluation.statistics import (
     mean_interval,
     paired_case_means,
     paired_scores,
+    share_better,
     spread,
 )
 from dae.study.cells import KEPT, Cell, Folders, in_order
@@ -56,6 +57,7 @@ class Entry:
     runs: list[Finished]
     rows: list[Row]  # of each case and class, averaged over the runs
     means: dict[str, Interval]  # of each metric over cases
+    left_out: dict[str, int]  # metric -> how many cases have an organ that is not in the mean
     against: dict[str, Row] = field(default_factory=dict)  # metric -> difference to the baseline
 
     @property
@@ -98,12 +100,18 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
                     group.append(cell)
             made, note = entries_of(plan, group, finished)
             entries += made
-            notes += note
+            if any(entry.runs for entry in made):
+                notes += note
     for labels in plan.labels:
         for tuning in plan.tunings:
             column = [e for e in entries if (e.labels, e.tuning) == (labels, tuning)]
             compare_with_baseline(plan, column)
-    return Results(entries, notes + unpaired(plan, entries))
+    notes += (
+        without_baseline(plan, entries)
+        + unpaired(plan, entries)
+        + distances_left_out(plan, entries)
+    )
+    return Results(entries, notes)
 
 
 def launched_otherwise(finished: Sequence[Finished]) -> list[str]:
@@ -193,9 +201,32 @@ def choose_factors(
 def entry_of(cells: Sequence[Cell], finished: Mapping[str, Finished], factor: float) -> Entry:
     runs = [finished[cell.name] for cell in cells if cell.name in finished]
     rows = averaged([run.rows for run in runs])
-    means = {metric: mean_interval(case_means(rows, metric).values()) for metric in METRICS}
     first = cells[0]
-    return Entry(first.method, first.tuning, factor, first.labels, len(cells), runs, rows, means)
+    return Entry(
+        method=first.method,
+        tuning=first.tuning,
+        factor=factor,
+        labels=first.labels,
+        planned=len(cells),
+        runs=runs,
+        rows=rows,
+        means={metric: mean_interval(case_means(rows, metric).values()) for metric in METRICS},
+        left_out={metric: cases_left_out(runs, metric) for metric in METRICS},
+    )
+
+
+def cases_left_out(runs: Sequence[Finished], metric: str) -> int:
+    """How many cases have an organ without a finite score in a run: one that is missed or spurious
+    has no distance.
+
+    The mean of such a case is over its other organs, or over its other runs.
+    """
+    cases = set[str]()
+    for run in runs:
+        for row in run.rows:
+            if row["status"] != ABSENT and not isfinite(row[metric]):
+                cases.add(row["case"])
+    return len(cases)
 
 
 def averaged(runs: Sequence[Sequence[Row]]) -> list[Row]:
@@ -240,12 +271,31 @@ def compare_with_baseline(plan: Plan, column: Sequence[Entry]) -> None:
 
 
 def difference_of(a: Entry, b: Entry, metric: str) -> Row:
-    """B minus A over the cases that both have, as `statistics.compare` says it of all classes."""
+    """B minus A over the cases that both have, as `statistics.compare` says it of all classes.
+
+    With `share_better`, the share of resamples of the cases in which B is the better one.
+    """
     pairs, left_out = paired_scores(
         by_case_and_class(a.rows, a.name), by_case_and_class(b.rows, b.name), metric
     )
     in_all = sum(left_out.values(), Counter[str]())
-    return compare_pairs(paired_case_means(pairs), in_all, metric, seed=0)
+    means = paired_case_means(pairs)
+    share = share_better(means, metric, seed=0)
+    return {**compare_pairs(means, in_all, metric, seed=0), "share_better": share}
+
+
+def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:
+    """A note for each number of labels on which nothing can be compared yet."""
+    with_runs = {entry.labels for entry in entries if entry.runs}
+    compared = {e.labels for e in entries if e.runs and e.method == plan.baseline}
+    notes = []
+    for labels in plan.labels:
+        if labels in with_runs - compared:
+            notes.append(
+                f"Nothing is compared on {labels_in_words(labels)}: {plan.baseline} has no run "
+                "there yet."
+            )
+    return notes
 
 
 def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
@@ -259,6 +309,24 @@ def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
                 f"{entry.name} on {labels_in_words(entry.labels)}: {number} Dice of a class in a "
                 f"case are there for it or for {plan.baseline} alone, and left out of the "
                 "difference."
+            )
+    return notes
+
+
+def distances_left_out(plan: Plan, entries: Sequence[Entry]) -> list[str]:
+    """For each number of labels a note on the cases whose HD95 lacks an organ."""
+    notes = []
+    for labels in plan.labels:
+        counts = []
+        for entry in entries:
+            if entry.labels == labels and entry.left_out["hd95"]:
+                cases = len({row["case"] for row in entry.rows})
+                counts.append(f"{entry.name} {entry.left_out['hd95']} of {cases}")
+        if counts:
+            notes.append(
+                f"HD95 in table.csv, on {labels_in_words(labels)}: an organ that is missed or "
+                "spurious has no distance and is left out, which favours whoever misses more. "
+                f"Cases with such an organ in a run: {', '.join(counts)}."
             )
     return notes
 
@@ -309,9 +377,11 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
 
     text = (
         f"{b.name} against {a.name} on {labels_in_words(a.labels)}: difference "
-        f"{signed(difference['difference'])} over {difference['n']} cases; SD between seeds "
-        f"{noise_in_words(plan, b)} and {noise_in_words(plan, a)}. "
+        f"{signed(difference['difference'])} over {difference['n']} cases"
     )
+    if any(map(isfinite, noises)):
+        text += f"; SD between seeds {noise_in_words(plan, b)} and {noise_in_words(plan, a)}"
+    text += ". "
     if not difference["n"]:
         return text + "No case has scores of both."
     if not isfinite(difference["low"]):
@@ -347,6 +417,17 @@ def labels_in_words(labels: Labels) -> str:
 
 def decimal(value: float) -> str:
     return f"{value:.4f}" if isfinite(value) else "–"
+
+
+def percent(share: float) -> str:
+    """0.031 -> "3 %". Only what is 0 or 1 is rounded to 0 or 100 %."""
+    if not isfinite(share):
+        return "–"
+    if 0 < share < 0.01:
+        return "<1 %"
+    if 0.99 < share < 1:
+        return ">99 %"
+    return f"{100 * share:.0f} %"
 
 
 def signed(value: float) -> str:

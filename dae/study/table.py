@@ -7,7 +7,7 @@ from typing import Any
 from dae.errors import InputError
 from dae.evaluation.cases import write_csv
 from dae.evaluation.report import aligned, p_value
-from dae.evaluation.statistics import P_VALUES, Interval, case_means
+from dae.evaluation.statistics import P_VALUES, RESAMPLES, Interval, case_means
 from dae.figures import new_figure, png
 from dae.files import write_bytes
 from dae.study.cells import Cell, Folders
@@ -19,6 +19,7 @@ from dae.study.results import (
     decimal,
     labels_in_words,
     noise_of,
+    percent,
     results_of,
     signed,
     verdict,
@@ -69,9 +70,10 @@ def page(plan: Plan, results: Results) -> str:
     """A table as the paper's, then every comparison, the noise between seeds, and notes."""
     parts = [heading(plan), plan.description, protocol(plan)]
     parts.append(aligned(overview(plan, results.entries)))
+    parts.append(not_run_yet(results.entries))
     parts.append(aligned(comparisons(plan, results.entries)))
     noise = noise_lines(plan, results.entries) or ["Nothing can be compared yet."]
-    parts += ["## Noise between seeds", "\n".join(noise)]
+    parts += ["## What the data can tell apart", "\n".join(noise)]
 
     notes = results.notes + small_numbers(results.entries)
     if notes:
@@ -80,10 +82,30 @@ def page(plan: Plan, results: Results) -> str:
 
 
 def protocol(plan: Plan) -> str:
-    """What was scored, and how it was averaged."""
+    """What was scored, how it was averaged, and what the columns mean."""
+    dice = (
+        "Dice is the mean over cases, each averaged over its runs (seeds and folds). In brackets "
+        f"is the difference to {plan.baseline}, case by case."
+    )
+    intervals = (
+        "The 95 % intervals are over cases: Student's t below 20 cases, else the percentile "
+        "bootstrap."
+    )
+    holm = "p, Holm: the sign-flip p, corrected for the number of methods on the same labels."
+    above = (
+        f"above {plan.baseline}: in how many of {RESAMPLES:,} resamples of the cases the method's "
+        f"mean Dice is above that of {plan.baseline}. Runs are averaged first, and seeds are not "
+        "resampled: it says nothing about other seeds."
+    )
+    deviation = "SD of runs: the standard deviation of the mean Dice between runs of other seeds."
+    lines = [*what_is_scored(plan), dice, intervals, holm, above, deviation]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def what_is_scored(plan: Plan) -> list[str]:
+    """The lists and the checkpoint, with what a reader must know of them."""
     lists = {name: path for name, path in plan.data.items() if name != "phantoms"}
     tuned_on = lists.get("finetune", "phantoms")
-    source = f"Pre-trained on {lists.get('pretrain', 'phantoms')}, fine-tuned on {tuned_on}."
     cases = f"the {plan.split} cases of {lists.get('test', tuned_on)}"
     if plan.folds:
         cases += f", in folds {', '.join(map(str, plan.folds))}"
@@ -91,33 +113,40 @@ def protocol(plan: Plan) -> str:
     checkpoint = "The last checkpoint of fine-tuning is scored"
     if plan.checkpoint == "best.pt":
         checkpoint = "The checkpoint with the best validation Dice of fine-tuning is scored"
-    text = f"{checkpoint}, on {cases}."
+    scored = f"{checkpoint}, on {cases}."
     if plan.checkpoint == "best.pt" and plan.split == "validation" and "test" not in plan.data:
-        text += " It was selected on the very cases that are reported, so the scores are too high."
+        scored += (
+            " It was selected on the very cases that are reported, so the scores are too high."
+        )
+
+    pretrained_on = lists.get("pretrain", "phantoms")
+    lines = [f"Pre-trained on {pretrained_on}, fine-tuned on {tuned_on}.", scored]
     if any(labels != "all" for labels in plan.labels):
-        text += (
-            " Fewer labels are those of the same subjects in every run: what another choice of "
+        lines.append(
+            "Fewer labels are those of the same subjects in every run: what another choice of "
             "them would change is in no interval."
         )
-    return (
-        f"{source} {text} Dice is the mean over cases, each averaged over its runs (seeds and "
-        f"folds). In brackets is the difference to {plan.baseline}, case by case. The 95 % "
-        "intervals are over cases: Student's t below 20 cases, else the percentile bootstrap. Holm "
-        "corrects for the number of methods on the same labels."
-    )
+    return lines
 
 
 def overview(plan: Plan, entries: Sequence[Entry]) -> list[list[str]]:
-    """A row for each method, a column for each number of labels."""
+    """A row for each method that has runs, a column for each number of labels."""
     columns: list[Labels] = list(plan.labels)
     table = [["Dice", *map(labels_in_words, columns)]]
-    for name in dict.fromkeys(entry.name for entry in entries):
+    for name in dict.fromkeys(entry.name for entry in entries if entry.runs):
         line = [name]
         for labels in columns:
             found = [entry for entry in entries if (entry.name, entry.labels) == (name, labels)]
             line.append(short(found[0]) if found else "–")
         table.append(line)
     return table
+
+
+def not_run_yet(entries: Sequence[Entry]) -> str:
+    """A line on the methods that have no row."""
+    with_runs = {entry.name for entry in entries if entry.runs}
+    names = dict.fromkeys(entry.name for entry in entries if entry.name not in with_runs)
+    return f"Not run yet: {'; '.join(names)}." if names else ""
 
 
 def short(entry: Entry) -> str:
@@ -136,8 +165,8 @@ def runs_in_words(entry: Entry) -> str:
 
 def comparisons(plan: Plan, entries: Sequence[Entry]) -> list[list[str]]:
     """A line for each entry that has runs, by number of labels."""
-    head = ["labels", "method", "runs", "cases", "Dice", "95 %", "difference", "95 %"]
-    head += ["t p", "Wilcoxon p", "sign-flip p", "its Holm", "SD of runs"]
+    head = ["labels", "method", "runs", "cases", "Dice", "95 %", "difference", "its 95 %"]
+    head += [f"above {plan.baseline}", "t p", "Wilcoxon p", "sign-flip p", "p, Holm", "SD of runs"]
     table = [head]
     for labels in plan.labels:
         for entry in entries:
@@ -153,9 +182,10 @@ def comparison(plan: Plan, entry: Entry) -> list[str]:
     if entry.against:
         against = entry.against["dice"]
         line += [signed(against["difference"]), between(against["low"], against["high"])]
+        line.append(percent(against["share_better"]))
         line += [p_value(against[p]) for p in (*P_VALUES, "sign_flip_p_holm")]
     else:
-        line += ["–"] * 6
+        line += ["–"] * 7
     return [*line, decimal(noise_of(plan, entry).runs)]
 
 
@@ -214,10 +244,12 @@ def lines_of_csv(plan: Plan, results: Results) -> list[dict[str, Any]]:
                 "mean": mean.mean,
                 "low": mean.low,
                 "high": mean.high,
+                "cases_lacking_an_organ": entry.left_out[metric],
             }
             against = entry.against.get(metric, {})
             for key in ("n", "difference", "low", "high"):
                 line[f"against_{key}"] = against.get(key, nan)
+            line["share_better"] = against.get("share_better", nan)
             for p in P_VALUES:
                 line[p] = against.get(p, nan)
                 line[f"{p}_holm"] = against.get(f"{p}_holm", nan)

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_erosion, gaussian_filter
 
+from dae.demo import hard
 from dae.demo.anatomy import CT_TISSUES
 from dae.demo.hard import (
+    CLAIMED,
     GRAIN_OF,
     GRAINS,
     LABELS,
+    file_names,
     grain,
     hard_ct,
     hard_mr,
@@ -172,3 +175,65 @@ def test_a_list_that_is_not_of_phantoms_is_not_replaced(tmp_path: Path, content:
             make(tmp_path, subjects=1, validation=0, test=0, size=TINY)
     assert mine.read_text() == content
     assert list(tmp_path.iterdir()) == [mine]
+
+
+FEW: dict[str, Any] = {"subjects": 1, "validation": 0, "test": 1, "unlabelled": 0, "heads": 1}
+
+
+@pytest.mark.parametrize("name", ["ct_001.nii.gz", "ct_000_label.nii.gz", "mr_000_t1ce.nii.gz"])
+def test_a_volume_of_the_user_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(InputError, match=f"{name}: is there already, and no list of phantoms"):
+        write(tmp_path, **FEW)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"mine"]
+
+
+def test_other_files_of_the_user_are_no_matter(tmp_path: Path) -> None:
+    (tmp_path / "ct_002.nii.gz").write_bytes(b"mine")
+    write(tmp_path, **FEW)
+    assert (tmp_path / "ct_002.nii.gz").read_bytes() == b"mine"
+    with pytest.raises(InputError, match=r"ct_002\.nii\.gz"):
+        write(tmp_path, **{**FEW, "subjects": 2})
+    write(tmp_path, **FEW)  # what was there before is as it was
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != CLAIMED}
+
+
+@pytest.mark.parametrize("before", [None, {**FEW, "subjects": 3}])
+def test_phantoms_that_were_cut_short_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: dict[str, Any] | None
+) -> None:
+    write(tmp_path / "whole", **FEW)
+    if before:
+        write(tmp_path / "cut", **before, seed=1)  # other phantoms, which may be replaced
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hard, "write_head", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "cut", **FEW)
+    assert (tmp_path / "cut/ct_001.nii.gz").exists()
+    assert not (tmp_path / "cut/ct_seg.json").exists()
+
+    write(tmp_path / "cut", **FEW)
+    whole = files_in(tmp_path / "whole")
+    assert {name: files_in(tmp_path / "cut")[name] for name in whole} == whole
+    if before:
+        write(tmp_path / "cut", **before)  # what no list names any more is still known
+
+
+def stop(*args: Any, **flags: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_phantoms_of_an_older_version_are_known_by_their_lists(tmp_path: Path) -> None:
+    write(tmp_path, **FEW)
+    (tmp_path / CLAIMED).unlink()
+    write(tmp_path, **{**FEW, "heads": 2})
+
+
+def test_every_file_that_is_written_was_claimed(tmp_path: Path) -> None:
+    write(tmp_path, **FEW)
+    volumes = {path.name for path in tmp_path.glob("*.nii.gz")}
+    assert volumes == set(json.loads((tmp_path / CLAIMED).read_text())) == set(file_names(2, 1))

@@ -13,7 +13,7 @@ that a few labelled ones do not show what the others are like.
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,16 +23,18 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
-from dae.demo.anatomy import CT_TISSUES, ORGANS, TABLE, TORSO, Shape, Vector
+from dae.demo.anatomy import CT_TISSUES, MR_SCALE, ORGANS, TABLE, TORSO, Shape, Vector
 from dae.demo.phantom import (
     Bytes,
     Entry,
     Floats,
     Size,
     bowel,
+    check_lists,
     grid,
     head_mr,
     inside,
+    is_of_phantoms,
     name_of_list,
     nifti,
     paint,
@@ -41,8 +43,10 @@ from dae.demo.phantom import (
     vary,
     write_ct,
 )
+from dae.errors import InputError
 from dae.files import write_bytes
 
+CLAIMED = ".phantoms.json"  # in the folder: the names of all files there that are phantoms
 VERSION = 1  # to be raised whenever the same seed gives other volumes
 
 # Both kidneys are one organ here. Networks learn late which side is which, and until then one of
@@ -207,6 +211,8 @@ def write_hard_phantoms(
     `subjects` (to train on), `validation`, `test` and `unlabelled` count torsos; the last are for
     pre-training alone, as are all heads, of which one in ten is held out. Pre-training never sees a
     torso of the test. A subject depends on the seed, its modality and its number alone.
+
+    Raises InputError where a file would be replaced that is not of phantoms.
     """
     lists = HardLists(folder / "pretrain.json", folder / "ct_seg.json")
     counts = f"{subjects} + {validation} + {test} + {unlabelled} torsos, {heads} heads"
@@ -214,7 +220,9 @@ def write_hard_phantoms(
     if all(name_of_list(path) == name for path in lists):
         return lists
 
+    check_lists(lists)
     folder.mkdir(parents=True, exist_ok=True)
+    claim(folder, lists, file_names(subjects + validation + test + unlabelled, heads))
     remove_lists(lists)
 
     # Numbered from the test on, so that more subjects to train on leave the test as it was.
@@ -251,6 +259,59 @@ def write_hard_phantoms(
     for path, content in zip(lists, (pretrain, ct_seg)):
         write_bytes(path, json.dumps({"name": name} | content, indent=1).encode())
     return lists
+
+
+def file_names(torsos: int, heads: int) -> list[str]:
+    """Of all volumes that so many torsos and heads have."""
+    names = []
+    for n in range(torsos):
+        names += [f"ct_{n:03d}.nii.gz", f"ct_{n:03d}_label.nii.gz"]
+    for n in range(heads):
+        names += [f"mr_{n:03d}_{contrast}.nii.gz" for contrast in MR_SCALE]
+    return names
+
+
+def claim(folder: Path, lists: Iterable[Path], names: Sequence[str]) -> None:
+    """Note in CLAIMED that files of these names are phantoms, before any of them is written.
+
+    So a run that was cut short, which has no list yet, knows its own files, and those of earlier
+    phantoms in the folder. Raises InputError, and notes nothing, where a file is there that neither
+    CLAIMED nor a list of phantoms names: it is the user's.
+    """
+    ours = files_claimed(folder / CLAIMED)
+    for path in lists:
+        ours |= files_of_list(path)
+    for name in names:
+        if name not in ours and (folder / name).exists():
+            raise InputError(
+                f"{folder / name}: is there already, and no list of phantoms names it; name "
+                "another folder, or move it away"
+            )
+    write_bytes(folder / CLAIMED, json.dumps(sorted(ours.union(names)), indent=0).encode())
+
+
+def files_claimed(path: Path) -> set[str]:
+    """What `claim` has noted; nothing where that cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return set()
+    return set(map(str, content)) if isinstance(content, list) else set()
+
+
+def files_of_list(path: Path) -> set[str]:
+    """The files that a list of phantoms names; nothing where it is none."""
+    if not is_of_phantoms(path):
+        return set()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    names = set[str]()
+    for split in ("training", "validation", "test"):
+        for entry in content.get(split, []):
+            images = entry["image"]
+            names.update([images] if isinstance(images, str) else images)
+            if "label" in entry:
+                names.add(entry["label"])
+    return names
 
 
 def write_torso(folder: Path, number: int, *, size: Size, seed: int) -> Entry:

@@ -318,17 +318,26 @@ def name_of_list(path: Path) -> str | None:
     return str(content.get("name", "")) if isinstance(content, dict) else ""
 
 
+def is_of_phantoms(path: Path) -> bool:
+    """Whether there is a list, and it is one of ours."""
+    return (name_of_list(path) or "").startswith(("phantoms ", "hard phantoms "))
+
+
+def check_lists(paths: Sequence[Path]) -> None:
+    """Raises InputError where one of these files is there, and no list of phantoms."""
+    for path in paths:
+        if path.is_file() and not is_of_phantoms(path):
+            raise InputError(
+                f"{path}: is there already, and no list of phantoms; name another folder"
+            )
+
+
 def remove_lists(paths: Sequence[Path]) -> None:
     """If a run is cut short, no list shall name what it has not written.
 
     Raises InputError, and removes none, where one of them is not of phantoms.
     """
-    for path in paths:
-        name = name_of_list(path)
-        if name is not None and not name.startswith(("phantoms ", "hard phantoms ")):
-            raise InputError(
-                f"{path}: is there already, and no list of phantoms; name another folder"
-            )
+    check_lists(paths)
     for path in paths:
         path.unlink(missing_ok=True)
 

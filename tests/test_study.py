@@ -37,7 +37,7 @@ from dae.study.cells import (
 from dae.study.locks import locked
 from dae.study.plan import PLANS, Plan, arguments, read_plan
 from dae.study.results import Entry, noise_of, percent, results_of
-from dae.study.runner import Study, run_all
+from dae.study.runner import Study, progress_in_words, run_all
 from dae.study.table import page, write_tables
 from dae.study.times import add_time, expected, read_times
 
@@ -878,7 +878,59 @@ def test_the_dry_run_prints_each_cell_with_its_commands_and_the_time_it_will_tak
     text = capsys.readouterr().out
     assert "mae-n2-p0-t0: 72 min" in text
     assert "mae-n2-p0-t1: 12 min" in text  # the weights are made once
-    assert text.splitlines()[-1] == "12 cells, 12 to do, 5.4 h"  # 3 h and 12 times 12 min
+    assert (
+        text.splitlines()[-1] == "12 cells, 12 to do, 5.4 h for one runner"
+    )  # 3 h and 12 times 12 min
+
+
+def test_the_time_left_is_that_of_one_runner_and_leaves_out_what_others_have_done(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one: dict[str, Any] = {"methods": {"dae": {}, "mae": {"method": "mae"}}, "labels": ["all"]}
+    study = study_in(here / "out", **one, seeds={})
+    for step, seconds in (("pretrain", 300), ("finetune", 600), ("predict", 60), ("score", 60)):
+        add_time(here / "out/times.jsonl", {"step": step, "seconds": seconds})
+    study.remaining = list(study.cells)
+    assert progress_in_words(study) == "0/2 done, 34 min left for one runner"
+
+    run_all(study_in(here / "out", **{**one, "methods": {"dae": {}}}, seeds={}))
+    (here / "out/times.jsonl").write_text("")
+    for step, seconds in (("pretrain", 300), ("finetune", 600), ("predict", 60), ("score", 60)):
+        add_time(here / "out/times.jsonl", {"step": step, "seconds": seconds})
+    assert progress_in_words(study) == "1/2 done, 17 min left for one runner"
+
+
+def test_a_part_of_a_study_is_run_by_the_names_of_its_methods(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = str(plan_file(here))
+    assert command_line(plan, "--out", "out", "--dry-run", "--only", "mae") == 0
+    assert "\n4 cells, 4 to do" in capsys.readouterr().out
+    assert command_line(plan, "--out", "out", "--only", "mae") == 0
+    assert "4 cells, 4 of them to do" in capsys.readouterr().out
+    assert {path.name[:3] for path in (here / "out/cells").iterdir()} == {"mae"}
+    assert "Not run yet: dae." in (here / "out/table.md").read_text()
+
+    # The other part, whose tables have both.
+    assert command_line(plan, "--out", "out", "--only", "dae") == 0
+    assert len(list((here / "out/cells").iterdir())) == 12
+    parts = tables(here / "out")
+    assert b"of 4 runs" not in parts[0]
+    run_all(study_in(here / "whole"))
+    assert parts == tables(here / "whole")
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--only", "dae", "made"], "--only made: is no method of the plan .*; there are mae, dae"),
+        (["--report", "--only", "dae"], "--only: not beside --report"),
+    ],
+)
+def test_a_part_that_there_is_not_is_refused(here: Path, flags: list[str], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        command_line(str(plan_file(here)), "--out", "out", *flags)
+    assert not (here / "out").exists()
 
 
 def test_a_step_takes_as_long_as_those_that_are_most_like_it(here: Path) -> None:

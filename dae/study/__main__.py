@@ -2,6 +2,7 @@
 
 python -m dae.study PLAN.json --dry-run     the cells, their commands, and their time
 python -m dae.study PLAN.json               run what is not there yet; again after any stop
+python -m dae.study PLAN.json --only dae    run the cells of some of its methods alone
 python -m dae.study PLAN.json --report      only the tables and the figure
 
 PLAN is a file, or the name of a plan in dae/study/plans. The keys of a plan are listed at the top
@@ -37,7 +38,8 @@ def main() -> int:
     cells = cells_of(plan)
     data_of(plan, folders)  # a list that no one names is missed before anything is made
     report = partial(write_tables, plan, folders, cells)
-    study = Study(plan, folders, cells, config.keep, report)
+    check_only(plan, config)
+    study = Study(plan, folders, cells, config.keep, report, only=config.only)
 
     if config.dry_run:
         print_cells(study)
@@ -72,6 +74,18 @@ def read_command() -> tuple[str, StudyConfig]:
     return name, config
 
 
+def check_only(plan: Plan, config: StudyConfig) -> None:
+    """Raises InputError where --only names no method of the plan, or cannot act."""
+    if config.only and config.report:
+        raise InputError("--only: not beside --report, which shows all cells that are finished")
+    for name in config.only:
+        if name not in plan.methods:
+            raise InputError(
+                f'--only {name}: is no method of the plan "{plan.name}"; '
+                f"there are {', '.join(plan.methods)}"
+            )
+
+
 def make_phantoms(plan: Plan, folders: Folders) -> None:
     """The synthetic volumes of a plan that asks for them, unless they are there."""
     if "phantoms" not in plan.data:
@@ -89,9 +103,9 @@ def make_phantoms(plan: Plan, folders: Folders) -> None:
 def print_cells(study: Study) -> None:
     """Each cell with its commands and its time, by what has been measured."""
     times = read_times(study.folders.times)
-    study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
+    study.remaining = [cell for cell in study.chosen if not is_done(study.folders, cell)]
     runs = set[str]()
-    for cell in study.cells:
+    for cell in study.chosen:
         if cell not in study.remaining:
             print(f"{cell.name}: done")
             continue
@@ -101,8 +115,9 @@ def print_cells(study: Study) -> None:
         print(f"{cell.name}: {in_words(time_of_cell(study, times, cell, runs))}")
         for command in commands:
             print(f"    {command.text}")
-    left = in_words(time_left(study))
-    print(f"{counted(len(study.cells), 'cell')}, {len(study.remaining)} to do, {left}")
+    seconds = time_left(study, study.remaining)
+    left = in_words(seconds) if seconds is None else f"{in_words(seconds)} for one runner"
+    print(f"{counted(len(study.chosen), 'cell')}, {len(study.remaining)} to do, {left}")
 
 
 if __name__ == "__main__":

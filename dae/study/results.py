@@ -82,10 +82,10 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     finished: dict[str, Finished] = {}
     for cell in cells:
         if is_done(folders, cell) and cell.name not in others:
-            made = made_of(folders, cell)
+            content = made_of(folders, cell)
             rows = read_scores(folders.kept(cell) / KEPT[0])
-            batches = made.get("batches", {})
-            finished[cell.name] = Finished(cell, rows, made["validation"], batches)
+            batches = content.get("batches", {})
+            finished[cell.name] = Finished(cell, rows, content["validation"], batches)
 
     notes = []
     for name, how in others.items():

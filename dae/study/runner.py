@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,8 +56,14 @@ class Study:
     cells: list[Cell]
     keep: bool
     after_cell: Callable[[], object]  # rewrites the tables
+    only: Collection[str] = ()  # methods whose cells are run; none: all
     failed: dict[str, str] = field(default_factory=dict)  # name of a unit -> what was wrong
     remaining: list[Cell] = field(default_factory=list)
+
+    @property
+    def chosen(self) -> list[Cell]:
+        """The cells that this runner is to do, finished or not."""
+        return [cell for cell in self.cells if not self.only or cell.method in self.only]
 
 
 class Unit(NamedTuple):
@@ -76,8 +82,8 @@ def run_all(study: Study) -> list[str]:
     Where other processes work on all that is left, wait for them: they may fail, or be killed.
     """
     check_made_by_this_plan(study)
-    study.remaining = [cell for cell in study.cells if not is_done(study.folders, cell)]
-    say(f"{len(study.cells)} cells, {len(study.remaining)} of them to do")
+    study.remaining = [cell for cell in study.chosen if not is_done(study.folders, cell)]
+    say(f"{counted(len(study.chosen), 'cell')}, {len(study.remaining)} of them to do")
     if study.remaining:
         check_lists(study.plan, study.folders, study.remaining)
 
@@ -201,9 +207,7 @@ def do_step(
     interrupted = step in progress["begun"]
     progress["begun"] = sorted({*progress["begun"], step})
     note_progress(unit, progress)
-    done = len(study.cells) - len(study.remaining)
-    left = in_words(time_left(study))
-    say(f"[{done}/{len(study.cells)} done, {left} left] {unit.name}: {step}")
+    say(f"[{progress_in_words(study)}] {unit.name}: {step}")
 
     log = study.folders.log(unit.name)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -435,12 +439,27 @@ def last_line(log: Path) -> str:
 # --- time
 
 
-def time_left(study: Study) -> float | None:
-    """Seconds of all that is left, one after the other; None where nothing was measured."""
+def progress_in_words(study: Study) -> str:
+    """Like "3/12 done, 40 min left for one runner".
+
+    What other runners have finished counts as done. How many work along is not asked: they come and
+    go, so the time is said for one.
+    """
+    done = [cell for cell in study.chosen if is_done(study.folders, cell)]
+    left = [cell for cell in study.remaining if cell not in done]
+    seconds = time_left(study, left)
+    time = "time left is not measured yet"
+    if seconds is not None:
+        time = f"{in_words(seconds)} left for one runner"
+    return f"{len(done)}/{len(study.chosen)} done, {time}"
+
+
+def time_left(study: Study, cells: Sequence[Cell]) -> float | None:
+    """Seconds of all these cells, one after the other; None where nothing was measured."""
     times = read_times(study.folders.times)
     total = 0.0
     counted_runs = set[str]()
-    for cell in study.remaining:
+    for cell in cells:
         seconds = time_of_cell(study, times, cell, counted_runs)
         if seconds is None:
             return None

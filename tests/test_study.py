@@ -639,6 +639,14 @@ def test_methods_of_different_batches_a_rank_may_have_different_ranks(here: Path
     assert "another recipe" not in page_of(study_in(here / "out", **plan))
 
 
+def test_weights_without_pretraining_are_the_same_on_any_ranks(here: Path) -> None:
+    plan: dict[str, Any] = {"labels": ["all"], "seeds": {}}
+    methods = {"scratch": {"method": "scratch"}, "dae": {"method": "dae"}}
+    run_all(study_in(here / "out", **plan, methods={"dae": methods["dae"]}))
+    two = on_ranks(2, "pretrain")
+    assert run_all(study_in(here / "out", **plan, methods=methods, **two)) == []
+
+
 def test_cells_of_different_ranks_are_told_in_the_table_and_old_ones_are_read(here: Path) -> None:
     out = here / "out"
     run_all(study_in(out, labels=["all"]))

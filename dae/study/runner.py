@@ -183,7 +183,7 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
         "seconds": progress["seconds"],
         "validation": last_validation(unit.folder / "finetune" / "log.jsonl"),
         **versions_of(unit.folder / "finetune" / "log.jsonl"),
-        "batches": batches_of(folders, cell),
+        "batches": batches_of(study.plan, folders, cell),
         "commands": [
             pretrain_command(study.plan, folders, cell.pretraining).text,
             *(command.text for command in commands),
@@ -277,12 +277,11 @@ def other_versions(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> dict[
     return others
 
 
-def batches_of(folders: Folders, cell: Cell) -> Batches:
+def batches_of(plan: Plan, folders: Folders, cell: Cell) -> Batches:
     """By step, the samples of a step and the ranks of the training runs that have started."""
-    runs = {
-        "pretrain": folders.pretraining(cell.pretraining),
-        "finetune": folders.work(cell) / "finetune",
-    }
+    runs = {"finetune": folders.work(cell) / "finetune"}
+    if not plan.is_scratch(cell.method):  # untrained weights are the same on any ranks
+        runs["pretrain"] = folders.pretraining(cell.pretraining)
     batches = {}
     for step, folder in runs.items():
         start = start_of(folder / "log.jsonl")
@@ -315,7 +314,7 @@ def check_batches(study: Study, cell: Cell) -> None:
     It ends the study: cells that follow would be trained in vain as well.
     """
     folders = study.folders
-    own = batches_of(folders, cell)
+    own = batches_of(study.plan, folders, cell)
     for other in study.cells:
         if not is_done(folders, other):
             continue

@@ -1,10 +1,10 @@
 """dae/config: the paper's numbers are the defaults, a flag wins, a mistake is one line."""
 
 import json
+import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -180,12 +180,14 @@ def test_the_literal_names_are_those_of_the_methods_backbones_and_losses() -> No
 
 @pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--stpes", "5"], 2)])
 def test_help_and_a_wrong_flag_answer_within_half_a_second(argv: list[str], code: int) -> None:
-    fastest = float("inf")
+    """Of processor time: a busy machine takes longer."""
+    seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         assert run(*argv).returncode == code
-        fastest = min(fastest, time.perf_counter() - start)
-    assert fastest < 0.5
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of child processes
+    assert min(seconds) < 0.5
 
 
 def test_a_wrong_flag_is_one_line_on_stderr_and_nothing_else() -> None:

@@ -3,9 +3,9 @@
 import csv
 import importlib
 import json
+import os
 import subprocess
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -904,10 +904,11 @@ def test_scores_without_a_summary_are_compared_with_one_line_of_warning(
 def test_help_answers_without_torch_in_half_a_second(command: str) -> None:
     arguments = [command, "--help"] if command else ["--help"]
     seconds = []
-    for _ in range(3):  # the best of them: the machine may be busy
-        started = time.perf_counter()
+    for _ in range(3):  # of processor time: a busy machine takes longer
+        before = os.times()
         done = shell(*arguments)
-        seconds.append(time.perf_counter() - started)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of child processes
         assert done.returncode == 0
         assert command in done.stdout
     assert min(seconds) < 0.5

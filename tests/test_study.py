@@ -407,14 +407,16 @@ def in_process(out: Path, changes: dict[str, Any]) -> None:
 
 
 def test_a_study_killed_ten_times_at_random_ends_in_the_same_tables(here: Path) -> None:
+    begun = time.perf_counter()
     run_all(study_in(here / "whole"))
+    seconds = time.perf_counter() - begun  # more on a busy machine
 
     rng = random.Random(0)
     out = here / "killed"
     alive = 0
     for number in range(10):
         process = start(out)
-        time.sleep(rng.uniform(0.1, 0.5))
+        time.sleep(rng.uniform(0.05, 0.3) * seconds)
         alive += process.is_alive()
         with_its_command = number % 2
         if process.is_alive() and with_its_command:
@@ -1020,6 +1022,20 @@ def test_a_case_is_averaged_over_its_runs_before_methods_are_compared(here: Path
     assert against["t_p"] == pytest.approx(test.pvalue)
     assert against["sign_flip_p"] == 2 / 2**6
     assert mae.against == {}
+
+
+def test_methods_are_compared_on_the_tuning_seeds_that_both_have(here: Path) -> None:
+    """DAE is better by GAINS in each seed; its only run so far is of a seed that scores low."""
+
+    def so_far(cell: Cell) -> list[float] | None:
+        if cell.method == "dae":
+            return None if cell.seed else list(BASE + GAINS)
+        return list(BASE + 0.2 * cell.seed)
+
+    seeds = {"pretrain": 1, "finetune": 2}
+    study = finished_study(here / "out", so_far, labels=["all"], seeds=seeds)
+    against = entries_in(study)["dae", "all"].against["dice"]
+    assert against["difference"] == pytest.approx(GAINS.mean())
 
 
 def test_p_is_corrected_for_the_number_of_methods_on_the_same_labels(here: Path) -> None:

@@ -275,13 +275,29 @@ def difference_of(a: Entry, b: Entry, metric: str) -> Row:
 
     With `share_better`, the share of resamples of the cases in which B is the better one.
     """
+    rows_of_a, rows_of_b = rows_of_shared_seeds(a, b)
     pairs, left_out = paired_scores(
-        by_case_and_class(a.rows, a.name), by_case_and_class(b.rows, b.name), metric
+        by_case_and_class(rows_of_a, a.name), by_case_and_class(rows_of_b, b.name), metric
     )
     in_all = sum(left_out.values(), Counter[str]())
     means = paired_case_means(pairs)
     share = share_better(means, metric, seed=0)
     return {**compare_pairs(means, in_all, metric, seed=0), "share_better": share}
+
+
+def rows_of_shared_seeds(a: Entry, b: Entry) -> tuple[list[Row], list[Row]]:
+    """The rows of both, averaged over the runs whose tuning seed both have; all if they share none.
+
+    While a study is under way one has more runs than the other. Runs of one tuning seed see the
+    same crops in the same order, and a seed can matter more than a method.
+    """
+    seeds = {run.cell.seed for run in a.runs} & {run.cell.seed for run in b.runs}
+    if not seeds:
+        return a.rows, b.rows
+
+    of_a = [run.rows for run in a.runs if run.cell.seed in seeds]
+    of_b = [run.rows for run in b.runs if run.cell.seed in seeds]
+    return averaged(of_a), averaged(of_b)
 
 
 def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:

@@ -85,7 +85,7 @@ def protocol(plan: Plan) -> str:
     """What was scored, how it was averaged, and what the columns mean."""
     dice = (
         "Dice is the mean over cases, each averaged over its runs (seeds and folds). In brackets "
-        f"is the difference to {plan.baseline}, case by case."
+        f"is the difference to {plan.baseline}, case by case, over the tuning seeds that both have."
     )
     intervals = (
         "The 95 % intervals are over cases: Student's t below 20 cases, else the percentile "

@@ -34,6 +34,7 @@ AROUND IT: what a run needs
     config/lists.py              options of the command that writes a data list
     config/illustrate.py         options of the paper's pictures
     config/study.py              options of a study
+    config/check.py              options of the check of data lists
 
   what it sees
     data/nifti.py                volumes, their grids, and what is wrong with a file
@@ -93,6 +94,14 @@ AROUND IT: what a run needs
 
   what it looks like
     illustrate.py                the command: Figures 1 to 4 of any volume
+
+  may a run start?
+    data/content.py              the same voxels, whatever the file
+    data/examine.py              one volume, read once: what is in it, and what is wrong with it
+    data/overlaps.py             the same voxels, or subject, in two places: is that a leak?
+    data/fingerprint.py          what the volumes of a list have in common; flags that follow
+    data/check_page.py           the page of a check (check.html)
+    data/check.py                the command: everything about some lists, and an exit code
 
   is one better than another?
     study/plan.py                a plan: what is compared, on which labels, with which flags

@@ -884,3 +884,45 @@ def embedding_chart(
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
     return png(figure)
+
+
+# --- what is in the volumes of a list -------------------------------------------------------------
+
+
+def strip_of_planes(planes: Sequence[NDArray[np.uint8]]) -> bytes:
+    """A PNG of the middle planes across d, h and w beside each other, axial first.
+
+    Each is as `x.take(middle, axis)` gives it, in grey levels and in square pixels.
+    """
+    from matplotlib.image import imsave
+
+    upright = [x[::-1].T[::-1] for x in reversed(planes)]
+    height = max(len(x) for x in upright)
+    padded = [np.pad(x, ((0, height - len(x)), (0, 2))) for x in upright]
+
+    stream = io.BytesIO()
+    imsave(stream, np.hstack(padded), cmap="gray", vmin=0, vmax=255, format="png")
+    return stream.getvalue()
+
+
+def histograms(
+    by_modality: Mapping[str, Sequence[tuple[float, float, NDArray[np.int64]]]],
+) -> bytes:
+    """A PNG with a panel for each modality and in it a line for each volume.
+
+    A volume is the two ends of its histogram, and its counts. Lines are as high as their peak.
+    """
+    figure = new_figure(4.2 * len(by_modality), 2.6)
+    axes = figure.subplots(1, len(by_modality), squeeze=False)[0]
+    for ax, (name, volumes) in zip(axes, by_modality.items()):
+        for low, high, counts in volumes:
+            width = (high - low) / len(counts)
+            centres = low + (np.arange(len(counts)) + 0.5) * width
+            ax.plot(centres, counts / counts.max(), color=DOT, lw=0.8, alpha=0.5)
+        ax.set_title(f"{name}, n {len(volumes)}", color=INK, loc="left", fontsize=11)
+        ax.tick_params(colors=INK, length=0)
+        ax.set_yscale("log")
+        ax.set_yticks([])
+        ax.minorticks_off()
+        ax.spines[:].set_visible(False)
+    return png(figure, transparent=True)

@@ -29,7 +29,7 @@ from dae.config.command_line import was_set
 from dae.config.pretrain import PretextConfig
 from dae.data import holdout, leaks
 from dae.data.batches import Batch, Crops, spread_over_modalities
-from dae.data.datalist import DataList
+from dae.data.datalist import Content, DataList
 from dae.data.preprocess import Recipe
 from dae.errors import InputError
 from dae.figures import loss_curve, reconstruction_sheet, terms_curve, views_sheet
@@ -347,7 +347,9 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     # Run: from step 0, or from where it was stopped.
     plan = plan_of_network(config, items, channels=channels, out_channels=channels, classes={})
     plan |= plan_of_method(config)
-    data = items.fingerprint([volume.content for volume in crops.volumes])
+    trained = [volume.content for volume in crops.volumes]
+    plan["pretrained_on"] = what_it_sees(items, trained, resumed, weights, config)
+    data = items.fingerprint(trained)
     metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
     metadata["drawn_on"] = ranks.device.type  # noise and masks; they are others on another device
 
@@ -457,6 +459,24 @@ def build(
     )
     pretext.after_init()
     return pretext, report
+
+
+def what_it_sees(
+    items: DataList,
+    trained: Sequence[Content],
+    resumed: Mapping[str, Any] | None,
+    weights: Weights | None,
+    config: PretrainConfig,
+) -> dict[str, list[str]]:
+    """For the checkpoint: what this run trains on, and what the weights that it began with know."""
+    before: Mapping[str, Any] = {}
+    if resumed:
+        before = resumed["plan"]
+    elif weights:
+        before = weights.plan
+    if config.method == "scratch":
+        return leaks.pretrained_on(replace(items, training=()), ())
+    return leaks.pretrained_on(items, trained, before)
 
 
 def plan_of_method(config: PretrainConfig) -> dict[str, Any]:

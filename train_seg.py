@@ -18,7 +18,9 @@ if __name__ == "__main__":
     CONFIG = from_command_line(SegConfig, prog="train_seg.py", description=__doc__)
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import default_collate
+from tqdm import tqdm
 
 from dae.config.command_line import was_set
 from dae.data import holdout, leaks
@@ -43,6 +46,7 @@ from dae.training import resume
 from dae.training.distributed import (
     Ranks,
     StopSignal,
+    gather_objects,
     joined,
     mean_over_ranks,
     parallel,
@@ -283,6 +287,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     classes = dict(sorted(items.labels.items()))
     flips = flips_for(items, classes, resumed, config)
     config = replace(config, steps=steps_of(items, resumed, config, ranks))
+    started_from = plan_started_from(resumed, weights, config)
+    known_tests = notes_on_tests(items, started_from, config, ranks) if not resumed else []
     crops, held_out = crops_of(items, classes, flips, recipe, config, ranks)
     if resumed:
         resume.check_same_flags(out / "last.pt", resumed, config)
@@ -317,10 +323,15 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
 
     # Run: from step 0, or from where it was stopped.
     plan = {**plan_of(config, items, crops, classes), "seen": seen}
+    if "pretrained_on" in started_from:
+        plan["pretrained_on"] = started_from["pretrained_on"]
+    if config.allow_leak:
+        plan["leak"] = started_from.get("leak", known_tests)
     data = items.fingerprint(trained, validated, labels=True)
     metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
     state: dict[str, Any] = {"step": 0, "best": -1.0}
-    notes = [*items.notes, *leaks.known_before(items, validated, seen_before)]
+    notes = [*items.notes, *known_tests, *leaks.known_before(items, validated, seen_before)]
+    notes += leaks.pretrained_before(items, validated, started_from)
     if weights and report:
         notes += notes_on(weights)
 
@@ -354,6 +365,50 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         notes=notes,
         report=report,
     )
+
+
+def plan_started_from(
+    resumed: Mapping[str, Any] | None, weights: Weights | None, config: SegConfig
+) -> dict[str, Any]:
+    """The plan of the weights that the run goes on from, or none of a run from scratch."""
+    if resumed:
+        return dict(resumed["plan"])
+    if weights and not config.from_scratch:
+        return weights.plan
+    return {}
+
+
+def notes_on_tests(
+    items: DataList, plan: dict[str, Any], config: SegConfig, ranks: Ranks
+) -> list[str]:
+    """Whether the weights were trained on what the list keeps for the test, as far as they say.
+
+    Raises InputError where they were, unless --allow-leak is set.
+    """
+    if not plan:
+        return []
+    if not leaks.says_what_it_saw(plan):
+        return ["the weights do not say what they were trained on: test cases may be among it"]
+    if not items.test or not leaks.voxels_known(plan):
+        return []
+
+    # Each rank reads its share of the test images, which no one prepares.
+    own = list(range(ranks.rank, len(items.test), ranks.world))
+    with ThreadPoolExecutor(max(1, config.workers)) as pool:
+        read = pool.map(leaks.hashes_in_files, [items.test[n] for n in own])
+        bar = tqdm(
+            read,
+            "comparing test images",
+            len(own),
+            disable=not ranks.is_main or not sys.stderr.isatty(),
+            leave=False,
+        )
+        of_rank = dict(zip(own, bar))
+    hashes: dict[int, tuple[str, ...]] = {}
+    for other in gather_objects(of_rank):
+        hashes |= other
+    in_order = [hashes[n] for n in range(len(items.test))]
+    return leaks.check_tested(items.test, in_order, plan, allow_leak=config.allow_leak)
 
 
 def flips_for(

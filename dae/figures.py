@@ -888,6 +888,8 @@ def embedding_chart(
 
 # --- what is in the volumes of a list -------------------------------------------------------------
 
+PER_ROW = 4  # panels of histograms
+
 
 def strip_of_planes(planes: Sequence[NDArray[np.uint8]]) -> bytes:
     """A PNG of the middle planes across d, h and w beside each other, axial first.
@@ -912,8 +914,12 @@ def histograms(
 
     A volume is the two ends of its histogram, and its counts. Lines are as high as their peak.
     """
-    figure = new_figure(4.2 * len(by_modality), 2.6)
-    axes = figure.subplots(1, len(by_modality), squeeze=False)[0]
+    rows = ceil(len(by_modality) / PER_ROW)
+    figure = new_figure(13, 2.4 * rows)
+    axes = figure.subplots(rows, PER_ROW, squeeze=False).ravel()
+    for ax in axes[len(by_modality) :]:
+        ax.set_visible(False)
+
     for ax, (name, volumes) in zip(axes, by_modality.items()):
         for low, high, counts in volumes:
             width = (high - low) / len(counts)

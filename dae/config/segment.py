@@ -23,6 +23,11 @@ class TransferConfig:
     from_scratch: bool = opt(
         False, "the same run without the weights: the network of --pretrained, newly drawn"
     )
+    allow_leak: bool = opt(
+        False,
+        "fine-tune weights that were pre-trained on test cases of the list; the log and the "
+        "checkpoint say so",
+    )
     schedule: Literal["warmup", "plain", "frozen-encoder", "decoder-first", "probe"] = opt(
         "warmup",
         "learning rates over the run: warm-up then cosine, cosine alone, the encoder never "

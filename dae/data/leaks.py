@@ -18,10 +18,12 @@ from numpy.typing import NDArray
 
 from dae.data.datalist import Content, DataList, Item
 from dae.data.listfile import read_json
+from dae.data.nifti import read_channels
 from dae.errors import InputError
 
 PREDICTED = "predicted.json"  # beside predictions
 Seen = Mapping[str, Any]  # what a checkpoint says of its training; see `seen_by`
+Plan = Mapping[str, Any]  # of a checkpoint, which has `seen`, `pretrained_on`, both, or none
 Identity = Literal["image", "subject", "label"]  # what an item can have in common with another
 
 # The last words of the names of files that are images of one patient, in small letters.
@@ -266,6 +268,108 @@ def trained_among(items: Sequence[Item], seen: Seen) -> list[int]:
 def is_trained(image: NDArray[np.float32], seen: Seen) -> bool:
     """Whether a checkpoint was trained on these voxels (c, d, h, w), by whatever name."""
     return not set(seen.get("voxels", ())).isdisjoint(hashes_of(image))
+
+
+# --- what pre-training has seen
+
+# A checkpoint of pre-training keeps this apart from `seen`: a volume that was seen without its
+# label is none that predictions must refuse. A run that fine-tunes the weights keeps it too.
+
+
+def pretrained_on(
+    items: DataList, training: Sequence[Content], before: Plan | None = None
+) -> dict[str, list[str]]:
+    """For a checkpoint: hashes of the voxels that were trained on, and of the subjects by name.
+
+    `before` is the plan of the weights that the run started from, which know what they have seen.
+    """
+    voxels = voxels_known(before or {})
+    for content in training:
+        voxels.update(content.image)
+    subjects = subjects_known(before or {})
+    subjects.update(name_of(item.subject) for item in items.training if item.subject_named)
+    return {"subjects": sorted(subjects), "voxels": sorted(voxels)}
+
+
+def says_what_it_saw(plan: Plan) -> bool:
+    """Whether a checkpoint tells what it was trained on. Older and foreign ones do not."""
+    return "pretrained_on" in plan or "seen" in plan
+
+
+def voxels_known(plan: Plan) -> set[str]:
+    """Hashes of all that weights were trained on, with labels or without."""
+    pretrained = plan.get("pretrained_on", {})
+    return {*pretrained.get("voxels", ()), *plan.get("seen", {}).get("voxels", ())}
+
+
+def subjects_known(plan: Plan) -> set[str]:
+    """Hashes of the names of their subjects."""
+    pretrained = plan.get("pretrained_on", {})
+    return {*pretrained.get("subjects", ()), *plan.get("seen", {}).get("trained", ())}
+
+
+def hashes_in_files(item: Item) -> tuple[str, ...]:
+    """Of the voxels of each channel. None where a file cannot be read, as that of a case that is
+    to be tested elsewhere.
+    """
+    try:
+        return hashes_of(read_channels(item.image).data)
+    except InputError:
+        return ()
+
+
+def check_tested(
+    items: Sequence[Item], hashes: Sequence[tuple[str, ...]], plan: Plan, *, allow_leak: bool
+) -> list[str]:
+    """What must be said of test cases, given what the weights of `plan` were trained on.
+
+    `hashes` is what `hashes_in_files` gives of each. A case whose voxels they know is refused: its
+    score would be no score of a new one. A subject that they know by name alone is said: the name
+    may be that of another patient in another data set. Raises InputError unless `allow_leak`.
+    """
+    lines = []
+    voxels = voxels_known(plan)
+    known = [item for item, of_item in zip(items, hashes) if voxels.intersection(of_item)]
+    if known:
+        name = known[0].image[0]
+        reason = f"the weights were trained on {len(known)} of the test cases, as {name}"
+        if not allow_leak:
+            raise InputError(
+                f"--pretrained: {reason}; pre-train without them, or pass --allow-leak if this is "
+                "meant"
+            )
+        lines.append(f"warning: {reason}: their scores say nothing of new cases (--allow-leak)")
+
+    subjects = subjects_known(plan)
+    namesakes = []
+    for item in items:
+        if item.subject_named and item not in known and name_of(item.subject) in subjects:
+            namesakes.append(item.subject)
+    if namesakes:
+        lines.append(
+            f"warning: the weights were trained on a subject {namesakes[0]}, and so is a test case "
+            f"called ({len(set(namesakes))} such names): one patient, or two of one name?"
+        )
+    if () in hashes:
+        lines.append(
+            f"{hashes.count(())} of the {len(items)} test cases could not be read: whether the "
+            "weights know them was not looked at"
+        )
+    return lines
+
+
+def pretrained_before(items: DataList, validated: Sequence[Content], plan: Plan) -> list[str]:
+    """A line, or none, on those who validate and whom pre-training saw without their labels."""
+    voxels = set(plan.get("pretrained_on", {}).get("voxels", ()))
+    known = [n for n, content in enumerate(validated) if voxels.intersection(content.image)]
+    if not known:
+        return []
+    first = items.validation[known[0]].image[0].name
+    line = (
+        f"warning: the weights were pre-trained on {len(known)} of the images that validate, as "
+        f"{first}, without their labels: their Dice may flatter"
+    )
+    return [line]
 
 
 # --- what predictions know

@@ -28,6 +28,7 @@ T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # a rank starts within minutes or not at all
 PREPARING = timedelta(hours=1)  # once they have met, one rank may prepare volumes for long
 PREDICTING = timedelta(days=7)  # one rank may be at a large volume long after the others are done
+SHARED = "shared"  # in the store: how many numbers `share` has handed out
 
 # What torchrun sets for each rank.
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -165,6 +166,9 @@ def meet(backend: str, patience: timedelta) -> Store:
     try:
         socket.getaddrinfo(address, int(port))
         store, rank, world = next(iter(rendezvous("env://", timeout=MEETING)))
+        # With --max-restarts torchrun starts the ranks again, on the store of those that ended.
+        if rank == 0:
+            store.set(SHARED, "0")
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -222,16 +226,21 @@ def on_main_first(ranks: Ranks, work: Callable[[], T]) -> T:
 
 
 def share(count: int, ranks: Ranks) -> Iterator[int]:
-    """The numbers below `count`, each on one rank: a rank that asks gets the next one.
+    """The numbers below `count`, each on one rank: first that of the rank, and whenever it asks
+    again the next one that nobody has.
 
-    So the ranks end at about the same time, however long the work on each number takes. It can be
-    called once a run.
+    So the ranks end at about the same time, however long the work on each number takes. A rank that
+    asks ahead of its work does not take the first one of another. It can be called once a run,
+    after an exchange between the ranks.
     """
     if ranks.store is None:
         yield from range(count)
         return
-    while (number := ranks.store.add("shared", 1) - 1) < count:
+
+    number = ranks.rank
+    while number < count:
         yield number
+        number = ranks.world + ranks.store.add(SHARED, 1) - 1
 
 
 def spoken_by_main(ranks: Ranks) -> AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from dae.errors import InputError
 from dae.training import distributed
-from dae.training.distributed import LAUNCH, joined, start
+from dae.training.distributed import LAUNCH, Ranks, joined, share, start
 
 WHOLE = {
     "LOCAL_RANK": "0",
@@ -122,3 +122,36 @@ def test_what_ends_a_run_from_outside_is_one_line_and_an_error_of_its_own_is_not
         assert "\n" not in str(error.value)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), joined("cpu"):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+# --- work that ranks share
+
+
+def test_each_number_is_on_one_rank_and_a_rank_that_asks_ahead_leaves_the_others_theirs() -> None:
+    """As in prediction, where the next case is read while the network works on this one."""
+    for count in range(9):
+        store = dist.HashStore()
+        cpu = torch.device("cpu")
+        shares = [share(count, Ranks(rank, 3, cpu, store)) for rank in range(3)]
+        taken: list[list[int]] = [[], [], []]
+        for rank in (0, 0, 1, 2, 2, 1, 2, 2, 0, 1):  # rank 0 asks twice before the others begin
+            number = next(shares[rank], None)
+            if number is not None:
+                taken[rank].append(number)
+
+        assert sorted(taken[0] + taken[1] + taken[2]) == list(range(count))
+        for rank in range(min(count, 3)):
+            assert taken[rank][0] == rank
+
+
+def test_ranks_that_torchrun_starts_again_share_all_of_the_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """--max-restarts: the store is that of torchrun, and outlives its ranks."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    launch(monkeypatch, **{**WHOLE, "MASTER_PORT": str(store.port)})
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    for _ in range(2):
+        with joined("cpu") as ranks:
+            assert ranks.store is not None
+            assert list(share(4, ranks)) == [0, 1, 2, 3]

@@ -127,10 +127,14 @@ class Teacher(nn.Module):
 
 
 def encoder_alone(backbone: nn.Module) -> nn.Module:
-    """A copy that can tokenize and encode: all that these two use is the backbone's `encoder`."""
+    """A copy that can tokenize and encode: all weights of these two are in the `encoder`.
+
+    Parts without weights, as a pooling, stay: tokenize and encode may use them.
+    """
     copy = deepcopy(backbone)
-    for name, _ in backbone.named_children():
-        if name != "encoder":
+    for name, child in backbone.named_children():
+        has_weights = any(True for _ in child.parameters())
+        if name != "encoder" and has_weights:
             delattr(copy, name)
     return copy
 

@@ -1038,6 +1038,22 @@ def test_methods_are_compared_on_the_tuning_seeds_that_both_have(here: Path) -> 
     assert against["difference"] == pytest.approx(GAINS.mean())
 
 
+def test_a_seed_that_one_method_has_not_run_in_a_fold_is_left_out_of_that_fold(here: Path) -> None:
+    """DAE is better by GAINS in each seed and fold, and lacks the high seed of fold 0."""
+
+    def so_far(cell: Cell) -> list[float] | None:
+        if cell.method == "dae":
+            lacks = (cell.fold, cell.seed) == (0, 1)
+            return None if lacks else list(BASE + GAINS + 0.2 * cell.seed)
+        return list(BASE + 0.2 * cell.seed)
+
+    seeds = {"pretrain": 1, "finetune": 2}
+    study = finished_study(here / "out", so_far, labels=["all"], seeds=seeds, **IN_FOLDS)
+    against = entries_in(study)["dae", "all"].against["dice"]
+    assert against["n"] == 2 * len(GAINS)
+    assert against["difference"] == pytest.approx(GAINS.mean())
+
+
 def test_p_is_corrected_for_the_number_of_methods_on_the_same_labels(here: Path) -> None:
     methods = {"mae": {}, **{f"m{n}": {"noise_std": n / 10} for n in (1, 2, 3)}}
     rng = np.random.default_rng(0)

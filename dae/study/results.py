@@ -286,18 +286,24 @@ def difference_of(a: Entry, b: Entry, metric: str) -> Row:
 
 
 def rows_of_shared_seeds(a: Entry, b: Entry) -> tuple[list[Row], list[Row]]:
-    """The rows of both, averaged over the runs whose tuning seed both have; all if they share none.
+    """The rows of both, averaged over the runs whose fold and tuning seed both have; all if they
+    share none.
 
     While a study is under way one has more runs than the other. Runs of one tuning seed see the
-    same crops in the same order, and a seed can matter more than a method.
+    same crops in the same order, and a seed can matter more than a method. A case is scored in one
+    fold, so it needs the seeds of that fold.
     """
-    seeds = {run.cell.seed for run in a.runs} & {run.cell.seed for run in b.runs}
-    if not seeds:
+    shared = {fold_and_seed(run) for run in a.runs} & {fold_and_seed(run) for run in b.runs}
+    if not shared:
         return a.rows, b.rows
 
-    of_a = [run.rows for run in a.runs if run.cell.seed in seeds]
-    of_b = [run.rows for run in b.runs if run.cell.seed in seeds]
+    of_a = [run.rows for run in a.runs if fold_and_seed(run) in shared]
+    of_b = [run.rows for run in b.runs if fold_and_seed(run) in shared]
     return averaged(of_a), averaged(of_b)
+
+
+def fold_and_seed(run: Finished) -> tuple[int | None, int]:
+    return run.cell.fold, run.cell.seed
 
 
 def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:

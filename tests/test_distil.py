@@ -16,7 +16,7 @@ import train_pretrain
 import train_seg
 from dae import check
 from dae.config.pretrain import PretextConfig
-from dae.model import BACKBONES
+from dae.model import BACKBONES, UNet
 from dae.pretext import distil
 from dae.pretext.baselines import pretext_of
 from dae.pretext.methods import METHODS
@@ -295,7 +295,7 @@ def test_the_teacher_has_no_decoder_and_is_saved_with_its_centres() -> None:
     assert saved == encoder | heads | centres
 
 
-class Pooled(BACKBONES["unet"]):  # type: ignore[misc]
+class Pooled(UNet):
     """A backbone of a user's, which tokenizes with a part that has no weights."""
 
     def __init__(self, **options: Any) -> None:

@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from processes import ROOT, Script, environment, run_ranks, run_script
 
 from dae.config.command_line import was_set
 from dae.config.pretrain import PretrainConfig
@@ -26,7 +27,6 @@ from dae.demo.phantom import write_phantoms
 from dae.errors import InputError
 from dae.training.log import read_log
 
-ROOT = Path(__file__).parents[1]
 NETWORK: dict[str, Any] = {
     "feature_size": 8,
     "depths": (1, 1),
@@ -178,44 +178,50 @@ def flags(config: RunConfig) -> list[str]:
     return arguments
 
 
-def train(config: RunConfig, *, ranks: int = 0, **keys: Any) -> subprocess.CompletedProcess[str]:
-    """train_pretrain.py or train_seg.py in a process of its own, or under torchrun."""
-    return subprocess.run(
-        command(config, ranks=ranks), capture_output=True, text=True, env=environment(), **keys
-    )
+def train(config: RunConfig, *, ranks: int = 0) -> subprocess.CompletedProcess[str]:
+    """train_pretrain.py or train_seg.py in a process of its own, or in one for each rank."""
+    line = command(config)
+    return run_ranks(*[line] * ranks) if ranks else run_script(*line)
 
 
-def command(config: RunConfig, *, ranks: int = 0) -> list[str]:
+def command(config: RunConfig) -> list[str]:
+    """The script that runs this configuration, and its flags."""
     script = "train_seg.py" if isinstance(config, SegConfig) else "train_pretrain.py"
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    return [*(launch if ranks else [sys.executable]), str(ROOT / script), *flags(config)]
+    return [str(ROOT / script), *flags(config)]
 
 
-def interrupt(config: RunConfig, number: signal.Signals, *, after_step: int, ranks: int = 0) -> int:
-    """Start a run, send a signal once it has logged a step, and give the exit code."""
-    process = subprocess.Popen(
-        command(config, ranks=ranks),
-        stderr=subprocess.DEVNULL,
-        env=environment(),
-        start_new_session=True,
+def torchrun(*line: str | Path, **keys: Any) -> subprocess.Popen[str]:
+    """A script under torchrun itself, on two ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    return subprocess.Popen(
+        [*launch, *map(str, line)], env=environment(), text=True, start_new_session=True, **keys
     )
+
+
+def interrupt(
+    config: RunConfig,
+    number: signal.Signals,
+    *,
+    after_step: int,
+    process: subprocess.Popen[str] | None = None,
+) -> int:
+    """Start a run, send a signal once it has logged a step, and give the exit code.
+
+    process: of a run that has been started already.
+    """
+    running = process or Script(command(config))
+    wait_for_step(config, after_step, running)
+    os.killpg(running.pid, number)  # as schedulers do: the workers that read ahead are hit as well
+    return running.wait(timeout=60)
+
+
+def wait_for_step(config: RunConfig, step: int, process: subprocess.Popen[str] | Script) -> None:
+    """Until the run has logged a step, or has ended."""
     path = Path(config.out) / "log.jsonl"
     while process.poll() is None and not (
-        path.exists() and any(e.get("step", 0) >= after_step for e in read_log(path))
+        path.exists() and any(e.get("step", 0) >= step for e in read_log(path))
     ):
         time.sleep(0.05)
-    os.killpg(process.pid, number)  # as schedulers do: the workers that read ahead are hit as well
-    return process.wait(timeout=60)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def same_weights(a: dict[str, Any], b: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, environment
+from processes import ROOT, run_script
 from test_goldens import GOLDENS, SMALL, monai_weights
 from torch import Tensor
 from torch.nn import functional as F
@@ -557,14 +557,8 @@ def test_a_damaged_checkpoint_of_ours_is_not_taken_for_a_file_of_others(tmp_path
 # --- the command
 
 
-def run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *command], capture_output=True, text=True, cwd=cwd, env=environment()
-    )
-
-
 def weights_command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return run("-m", "dae.weights", *arguments, cwd=cwd)
+    return run_script("-m", "dae.weights", *arguments, cwd=cwd)
 
 
 def test_inspect_and_convert_answer_from_the_shell(tmp_path: Path) -> None:
@@ -595,7 +589,7 @@ def test_a_spoilt_file_is_one_line_and_exit_code_2_for_the_command_and_for_train
     flags = ("--data", "list.json", "--pretrained", "w.pt", "--out", "run")
     for process in (
         weights_command("inspect", "w.pt", cwd=tmp_path),
-        run(script, *flags, cwd=tmp_path),
+        run_script(script, *flags, cwd=tmp_path),
     ):
         assert process.returncode == 2
         assert process.stdout == ""
@@ -629,7 +623,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
 
 def test_help_answers_without_torch() -> None:
     begun = time.perf_counter()
-    process = run("-X", "importtime", "-m", "dae.weights", "convert", "--help", cwd=ROOT)
+    line = [sys.executable, "-X", "importtime", "-m", "dae.weights", "convert", "--help"]
+    process = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     assert time.perf_counter() - begun < 1.5
     assert "--to" in process.stdout
     assert "| torch" not in process.stderr

@@ -15,7 +15,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK, ROOT, environment
+from conftest import NETWORK, ROOT
+from processes import run_script
 from torch import Tensor
 
 from dae.config.command_line import run_or_explain
@@ -78,8 +79,7 @@ def names_in(folder: Path) -> set[str]:
 
 
 def shell(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "eval.py"), *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment())
+    return run_script(ROOT / "eval.py", *arguments)
 
 
 # --- score
@@ -903,10 +903,11 @@ def test_scores_without_a_summary_are_compared_with_one_line_of_warning(
 @pytest.mark.parametrize("command", ["", *evaluate.CONFIGS])
 def test_help_answers_without_torch_in_half_a_second(command: str) -> None:
     arguments = [command, "--help"] if command else ["--help"]
+    line = [sys.executable, str(ROOT / "eval.py"), *arguments]
     seconds = []
     for _ in range(3):  # of processor time: a busy machine takes longer
         before = os.times()
-        done = shell(*arguments)
+        done = subprocess.run(line, capture_output=True, text=True)
         after = os.times()
         seconds.append(sum(after[2:4]) - sum(before[2:4]))  # of child processes
         assert done.returncode == 0

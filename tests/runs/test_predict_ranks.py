@@ -1,4 +1,4 @@
-"""eval.py predict under torchrun: two ranks share the cases, and speak as one."""
+"""eval.py predict on two ranks: they share the cases, and speak as one."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, environment, refusal
+from processes import run_ranks
 from test_eval import bytes_in, damaged, names_in, noise, weights
 
 from dae.config.evaluate import PredictConfig
@@ -20,9 +21,8 @@ evaluate = importlib.import_module("eval")
 
 
 def two_ranks(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    line = [*launch, str(ROOT / "eval.py"), "predict", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, env=environment())
+    line = [ROOT / "eval.py", "predict", *arguments]
+    return run_ranks(line, line)
 
 
 def errors_in(done: subprocess.CompletedProcess[str]) -> list[str]:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -18,7 +17,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import command, environment, events, interrupt, same_weights, train
+from conftest import command, events, interrupt, same_weights, torchrun, train, wait_for_step
+from processes import Script, run_script
 
 import train_pretrain
 from dae.config.pretrain import PretrainConfig
@@ -389,13 +389,8 @@ def test_a_run_whose_worker_fails_ends_in_a_line(
     torchrun ends the other rank, which on a busy machine has not always said its own line by then.
     """
     config = tiny(steps=100_000, workers=2, cache_dir=str(tmp_path / "cache"), save_every=100_000)
-    process = subprocess.Popen(
-        command(config, ranks=ranks),
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        start_new_session=True,
-    )
+    line = command(config)
+    process = torchrun(*line, stderr=subprocess.PIPE) if ranks else Script(line)
     try:
         wait_for_step(config, 3, process)
         if what == "the cache goes":
@@ -403,25 +398,22 @@ def test_a_run_whose_worker_fails_ends_in_a_line(
         else:
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[0]), signal.SIGKILL)
-        told = process.communicate(timeout=60)[1]
+        told = said_by(process)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     said = [line for line in told.splitlines() if line.startswith("train_pretrain.py: ")]
-    assert process.returncode == (1 if ranks else 2) and 1 <= len(said) <= max(1, ranks), told[
-        -3000:
-    ]
+    assert process.poll() == (1 if ranks else 2) and 1 <= len(said) <= max(1, ranks), told[-3000:]
     word = "--cache-dir" if what == "the cache goes" else "a process that reads ahead has died"
     assert any(word in line for line in said)
     assert ranks or "Traceback" not in told
 
 
-def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen[str]) -> None:
-    path = Path(config.out) / "log.jsonl"
-    while process.poll() is None and not (
-        path.exists() and any(e.get("step", 0) >= step for e in read_log(path))
-    ):
-        time.sleep(0.05)
+def said_by(process: subprocess.Popen[str] | Script) -> str:
+    """Its stderr, when it has ended."""
+    if isinstance(process, Script):
+        return process.done(timeout=60).stderr
+    return process.communicate(timeout=60)[1]
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tiny: Config) -> None:
@@ -556,7 +548,7 @@ def test_from_the_shell_bad_input_is_one_line_and_exit_code_2(tiny: Config) -> N
 
 
 def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_checkpoint_before(
-    tiny: Config,
+    tiny: Config, tmp_path: Path
 ) -> None:
     config = tiny(steps=400, save_every=400, stop_after=2)
     main(config)
@@ -566,11 +558,9 @@ def test_a_full_disk_stops_the_run_in_one_line_and_keeps_the_checkpoint_before(
     )
     start = "import runpy, sys; sys.argv = sys.argv[1:]; "
     start += "runpy.run_path(sys.argv[0], run_name='__main__')"
-    script = limit + start
-    line = command(tiny(steps=400, save_every=400, stop_after=3, resume=True))
-    done = subprocess.run(
-        [line[0], "-c", script, *line[1:]], capture_output=True, text=True, env=environment()
-    )
+    script = tmp_path / "limited.py"
+    script.write_text(limit + start)
+    done = run_script(script, *command(tiny(steps=400, save_every=400, stop_after=3, resume=True)))
     assert done.returncode == 2
     assert (
         done.stderr.strip().split("\n")[-1].startswith("train_pretrain.py: ")

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, environment, events, interrupt, same_weights, train
+from conftest import ROOT, events, interrupt, same_weights, train
+from processes import run_ranks
 from test_train_seg import Config, weights
 
 from dae.config.segment import SegConfig
@@ -42,17 +43,8 @@ def test_two_ranks_train_as_one_process_with_twice_the_batch(
     two = replace(one, out=str(tmp_path / "two"), batch_size=2)
     main(one)
     (tmp_path / "ranks.py").write_text(RANKS)
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        tmp_path / "ranks.py",
-    ]
-    done = subprocess.run(
-        [*line, repr(vars(two))], capture_output=True, text=True, env=environment()
-    )
+    line = [tmp_path / "ranks.py", repr(vars(two))]
+    done = run_ranks(line, line)
     assert done.returncode == 0, done.stderr
     for a, b in zip(events(one, "train"), events(two, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]

@@ -1,6 +1,5 @@
 """Two processes (gloo, CPU) against one with twice the batch: losses, gradients, contrast, stop."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import NETWORK, ROOT, command, environment, events, interrupt, same_weights, train
+from conftest import NETWORK, command, events, interrupt, same_weights, torchrun, train
+from processes import run_ranks
 from test_pretrain import Config, weights
 from torch.nn.parallel import DistributedDataParallel
 
@@ -101,17 +101,7 @@ def as_a_rank(out: Path) -> None:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     out = tmp_path_factory.mktemp("ranks")
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        __file__,
-        str(out),
-    ]
-    env = {**environment(), "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run(launch, capture_output=True, text=True, env=env)
+    done = run_ranks((__file__, out), (__file__, out))
     assert done.returncode == 0, done.stderr
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
@@ -229,16 +219,10 @@ def test_ranks_that_find_different_checkpoints_refuse_to_go_on(
     """As on two nodes without a shared file system."""
     config = tiny(out=str(tmp_path / "rank0"), steps=8, stop_after=3)
     assert train(config, ranks=2).returncode == 0
-    script = "import os, sys, runpy; "
-    script += f"sys.argv[-1] = '{tmp_path}/rank' + os.environ['RANK']; runpy.run_path"
-    line = command(replace(config, stop_after=0, resume=True), ranks=2)
-    script += f"('{line[line.index('--nproc_per_node=2') + 1]}', run_name='__main__')"
-    (tmp_path / "each.py").write_text(script)
-    flags = line[line.index("--nproc_per_node=2") + 2 :]
-    at = flags.index("--out")
-    flags = [*flags[:at], *flags[at + 2 :], "--out", "x"]
-    launch = [*line[: line.index("--nproc_per_node=2") + 1], str(tmp_path / "each.py"), *flags]
-    done = subprocess.run(launch, capture_output=True, text=True, env=environment())
+
+    resumed = replace(config, stop_after=0, resume=True)
+    elsewhere = replace(resumed, out=str(tmp_path / "rank1"))
+    done = run_ranks(command(resumed), command(elsewhere))
     assert done.returncode != 0 and "the ranks find it at steps [3, 0]" in done.stderr
 
 
@@ -249,7 +233,9 @@ def test_sigterm_to_torchrun_ends_in_a_checkpoint_from_which_the_run_goes_on(
     straight = tiny(out=str(tmp_path / "straight"), steps=60, stop_after=40, workers=1)
     broken = tiny(out=str(tmp_path / "broken"), steps=60, stop_after=40, workers=1, resume=True)
     assert train(straight, ranks=2).returncode == 0
-    assert interrupt(broken, signal.SIGTERM, after_step=5, ranks=2) in (0, 1, -signal.SIGTERM)
+    process = torchrun(*command(broken), stderr=subprocess.DEVNULL)
+    code = interrupt(broken, signal.SIGTERM, after_step=5, process=process)
+    assert code in (0, 1, -signal.SIGTERM)
     assert 5 <= checkpoint.load(Path(broken.out) / "last.pt")["step"] < 40
     assert events(broken, "end")[-1]["reason"] == "stopped"
     assert train(broken, ranks=2).returncode == 0

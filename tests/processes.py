@@ -77,6 +77,10 @@ class Script:
 def run_here(line: Sequence[str], variables: Mapping[str, str], cwd: str, output: str) -> None:
     """In the fork: what `python LINE` does."""
     os.setsid()
+
+    # A process of a fork server would take a fork server for its own workers too.
+    multiprocessing.set_start_method(None, force=True)
+
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)

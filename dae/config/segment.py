@@ -32,7 +32,7 @@ class TransferConfig:
         "warmup",
         "learning rates over the run: warm-up then cosine, cosine alone, the encoder never "
         "moved, or the decoder alone for the first tenth; probe: a linear layer on the states of "
-        "the encoder in place of a decoder, and the encoder never moved (take a --lr near 0.03)",
+        "the encoder in place of a decoder, and the encoder never moved (take a --lr near 0.1)",
     )
     loss: Literal["dice", "dice_ce"] = opt(
         "dice", "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy"

@@ -38,7 +38,7 @@ def probe(tiny_seg: Config) -> Config:
     """Configurations of tiny probes; keyword arguments override."""
 
     def config(**given: Any) -> SegConfig:
-        return tiny_seg(**{"schedule": "probe", "lr": 1e-2, "loss": "dice_ce", **given})
+        return tiny_seg(**{"schedule": "probe", "lr": 1e-1, "loss": "dice_ce", **given})
 
     return config
 

@@ -157,6 +157,17 @@ def test_mixed_precision_does_not_blur_directions_of_little_variance() -> None:
         assert torch.equal(net.eval()(x), wanted)
 
 
+@every
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_a_probe_that_is_cast_whole_still_runs_on_one_crop(name: str, dtype: torch.dtype) -> None:
+    """`to` casts the sums as well."""
+    net, _ = probe(name)
+    net = net.to(dtype).train()
+    for x in (image(16, 16, 32)[:1], torch.zeros(1, 1, 16, 16, 32)):  # all alike: no variance
+        y = net(x.to(dtype))
+        assert y.dtype == dtype and y.isfinite().all()
+
+
 @pytest.mark.parametrize("few", (False, True))
 def test_a_head_is_trained_at_a_usual_rate_whatever_the_states_are_like(few: bool) -> None:
     """As the deep states of a Swin UNETR are: the channels differ by 1, the places by 0.005.

@@ -100,8 +100,8 @@ class Whiten(nn.Module):
             self.sums += over_ranks(sums_of_products(x))
 
         # In float64, which autocast and TF32 leave alone: a direction of little variance is the
-        # difference of large values.
-        mean, matrix = whitening(self.sums)
+        # difference of large values. (The sums are float32 where a user has cast the network.)
+        mean, matrix = whitening(self.sums.double())
         centred = x.double() - rearrange(mean, "c -> c 1 1 1")
         return einsum(matrix, centred, "k c, b c d h w -> b k d h w").to(x.dtype)
 

@@ -541,28 +541,10 @@ def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
 def cases_of(
     config: CasesConfig, modality: str, seen: leaks.Seen, unknown: Sequence[str] = ()
 ) -> tuple[DataList, Sequence[Item]]:
-    """The list, and its items of --split. `validation` is what the fine-tuning run held out, as far
-    as `seen` tells.
-
-    `unknown` are checkpoints of older versions, which drew five folds otherwise. Raises InputError.
-    """
-    items = datalist.load(config.data, root=config.data_root, modality=modality)
-    if config.split == "validation":
-        items = holdout.for_evaluation(
-            items,
-            config.data,
-            seen,
-            fold=config.fold,
-            split_seed=config.split_seed,
-            older=unknown,
-            allow_trained=config.allow_trained,
-        )
-        if items.notes:
-            print("; ".join(items.notes))
-
-    chosen: Sequence[Item] = getattr(items, config.split)
-    if not chosen:
-        raise InputError(f"--split {config.split}: {config.data} has no such items")
+    """As `holdout.read_for_evaluation`; what it decides for the user is printed."""
+    items, chosen = holdout.read_for_evaluation(config, modality, seen, unknown)
+    if config.split == "validation" and items.notes:
+        print("; ".join(items.notes))
     return items, chosen
 
 

@@ -13,10 +13,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from dae.config.command_line import value_if_set
+from dae.config.evaluate import CasesConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data import datalist, leaks
-from dae.data.datalist import DataList, check_all_labelled
+from dae.data.datalist import DataList, Item, check_all_labelled
 from dae.data.leaks import Seen
 from dae.errors import InputError, counted
 
@@ -52,6 +53,32 @@ def read_for_segmentation(config: SegConfig) -> DataList:
         label_count=config.label_count,
         allow_trained=config.allow_trained,
     )
+
+
+def read_for_evaluation(
+    config: CasesConfig, modality: str, seen: Seen, older: Sequence[str] = ()
+) -> tuple[DataList, Sequence[Item]]:
+    """The list of --data, divided as eval.py does it, and its items of --split.
+
+    `validation` is what the fine-tuning run held out, as far as `seen` tells. `older` are
+    checkpoints of older versions, which drew five folds otherwise. Raises InputError.
+    """
+    items = datalist.load(config.data, root=config.data_root, modality=modality)
+    if config.split == "validation":
+        items = for_evaluation(
+            items,
+            config.data,
+            seen,
+            fold=config.fold,
+            split_seed=config.split_seed,
+            older=older,
+            allow_trained=config.allow_trained,
+        )
+
+    chosen: Sequence[Item] = getattr(items, config.split)
+    if not chosen:
+        raise InputError(f"--split {config.split}: {config.data} has no such items")
+    return items, chosen
 
 
 def for_pretraining(

@@ -13,7 +13,7 @@ from typing import Any
 from dae.config.command_line import parse, value_if_set
 from dae.config.evaluate import PredictConfig
 from dae.config.segment import SegConfig
-from dae.data import datalist, holdout, leaks
+from dae.data import holdout, leaks
 from dae.data.datalist import DataList
 from dae.errors import InputError
 from dae.evaluation.cases import check_classes
@@ -107,23 +107,10 @@ def check_scored(config: PredictConfig, tuned: DataList, seen: leaks.Seen) -> No
 
     Raises InputError.
     """
-    items = datalist.load(config.data, root=config.data_root, modality=config.modality)
-    if config.split == "validation":
-        items = holdout.for_evaluation(
-            items,
-            config.data,
-            seen,
-            fold=config.fold,
-            split_seed=config.split_seed,
-            older=(),
-            allow_trained=config.allow_trained,
-        )
+    items, chosen = holdout.read_for_evaluation(config, config.modality, seen)
     classes = {str(label): name for label, name in tuned.labels.items()}
     check_classes(items.labels, classes, config.data)
 
-    chosen = items.test if config.split == "test" else items.validation
-    if not chosen:
-        raise InputError(f"--split {config.split}: {config.data} has no such items")
     for item in chosen:
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {config.data}')

@@ -101,11 +101,35 @@ def test_several_channels_give_their_sum_to_one() -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-def test_two_channels_do_not_fit_three() -> None:
-    two = SwinUNETR(2, 1, **NETWORK)
-    three = SwinUNETR(3, 1, **NETWORK)
-    with pytest.raises(InputError, match=r"encoder\.stem\.proj\.weight does not fit"):
-        transfer(three, two.state_dict(), BOTH, PATH)
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (4, 2), (3, 4)])
+def test_equal_channels_give_the_same_through_any_other_number_of_them(
+    before: int, after: int
+) -> None:
+    weights = SwinUNETR(before, 1, **NETWORK)
+    network = network_for_four_classes(channels=after)
+    report = transfer(network, weights.state_dict(), BOTH, PATH)
+    assert set(report.adapted) >= INPUT_KERNELS
+
+    x = torch.randn(1, 1, 16, 16, 16)
+    there = states(weights, x.expand(-1, before, -1, -1, -1))
+    here = states(network, x.expand(-1, after, -1, -1, -1))
+    for a, b in zip(there, here):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_as_many_channels_are_copied_in_their_order() -> None:
+    weights = SwinUNETR(3, 1, **NETWORK).state_dict()
+    network = network_for_four_classes(channels=3)
+    report = transfer(network, weights, BOTH, PATH)
+    assert not report.adapted
+    for name in INPUT_KERNELS:
+        assert torch.equal(network.state_dict()[name], weights[name])
+
+
+def test_a_network_of_other_features_is_refused_and_nothing_is_added_up() -> None:
+    wider = SwinUNETR(1, 1, **{**NETWORK, "feature_size": 16})
+    with pytest.raises(InputError, match=r"does not fit"):
+        transfer(network_for_four_classes(), wider.state_dict(), BOTH, PATH)
 
 
 def test_a_transfer_that_changes_nothing_is_refused() -> None:

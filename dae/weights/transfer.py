@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor, nn
 
 from dae.errors import InputError
@@ -173,8 +174,12 @@ def transfer(
 def fit_channels(kernel: Tensor, wanted: Tensor) -> Tensor:
     """A convolution's kernel (c_out, c_in, d, h, w) for as many input channels as `wanted` has.
 
-    From one channel to N, each gets an N-th of the kernel; from N to one, the N are added up.
-    Either way N equal channels give what one channel gave. Any other tensor is returned as it is.
+    The kernels of the channels are added up, and each of the M new ones gets an M-th of the sum. So
+    M equal channels give what N channels equal to them gave, and which contrast a channel showed is
+    forgotten. Any other tensor, and a kernel of as many channels, is returned as it is.
+
+    The rest of the network is built as the weights say: what reads the image is all that can have
+    another number of input channels.
     """
     if kernel.ndim != 5 or wanted.ndim != 5:
         return kernel
@@ -185,8 +190,5 @@ def fit_channels(kernel: Tensor, wanted: Tensor) -> Tensor:
     after = wanted.shape[1]
     if before == after:
         return kernel
-    if before == 1:
-        return kernel.expand(-1, after, -1, -1, -1) / after  # (c_out, 1, ...) -> (c_out, N, ...)
-    if after == 1:
-        return kernel.sum(1, keepdim=True)
-    return kernel
+    total = reduce(kernel, "c_out c_in d h w -> c_out 1 d h w", "sum")
+    return repeat(total, "c_out 1 d h w -> c_out m d h w", m=after) / after

@@ -74,7 +74,7 @@ from dae.training.run import (
 )
 from dae.weights.foreign import Weights
 from dae.weights.plan import with_plan
-from dae.weights.transfer import Report, parts_to_transfer, transfer
+from dae.weights.transfer import Report, check_same_classes, parts_to_transfer, transfer
 
 
 @dataclass
@@ -277,14 +277,20 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     # On the device "meta" tensors have shapes and no values.
     dtype = autocast_type(config.amp, ranks.device)
     recipe = Recipe.of(config, foreground_crop=config.foreground_crop)
+    outputs = 2
+    if weights and config.transfer == "all":
+        outputs = weights.plan["out_channels"]
     with torch.device("meta"):
-        build(config, 1, 2, weights)
+        build(config, 1, outputs, weights)
 
     # Data.
     phantoms = Path(config.pretrained).parent / "phantoms"  # those of the demo of pre-training
     config = with_phantoms(config, ranks, phantoms)
     items = holdout.read_for_segmentation(config)
     classes = dict(sorted(items.labels.items()))
+    notes_on_head: list[str] = []
+    if weights and config.transfer == "all" and not config.from_scratch:
+        notes_on_head = check_same_classes(weights.plan, classes, Path(config.pretrained))
     flips = flips_for(items, classes, resumed, config)
     config = replace(config, steps=steps_of(items, resumed, config, ranks))
     started_from = plan_started_from(resumed, weights, config)
@@ -333,7 +339,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     notes = [*items.notes, *known_tests, *leaks.known_before(items, validated, seen_before)]
     notes += leaks.pretrained_before(items, validated, started_from)
     if weights and report:
-        notes += notes_on(weights)
+        notes += notes_on(weights) + notes_on_head
 
     if resumed:
         by_size = items.fingerprint_by_size(labels=True)

@@ -17,8 +17,10 @@ class TransferConfig:
         "weights of train_pretrain.py, or any others that `python -m dae.weights inspect` reads; "
         "network, crop, spacing and intensities come with them where no flag differs",
     )
-    transfer: Literal["encoder", "decoder", "both"] = opt(
-        "both", "what is taken of it; the head is always new; sec. 3.2"
+    transfer: Literal["encoder", "decoder", "both", "all"] = opt(
+        "both",
+        "what is taken of it; both: encoder and decoder, under a new head, sec. 3.2; all: with the "
+        "head, to go on with fine-tuned weights on other volumes of the same classes",
     )
     from_scratch: bool = opt(
         False, "the same run without the weights: the network of --pretrained, newly drawn"

@@ -7,11 +7,13 @@ transfer after which no value of the network has changed.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
+from dae.config.pretrain import Method
 from dae.errors import InputError
 
 PARTS = ("encoder", "decoder", "head")
@@ -74,18 +76,51 @@ def count_of(part: str, names: Iterable[str]) -> int:
 
 
 def parts_to_transfer(choice: str, weights: Mapping[str, Tensor], path: Path) -> list[str]:
-    """The parts that --transfer encoder, decoder or both names; never the head.
+    """The parts that --transfer encoder, decoder, both or all names; the head in `all` alone.
 
     Raises InputError on a part that the weights do not have.
     """
     present = parts_in(weights)
-    parts = ["encoder", "decoder"] if choice == "both" else [choice]
+    parts = {"both": ["encoder", "decoder"], "all": list(PARTS)}.get(choice, [choice])
     for part in parts:
         if part not in present:
             raise InputError(
                 f"--transfer {choice}: {path} has no {part}; take --transfer {min(present)}"
             )
     return parts
+
+
+def check_same_classes(
+    weights: Mapping[str, Any], classes: Mapping[int, str], path: Path
+) -> list[str]:
+    """For --transfer all: the head is of the classes of the list. Returns what the user should know.
+
+    weights: their plan. Raises InputError.
+    """
+    take_both = "take --transfer both"
+    if weights["method"] in get_args(Method):
+        raise InputError(f"--transfer all: {path} is of pre-training, without classes; {take_both}")
+
+    listed = {str(label): name for label, name in classes.items()}
+    known = weights["classes"]
+    if known and known != listed:
+        raise InputError(
+            f"--transfer all: {path} is of the classes {in_words(known)}, "
+            f"the list has {in_words(listed)}; {take_both}"
+        )
+    if weights["out_channels"] != len(listed):
+        raise InputError(
+            f"--transfer all: {path} is of {weights['out_channels']} classes, "
+            f"the list has {len(listed)}; {take_both}"
+        )
+    if known:
+        return []
+    return [f"{path} names no classes: its outputs are taken for {in_words(listed)}, in this order"]
+
+
+def in_words(classes: Mapping[str, str]) -> str:
+    """{"0": "background", "1": "liver"} -> "0 background, 1 liver"."""
+    return ", ".join(f"{label} {name}" for label, name in classes.items())
 
 
 def parts_that_fit(network: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -27,6 +27,7 @@ from dae.model import SwinUNETR
 from dae.training.distributed import Ranks
 from dae.weights import checkpoint
 from dae.weights.layouts import to_monai
+from dae.weights.transfer import check_same_classes
 from train_seg import main
 
 evaluate = importlib.import_module("eval")
@@ -185,6 +186,41 @@ def test_from_scratch_is_the_same_run_without_the_weights(tiny_seg: Config, tmp_
     assert pretrained_weights.keys() == new_weights.keys()
     assert not same_weights(pretrained_weights, new_weights)
     assert events(scratch, "start")[0]["weights"] == "from scratch"
+
+
+def test_fine_tuned_weights_go_on_with_their_head(tiny_seg: Config, tmp_path: Path) -> None:
+    first = tiny_seg(out=str(tmp_path / "first"))
+    main(first)
+    given: dict[str, Any] = {"pretrained": f"{first.out}/last.pt", "transfer": "all"}
+    still = tiny_seg(**given, lr=0.0, steps=1)
+    validation = main(still)
+    assert same_weights(weights(first), weights(still))
+    assert validation["dice"] == events(first, "validation")[-1]["dice"]
+    assert events(still, "start")[0]["weights"]["new"] == []
+
+
+def test_a_head_of_other_classes_or_of_pre_training_is_not_taken(
+    tiny_seg: Config, pretrained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"pre/last\.pt is of pre-training.*--transfer both"):
+        main(tiny_seg(transfer="all"))
+    first = tiny_seg(out=str(tmp_path / "first"), steps=1)
+    main(first)
+    other = str(broken_list(pretrained, tmp_path, another_name))
+    with pytest.raises(InputError, match=r"is of the classes 0 background.* the list has"):
+        main(tiny_seg(pretrained=f"{first.out}/last.pt", transfer="all", data=other))
+    assert not Path(tiny_seg().out).exists()
+
+
+def test_a_head_whose_file_names_no_classes_is_taken_in_the_order_of_the_list(
+    tmp_path: Path,
+) -> None:
+    plan = {"method": "monai", "classes": {}, "out_channels": 3}
+    path = tmp_path / "w.pt"
+    notes = check_same_classes(plan, {0: "background", 1: "liver", 2: "spleen"}, path)
+    assert "0 background, 1 liver, 2 spleen, in this order" in notes[0]
+    with pytest.raises(InputError, match="is of 3 classes, the list has 2"):
+        check_same_classes(plan, {0: "background", 1: "liver"}, path)
 
 
 @pytest.mark.parametrize("schedule", ["plain", "warmup", "frozen-encoder", "decoder-first"])

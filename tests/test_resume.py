@@ -1,5 +1,6 @@
 """dae/training/resume.py: what a run may write over, and whether it is the same run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dae.config.command_line import to_json
+from dae.config.pretrain import PretrainConfig
 from dae.config.shared import OptimConfig
 from dae.errors import InputError
 from dae.training import resume
@@ -35,6 +37,22 @@ def test_the_product_of_the_factors_may_not_change() -> None:
     words = r"^--batch-size 4 x --accumulate 2 x 1 ranks = 8 samples .* started with 16"
     with pytest.raises(InputError, match=words):
         resume.check_same_batch(Path("last.pt"), saved_on_two_ranks(), BATCH, world=1)
+
+
+def test_a_run_may_become_longer_which_is_said_and_not_shorter() -> None:
+    short = PretrainConfig(steps=100)
+    saved = {**saved_on_two_ranks(), "global_batch": 4, "config": to_json(short), "step": 100}
+    path = Path("last.pt")
+
+    longer = replace(short, steps=300)
+    resume.check_same_flags(path, saved, longer)
+    (note,) = resume.changes_in_words(saved, longer, world=2)
+    assert note.startswith("100 steps before, 300 now: from step 100 on")
+
+    with pytest.raises(InputError, match=r"^--steps 50: .* started with 100"):
+        resume.check_same_flags(path, saved, replace(short, steps=50))
+    with pytest.raises(InputError, match=r"^--lr 1\.0"):
+        resume.check_same_flags(path, saved, replace(longer, lr=1.0))
 
 
 def test_another_number_of_threads_is_said() -> None:

@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from dae.config.command_line import to_json
-from dae.config.shared import OptimConfig, RunConfig, differences
+from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
+from dae.config.shared import OptimConfig, differences
 from dae.data.datalist import BY_VOXELS
 from dae.errors import InputError
 from dae.weights import checkpoint
+
+Config = PretrainConfig | SegConfig
 
 # What a run writes into its folder, in addition to step-N.pt.
 RUN_FILES = (
@@ -26,6 +30,10 @@ RUN_FILES = (
 
 # The files among them that show that a run was here, and not only a user's file of the same name.
 SIGNS_OF_A_RUN = ("log.jsonl", "last.pt")
+
+
+# Flags that say how long a run is. It may become longer.
+LENGTH = ("steps", "epochs")
 
 
 # --- the folder
@@ -87,9 +95,11 @@ def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
 # --- the same run?
 
 
-def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
+def check_same_flags(path: Path, saved: Mapping[str, Any], config: Config) -> None:
     """Raises InputError, with the flag's name, where the checkpoint `path` is of another run."""
     changed = differences(config, saved["config"])
+    if is_longer(saved, config):
+        changed = [name for name in changed if name not in LENGTH]
     if not changed:
         return
 
@@ -99,6 +109,16 @@ def check_same_flags(path: Path, saved: Mapping[str, Any], config: RunConfig) ->
     raise InputError(
         f"{flag} {now}: the run of {path} was started with {before}; keep it, or name another --out"
     )
+
+
+def is_longer(saved: Mapping[str, Any], config: OptimConfig) -> bool:
+    """Whether a resumed run is to have more steps than it was started with.
+
+    It goes on as the longer run from where it is: the rate of every step is a function of the step
+    and of the number of steps, and a sample does not depend on the length of its run. `config` has
+    the number of steps that --epochs gives.
+    """
+    return config.steps > int(saved["config"]["steps"])
 
 
 def check_same_batch(
@@ -150,6 +170,12 @@ def changes_in_words(saved: Mapping[str, Any], config: OptimConfig, *, world: in
         notes.append(
             f"{ranks} ranks x batch {batch} x {accumulate} before, {world} x {config.batch_size} x "
             f"{config.accumulate} now: the same samples, summed in another order"
+        )
+
+    if is_longer(saved, config):
+        notes.append(
+            f"{saved['config']['steps']} steps before, {config.steps} now: from step "
+            f"{saved['step']} on the learning rate is that of the longer run"
         )
 
     threads = torch.get_num_threads()

@@ -27,6 +27,7 @@ from dae.errors import InputError
 from dae.pretext.methods import METHODS
 from dae.training.distributed import Ranks
 from dae.training.log import read_log
+from dae.training.optim import learning_rate
 from dae.training.run import with_phantoms
 from dae.weights import checkpoint
 from train_pretrain import main
@@ -150,6 +151,40 @@ def test_a_finished_run_resumed_changes_nothing(tiny: Config) -> None:
     before = weights(config.out)
     main(tiny(resume=True))
     assert same_weights(before, weights(config.out))
+
+
+def test_a_finished_run_goes_on_as_a_longer_one(
+    tiny: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps 5 to 8 have the rates of eight steps, whether they are taken at once or not."""
+    at_once = tiny(out=str(tmp_path / "once"))
+    in_two = tiny(out=str(tmp_path / "two"))
+    for config in (at_once, in_two):
+        main(config)
+    main(replace(at_once, steps=8, resume=True))
+    assert "4 steps before, 8 now: from step 4 on" in capsys.readouterr().err
+    main(replace(in_two, steps=8, resume=True, stop_after=6))
+    main(replace(in_two, steps=8, resume=True))
+
+    assert same_weights(weights(at_once.out), weights(in_two.out))
+    rates = [event["lr"] for event in events(at_once, "train")]
+    of_four = [learning_rate(step, at_once) for step in range(4)]
+    of_eight = [learning_rate(step, replace(at_once, steps=8)) for step in range(4, 8)]
+    assert rates == of_four + of_eight
+    with pytest.raises(InputError, match=r"^--steps 4: "):
+        main(replace(at_once, resume=True))
+
+
+def test_a_longer_run_sees_the_samples_of_one_that_was_as_long_from_the_start(
+    tiny: Config, tmp_path: Path
+) -> None:
+    """At a rate of 0 no weight moves, so that equal losses are of equal samples."""
+    straight = tiny(out=str(tmp_path / "straight"), lr=0.0, steps=6)
+    longer = tiny(out=str(tmp_path / "longer"), lr=0.0, steps=3)
+    main(straight)
+    main(longer)
+    main(replace(longer, steps=6, resume=True))
+    assert losses(straight) == losses(longer)
 
 
 def test_resuming_another_configuration_is_refused_by_the_flags_name(tiny: Config) -> None:

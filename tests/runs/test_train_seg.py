@@ -256,6 +256,14 @@ def test_epochs_are_passes_over_the_training_volumes(tiny_seg: Config) -> None:
     assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 3
 
 
+def test_a_finished_run_goes_on_for_more_epochs(tiny_seg: Config) -> None:
+    config = tiny_seg(steps=0, epochs=2)
+    main(config)
+    main(replace(config, epochs=4, resume=True))
+    assert [event["step"] for event in events(config, "train")] == [1, 2, 3, 4, 5, 6]
+    assert "3 steps before, 6 now" in " ".join(events(config, "resume")[0]["notes"])
+
+
 def test_stop_after_means_the_same_step_however_often_it_is_passed(
     tiny_seg: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,8 @@ class InstanceNorm(nn.Module):
         # On a CPU the backward of `F.instance_norm` is wrong (relative error 1.4, in float64 too)
         # for a batch of one whose gradient arrives in channels_last_3d, whatever the layout of x.
         # Seen in torch 2.11.0 and 2.14.1; right for larger batches and for contiguous gradients.
-        if len(x) == 1 and x.device.type == "cpu":
+        # (Asked in this order, a network that is exported without gradients has no fixed batch.)
+        if y.requires_grad and x.device.type == "cpu" and len(x) == 1:
             y = ContiguousGradient.apply(y)
         return y
 

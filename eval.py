@@ -91,7 +91,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae.config.evaluate import CasesConfig, FeaturesConfig, TruthsConfig
+from dae.config.evaluate import NEEDS_LESS, CasesConfig, FeaturesConfig, TruthsConfig
 from dae.data import datalist, holdout, leaks
 from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
@@ -1195,4 +1195,8 @@ COMMANDS: dict[str, Callable[[Any], object]] = {
 }
 
 if __name__ == "__main__":
-    run_or_explain(lambda: COMMANDS[COMMAND](CONFIG), f"eval.py {COMMAND}")
+    run_or_explain(
+        lambda: COMMANDS[COMMAND](CONFIG),
+        f"eval.py {COMMAND}",
+        needs_less=NEEDS_LESS.get(COMMAND, ""),
+    )

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dae.config.command_line import was_set
 from dae.config.pretrain import PretextConfig
+from dae.config.shared import NEEDS_LESS
 from dae.data import holdout, leaks
 from dae.data.batches import Batch, Crops, spread_over_modalities
 from dae.data.datalist import Content, DataList
@@ -774,4 +775,4 @@ def not_beating_its_input(validation: Mapping[str, Any], config: PretrainConfig)
 
 
 if __name__ == "__main__":
-    run_or_explain(lambda: main(CONFIG), "train_pretrain.py")
+    run_or_explain(lambda: main(CONFIG), "train_pretrain.py", needs_less=NEEDS_LESS)

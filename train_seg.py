@@ -32,6 +32,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from dae.config.command_line import was_set
+from dae.config.shared import NEEDS_LESS
 from dae.data import holdout, leaks
 from dae.data.batches import LabelledCrops
 from dae.data.cache import Cached
@@ -657,4 +658,4 @@ def keep_best(run: Run, validation: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    run_or_explain(lambda: main(CONFIG), "train_seg.py")
+    run_or_explain(lambda: main(CONFIG), "train_seg.py", needs_less=NEEDS_LESS)

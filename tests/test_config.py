@@ -5,18 +5,21 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import pytest
+import torch
 
 from dae.config import pretrain, shared
 from dae.config.command_line import from_command_line, parse, run_or_explain, to_json, with_tuples
 from dae.config.evaluate import PredictConfig, ScoreConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
-from dae.config.shared import FREE_ON_RESUME, differences
+from dae.config.shared import FREE_ON_RESUME, NEEDS_LESS, differences
 from dae.errors import InputError
 from dae.model import BACKBONES
 from dae.pretext.baselines import BASELINES
@@ -238,6 +241,44 @@ def test_a_refusal_becomes_one_line_and_exit_code_2_or_under_dae_debug_a_traceba
     monkeypatch.setenv("DAE_DEBUG", "1")
     with pytest.raises(InputError):
         run_or_explain(refuse, "train_pretrain.py")
+
+
+def more_than_a_gpu_has() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+
+def more_than_torch_gets() -> None:
+    torch.empty(2**50)
+
+
+def more_than_numpy_gets() -> None:
+    np.empty(2**60, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [more_than_a_gpu_has, more_than_torch_gets, more_than_numpy_gets],
+    ids=lambda f: f.__name__,
+)
+def test_what_does_not_fit_into_memory_is_one_line_that_names_what_helps(
+    ask: Callable[[], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_or_explain(ask, "train_seg.py", needs_less=NEEDS_LESS)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train_seg.py: out of memory (")
+    for flag in ("--checkpointing", "--batch-size", "--accumulate", "--crop"):
+        assert flag in line
+
+
+def test_an_error_of_the_code_stays_a_traceback() -> None:
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        run_or_explain(lambda: broken("shape mismatch"), "train_seg.py")
+
+
+def broken(text: str) -> None:
+    raise RuntimeError(text)
 
 
 def test_the_name_of_a_backbone_is_checked_wherever_it_is_a_flag() -> None:

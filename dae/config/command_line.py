@@ -30,7 +30,7 @@ from typing import (
     get_type_hints,
 )
 
-from dae.errors import InputError
+from dae.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -65,19 +65,30 @@ def from_command_line(
     return config
 
 
-def run_or_explain(main: Callable[[], T], prog: str) -> T:
+def run_or_explain(main: Callable[[], T], prog: str, *, needs_less: str = "") -> T:
     """What `main` returns. A mistake of the user becomes one line on stderr and exit code 2.
 
-    A mistake is an InputError, or a file that cannot be read or written. DAE_DEBUG=1 shows the
-    traceback.
+    A mistake is an InputError, a file that cannot be read or written, or work that does not fit
+    into memory. needs_less: the flags with which it needs less. DAE_DEBUG=1 shows the traceback.
     """
     try:
         return main()
-    except (InputError, OSError) as error:
-        if os.environ.get("DAE_DEBUG") == "1":
+    except (InputError, OSError, RuntimeError, MemoryError) as error:
+        mistake = isinstance(error, (InputError, OSError))
+        if os.environ.get("DAE_DEBUG") == "1" or not (mistake or is_out_of_memory(error)):
             raise
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        text = " ".join(str(error).split())
+        if not mistake:
+            needs_less = needs_less or "it needs a machine with more"
+            text = f"out of memory ({one_line(error)}); {needs_less}"
+        print(f"{prog}: {text}", file=sys.stderr)
         sys.exit(2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of a CPU by torch, or by NumPy. torch is not imported to ask for its error."""
+    of_cpu = "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or of_cpu
 
 
 def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:

@@ -15,6 +15,14 @@ Ensemble = Literal["softmax", "logits"]
 Examples = Literal["crops", "positions"]
 
 
+# By command, what one that does not fit into memory is told.
+NEEDS_LESS = {
+    "predict": "take a smaller --batch, or --device cpu",
+    "cka": "take fewer --crops, or --device cpu",
+    "embed": "take --device cpu",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class CasesConfig:
     """cases"""

@@ -16,6 +16,12 @@ Amp = Literal["auto", "bf16", "fp16", "off"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 
 
+# What a training step that does not fit into memory is told.
+NEEDS_LESS = (
+    "take --checkpointing, a smaller --batch-size with more --accumulate, or a smaller --crop"
+)
+
+
 def check_backbone_name(name: str) -> None:
     """Raises InputError where the backbone is neither one of ours nor module:Class."""
     if name in BACKBONE_NAMES:

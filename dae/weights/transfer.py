@@ -93,9 +93,9 @@ def parts_to_transfer(choice: str, weights: Mapping[str, Tensor], path: Path) ->
 def check_same_classes(
     weights: Mapping[str, Any], classes: Mapping[int, str], path: Path
 ) -> list[str]:
-    """For --transfer all: the head is of the classes of the list. Returns what the user should know.
+    """For --transfer all: the head is of the classes of the list.
 
-    weights: their plan. Raises InputError.
+    weights: their plan. Returns what the user should know of it. Raises InputError.
     """
     take_both = "take --transfer both"
     if weights["method"] in get_args(Method):

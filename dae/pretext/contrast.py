@@ -34,6 +34,8 @@ def cmcl(z: Tensor, modality: Tensor, *, temperature: float = 0.07, form: str = 
     """CE(z_sim, z_label) of eq. 4, without its alpha: a scalar.
 
     z (n, c) and modality (n,) are those of all ranks; form is a key of FORMS; temperature is t.
+    One sample alone moves no feature. Of one modality alone, `bce` and `softmax` draw all features
+    together, since there is nothing to tell them from.
     """
     return FORMS[form](z, modality, temperature)
 

@@ -1,6 +1,8 @@
 """The optimiser and its learning rate: AdamW, linear warm-up and a cosine (sec. 3.2).
 
 Both rates are pure functions of the step, so a resumed run has no scheduler state to restore.
+A gradient that is far too large is clipped (--clip) and then moves no weight by more than about 3
+times the rate: what AdamW makes of a first large gradient.
 """
 
 import math

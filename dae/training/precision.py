@@ -34,7 +34,11 @@ def autocast(dtype: torch.dtype | None, device: torch.device) -> torch.autocast:
 
 
 def grad_scaler(dtype: torch.dtype | None, device: torch.device) -> torch.amp.GradScaler:
-    """fp16 gradients underflow without one; bf16 and float32 need none."""
+    """fp16 gradients underflow without one; bf16 and float32 need none.
+
+    A step whose gradients overflow is skipped and the scale halved, until they fit; AdamW does not
+    count it, and the rate goes on by the step. The scale is saved with the run.
+    """
     return torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 

@@ -83,7 +83,7 @@ def write_list(
     folds: int = 0,
     **changes: Any,
 ) -> None:
-    """A list with so many CT subjects in each split, whose files are not there."""
+    """A list with so many CT subjects in each split, whose files are empty."""
     content: dict[str, Any] = {"labels": {"0": "background", "1": "organ"}}
     for split, count in (("training", training), ("validation", validation), ("test", test)):
         content[split] = []
@@ -91,6 +91,8 @@ def write_list(
             case = f"{path.stem}_{split}{n}"
             entry = {"image": f"{case}.nii.gz", "label": f"{case}_label.nii.gz", "modality": "ct"}
             content[split].append({**entry, "subject": case})
+            for key in ("image", "label"):
+                (path.parent / entry[key]).touch()
     for n, entry in enumerate(content["training"]):
         if folds:
             entry["fold"] = n % folds
@@ -817,9 +819,21 @@ def with_other_classes(path: Path) -> None:
     path.write_text(json.dumps(content))
 
 
+def with_an_image_of_mr(path: Path) -> None:
+    content = json.loads(path.read_text())
+    content["test"][3]["modality"] = "t1"
+    path.write_text(json.dumps(content))
+
+
+def with_a_label_map_that_is_gone(path: Path) -> None:
+    (path.parent / "elsewhere_test3_label.nii.gz").unlink()
+
+
 @pytest.mark.parametrize(
     "spoil, words",
     [
+        (with_an_image_of_mr, "test3.nii.gz: modality t1, and networks are fine-tuned on ct"),
+        (with_a_label_map_that_is_gone, "elsewhere_test3_label.nii.gz: there is no such file"),
         (without_labels, "elsewhere_test3.nii.gz: has no "),
         (with_other_classes, "label 1 is 'tumour' there and 'organ' in the checkpoint"),
         (with_a_subject_that_is_trained_on, "trained on case labelled_training0; predict what"),
@@ -838,6 +852,15 @@ def test_cases_that_could_not_be_scored_are_said_before_hours_of_training(
     with pytest.raises(InputError, match=f'^plan "small": dae, labels all: predict: .*{words}'):
         run_all(study_in(here / "out", **whole))
     assert not ran(here, "start")
+
+
+def test_a_volume_of_pre_training_that_is_gone_is_said_at_the_start(here: Path) -> None:
+    (here / "pretrain_training2.nii.gz").unlink()
+    with pytest.raises(InputError, match=r"pretrain: .*training2\.nii\.gz: there is no such file"):
+        run_all(study_in(here / "out"))
+    (here / "pretrain_training3_label.nii.gz").unlink()  # labels are not looked at
+    (here / "pretrain_training2.nii.gz").touch()
+    assert run_all(study_in(here / "out")) == []
 
 
 def test_folds_and_numbers_that_a_list_has_are_run(here: Path) -> None:

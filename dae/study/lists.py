@@ -14,7 +14,7 @@ from dae.config.command_line import parse, value_if_set
 from dae.config.evaluate import PredictConfig
 from dae.config.segment import SegConfig
 from dae.data import holdout, leaks
-from dae.data.datalist import DataList
+from dae.data.datalist import DataList, Item
 from dae.errors import InputError
 from dae.evaluation.cases import check_classes
 from dae.study.cells import Cell, Command, Folders, cell_commands, data_of, pretrain_command
@@ -30,7 +30,7 @@ CHOOSING = (
 def check_lists(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
     """Raises InputError, in one line that names the plan and the cell, before anything is trained.
 
-    Nothing but the lists is read: a volume that is missing or damaged is found later.
+    Nothing but the lists is read, and no file may be missing: a damaged one is found later.
     """
     lists = data_of(plan, folders)
     check_lists_are_there(plan, lists)
@@ -80,11 +80,24 @@ def check_cell(configs: Mapping[StepName, Any]) -> None:
     """Every list of a cell is read as the script of each step reads it. Raises InputError."""
     pretrain, finetune, predict = (configs[step] for step in STEPS[:3])
     with naming("pretrain", pretrain.data):
-        holdout.read_for_pretraining(pretrain)
+        images = holdout.read_for_pretraining(pretrain)
+        check_files(images.training, labels=False)
     with naming("finetune", finetune.data):
         tuned = holdout.read_for_segmentation(finetune)
+        check_files((*tuned.training, *tuned.validation), labels=True)
     with naming("predict", predict.data):
         check_scored(predict, tuned, seen_in_training(tuned, finetune))
+
+
+def check_files(items: Sequence[Item], *, labels: bool) -> None:
+    """Raises InputError where an image is missing, or with `labels` a label map."""
+    for item in items:
+        files = list(item.image)
+        if labels and item.label is not None:
+            files.append(item.label)
+        for path in files:
+            if not path.is_file():
+                raise InputError(f"{path}: there is no such file")
 
 
 @contextmanager
@@ -111,9 +124,16 @@ def check_scored(config: PredictConfig, tuned: DataList, seen: leaks.Seen) -> No
     classes = {str(label): name for label, name in tuned.labels.items()}
     check_classes(items.labels, classes, config.data)
 
+    known = sorted({item.modality_name for item in tuned.training})
     for item in chosen:
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {config.data}')
+        if item.modality_name not in known:
+            raise InputError(
+                f"{item.image[0]}: modality {item.modality_name}, and networks are fine-tuned on "
+                f"{', '.join(known)}"
+            )
+    check_files(chosen, labels=True)
 
     if not config.allow_trained:
         trained = [chosen[n].subject for n in leaks.trained_among(chosen, seen)]

@@ -28,13 +28,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 from tqdm import tqdm
 
 from dae.config.command_line import was_set
 from dae.config.shared import NEEDS_LESS
 from dae.data import holdout, leaks
-from dae.data.batches import LabelledCrops
+from dae.data.augment import augment
+from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
@@ -89,6 +89,7 @@ class Run:
     clock: Clock
     classes: dict[int, str]  # label value -> name, background first; a network knows their order
     crops: LabelledCrops
+    class_table: Tensor  # label value -> class index, on the device
     held_out: list[Cached]  # to validate on
     network: nn.Module
     net: nn.Module  # the same, compiled and wrapped in DDP where that is asked for
@@ -107,7 +108,7 @@ def main(config: SegConfig) -> dict[str, Any]:
         # A signal ends the setup at once, which is safe: prepared volumes are written atomically.
         run = setup(config, ranks)
         ahead = read_ahead(
-            run.crops, run.config, ranks, step=run.state["step"], gather=default_collate
+            run.crops, run.config, ranks, step=run.state["step"], gather=collate_labelled
         )
         with StopSignal() as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
@@ -116,7 +117,7 @@ def main(config: SegConfig) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 
-def loop(run: Run, batches: Iterator[Any], signal: StopSignal) -> dict[str, Any]:
+def loop(run: Run, batches: Iterator[LabelledBatch], signal: StopSignal) -> dict[str, Any]:
     """Train, validate, save.
 
     The body of the loop runs once more than there are steps, so that the last validation and the
@@ -180,7 +181,7 @@ class Step(NamedTuple):
     stop: bool  # whether any rank was asked to stop
 
 
-def train_step(run: Run, batches: Iterator[Any], signal: StopSignal) -> Step:
+def train_step(run: Run, batches: Iterator[LabelledBatch], signal: StopSignal) -> Step:
     """One step of the optimiser, over `accumulate` micro-batches on every rank."""
     config = run.config
     device = run.ranks.device
@@ -197,9 +198,9 @@ def train_step(run: Run, batches: Iterator[Any], signal: StopSignal) -> Step:
     total = torch.zeros((), device=device)
     for micro in range(config.accumulate):
         with run.clock.waiting():
-            x, label = next(batches)
-            x = x.to(device, non_blocking=True)
-            label = label.to(device, non_blocking=True)
+            batch = next(batches).to(device)
+        x, label = augment(batch.x, batch.label, batch.drawn)
+        label = run.class_table[label.long()]
 
         with sync_at_last(run.net, last=micro == config.accumulate - 1):
             with autocast(run.dtype, device):
@@ -361,6 +362,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         clock=Clock(step=state["step"], steps=config.steps, global_batch=crops.global_batch),
         classes=classes,
         crops=crops,
+        class_table=crops.class_table().to(ranks.device),
         held_out=held_out,
         network=network,
         net=net,

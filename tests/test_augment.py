@@ -3,16 +3,23 @@
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from scipy import ndimage
 
 from dae.config.segment import AugmentConfig
 from dae.data.augment import (
+    Augmentation,
     augment,
     corner_around,
     crop,
+    draw_augmentation,
+    exact_crop,
     labelled_crop,
+    moved,
     random_corner,
     random_crop,
     with_contrast,
@@ -48,6 +55,13 @@ def test_a_crop_inside_the_volume_is_its_slice() -> None:
     assert np.array_equal(x, VOLUME[:, 1:5, 2:7, 3:6])
 
 
+def test_a_crop_of_labels_is_in_their_own_type() -> None:
+    label = np.random.default_rng(0).integers(0, 256, (1, 6, 7, 8)).astype(np.uint8)
+    cropped = crop(label, (-1, 2, 3), (4, 5, 9), [0], dtype=np.uint8)
+    assert cropped.dtype == np.uint8
+    assert np.array_equal(cropped, np.pad(label[0], 9)[None, 8:12, 11:16, 12:21])
+
+
 def test_a_crop_is_a_copy() -> None:
     before = VOLUME.copy()
     crop(VOLUME, (0, 0, 0), (6, 7, 8), BACKGROUND)[:] = 9
@@ -70,6 +84,37 @@ def test_beyond_the_volume_a_crop_shows_the_background_of_each_channel(
     padded = np.stack([np.pad(x, 20, constant_values=b) for x, b in zip(VOLUME, BACKGROUND)])
     d, h, w = (slice(first + 20, first + 20 + s) for first, s in zip(corner, size))
     assert np.array_equal(crop(VOLUME, corner, size, BACKGROUND), padded[:, d, h, w])
+
+
+@pytest.mark.parametrize(
+    "corner, background, dtype",
+    [
+        ((1, 2, 3), (-0.1, 0.0), np.float16),  # all inside
+        ((-1, 2, 3), (-1.0, 0.5), np.float16),
+        ((-1, 2, 3), (-1.0, -0.1), np.float32),
+        ((1, 2, 6), (-0.1, 0.0), np.float32),
+        ((1, 2, 6), (0.0, 1e-8), np.float32),  # which float16 would round to 0
+    ],
+    ids=str,
+)
+def test_a_crop_is_exact_and_in_float16_unless_it_shows_a_background_that_is_not(
+    corner: Voxel, background: tuple[float, float], dtype: type, tmp_path: Path
+) -> None:
+    """-0.1 is no float16, and what it is in float32 is what training has seen so far."""
+    volume = on_disk(tmp_path, VOLUME)._replace(background=background)
+    size = (4, 5, 4)
+    x = exact_crop(volume, corner, size)
+    assert x.dtype == dtype
+    in_float32 = crop(VOLUME, corner, size, background)
+    assert x.astype(np.float32).tobytes() == in_float32.tobytes()
+
+
+def test_every_float16_becomes_the_same_float32_in_torch_as_in_numpy() -> None:
+    """All 65536 of them. Those of NaN are bits that no prepared volume holds."""
+    values = np.arange(2**16).astype(np.uint16).view(np.float16)
+    values = values[~np.isnan(values)]
+    in_torch = torch.from_numpy(values).float().numpy()
+    assert in_torch.tobytes() == values.astype(np.float32).tobytes()
 
 
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
@@ -178,6 +223,14 @@ def only(**chances: float) -> AugmentConfig:
     return AugmentConfig(**{**dict.fromkeys(AUGMENTATIONS, 0.0), **chances})
 
 
+def on_device(
+    x: np.ndarray, label: np.ndarray, drawn: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """What `augment` makes of a batch of one."""
+    new_x, new_label = augment(torch.tensor(x)[None], torch.tensor(label)[None], [drawn])
+    return new_x[0].numpy(), new_label[0].numpy()
+
+
 def augmented(
     chances: AugmentConfig,
     n: int,
@@ -185,22 +238,16 @@ def augmented(
     x: np.ndarray = COORDINATES,
     label: np.ndarray = LABEL,
     flip_axes: Sequence[int] = (0, 1, 2),
-    swap: Sequence[tuple[int, int]] = (),
-    swap_axes: Sequence[int] = (0,),
+    **swap: Any,
 ) -> Augmented:
     """`n` augmentations of one crop, which stays as it is, in arrays that training can use."""
     x_before = x.copy()
     label_before = label.copy()
+    d, h, w = label.shape
     for seed in range(n):
-        new_x, new_label = augment(
-            x,
-            label,
-            np.random.default_rng(seed),
-            chances,
-            flip_axes=flip_axes,
-            swap=swap,
-            swap_axes=swap_axes,
-        )
+        rng = np.random.default_rng(seed)
+        drawn = draw_augmentation((d, h, w), rng, chances, flip_axes=flip_axes)
+        new_x, new_label = on_device(*moved(x, label, drawn, **swap), drawn)
         assert np.array_equal(x, x_before)
         assert np.array_equal(label, label_before)
 
@@ -269,8 +316,44 @@ def test_image_and_label_are_enlarged_together_about_the_centre(factor: float) -
     """A ramp is interpolated exactly: voxel o shows c + (o - c) / factor, or the edge beyond."""
     last = (np.array(SHAPE) - 1)[:, None, None, None]
     expected = np.clip(last / 2 + (COORDINATES - last / 2) / factor, 0, last)
-    assert np.abs(zoomed_image(COORDINATES, factor) - expected).max() < 1e-5
-    assert np.array_equal(zoomed_label(LABEL, factor), LABEL[origins(expected)])
+    x, label = on_device(COORDINATES, LABEL, Augmentation(zoom=factor))
+    assert np.abs(x - expected).max() < 1e-5
+    assert np.array_equal(label, LABEL[origins(expected)])
+
+
+def zoomed_by_scipy(volume: np.ndarray, factor: float, order: int) -> np.ndarray:
+    """(d, h, w) about its centre."""
+    first = [(n - 1) / 2 * (1 - 1 / factor) for n in volume.shape]
+    return ndimage.affine_transform(volume, [1 / factor] * 3, first, order=order, mode="nearest")
+
+
+@pytest.mark.parametrize("factor", [0.913, 0.987, 1.0001, 1.03, 1.087])
+@pytest.mark.parametrize("shape", [(21, 16, 13), (1, 2, 30)], ids=str)
+def test_a_zoom_is_that_of_scipy(shape: Voxel, factor: float) -> None:
+    """In float64, where eight products of values below 5 differ by some 1e-15.
+
+    By these factors no position is half-way between two voxels, where rounding decides which of
+    them is the nearest.
+    """
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape))
+    label = rng.integers(0, 256, shape).astype(np.uint8)
+
+    by_scipy = np.stack([zoomed_by_scipy(channel, factor, order=1) for channel in x])
+    zoomed = zoomed_image(torch.from_numpy(x), factor).numpy()
+    assert np.abs(zoomed - by_scipy).max() < 1e-13
+
+    nearest = zoomed_label(torch.from_numpy(label), factor).numpy()
+    assert nearest.dtype == np.uint8
+    assert np.array_equal(nearest, zoomed_by_scipy(label, factor, order=0))
+
+
+def test_a_zoom_leaves_a_constant_as_it_is_and_gives_no_label_that_was_not_there() -> None:
+    constant = torch.full((1, 9, 10, 11), -0.1)
+    label = torch.from_numpy(np.random.default_rng(0).choice([3, 250], (9, 10, 11)))
+    for factor in (0.9, 0.95, 1.05, 1.1):
+        assert torch.equal(zoomed_image(constant, factor), constant)
+        assert set(zoomed_label(label.byte(), factor).unique().tolist()) == {3, 250}
 
 
 def test_zooms_are_by_nine_to_eleven_tenths_and_take_the_label_along() -> None:
@@ -319,8 +402,8 @@ def test_contrast_is_a_gamma_between_each_channels_own_ends() -> None:
 
 
 def test_contrast_of_a_constant_channel_is_that_channel() -> None:
-    constant = np.full((1, 3, 3, 3), 2.0, np.float32)
-    assert np.array_equal(with_contrast(constant, 0.8), constant)
+    constant = torch.full((1, 3, 3, 3), 2.0)
+    assert torch.equal(with_contrast(constant, 0.8), constant)
 
 
 def test_noise_has_mean_0_a_std_of_up_to_a_tenth_and_spares_the_label() -> None:
@@ -343,6 +426,112 @@ def test_each_augmentation_comes_as_often_as_its_own_chance_says(name: str) -> N
     for x, _ in augmented(only(**{name: 0.3}), 400, flip_axes=(1,)):
         changed.append(not np.array_equal(x, COORDINATES))
     assert abs(np.mean(changed) - 0.3) < deviations(0.3, 400)
+
+
+def by_numpy_and_scipy(
+    x: np.ndarray, label: np.ndarray, drawn: Augmentation
+) -> tuple[np.ndarray, np.ndarray]:
+    """All augmentations but the noise, in float64, by these random numbers."""
+    x = x.astype(np.float64)
+    for axis in drawn.flips:
+        x = np.flip(x, axis + 1)
+        label = np.flip(label, axis)
+    x = np.rot90(x, drawn.turns, (1, 2))
+    label = np.rot90(label, drawn.turns, (0, 1))
+
+    x = np.stack([zoomed_by_scipy(channel, drawn.zoom, order=1) for channel in x])
+    label = zoomed_by_scipy(label, drawn.zoom, order=0)
+
+    x = x * drawn.scale + drawn.shift
+    low = x.min((1, 2, 3), keepdims=True)
+    span = np.ptp(x, (1, 2, 3), keepdims=True)
+    return low + span * ((x - low) / span) ** drawn.gamma, label
+
+
+def test_all_augmentations_after_each_other_are_those_of_numpy_and_scipy() -> None:
+    """In float32, where values up to 3 are some 1e-7 apart, and a gamma of 0.7 is steep near 0."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 12, 12, 9)).astype(np.float16)
+    label = rng.integers(0, 256, (12, 12, 9)).astype(np.uint8)
+    chances = only(flip=0.5, rotate=0.7, zoom=0.8, brightness=0.8, contrast=0.8)
+    for seed in range(30):
+        drawn = draw_augmentation(
+            (12, 12, 9), np.random.default_rng(seed), chances, flip_axes=(0, 1, 2)
+        )
+        moved_x, moved_label = moved(x, label, drawn)
+        assert moved_x.dtype == np.float16
+        new_x, new_label = on_device(moved_x.astype(np.float32), moved_label, drawn)
+
+        expected_x, expected_label = by_numpy_and_scipy(x, label, drawn)
+        assert np.abs(new_x - expected_x).max() < 2e-5
+        assert np.array_equal(new_label, expected_label)
+
+
+# --- a sample of a batch --------------------------------------------------------------------------
+
+ALL = Augmentation(zoom=0.93, scale=1.1, shift=0.05, gamma=0.8, noise=0.1, seed=2**62 + 3)
+
+
+def random_batch(b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(b, 2, 17, 6, 9, generator=generator)
+    label = torch.randint(0, 256, (b, 17, 6, 9), generator=generator, dtype=torch.uint8)
+    return x, label
+
+
+def test_a_sample_is_the_same_in_any_batch_and_its_noise_by_its_own_seed_alone() -> None:
+    x, label = random_batch(4)
+    drawn = [ALL, Augmentation(), ALL._replace(seed=5), Augmentation(noise=0.1, seed=7)]
+    together = augment(x, label, drawn)
+    for n in (3, 1, 0, 2):
+        alone = augment(x[n : n + 1], label[n : n + 1], drawn[n : n + 1])
+        assert torch.equal(together[0][n], alone[0][0])
+        assert torch.equal(together[1][n], alone[1][0])
+
+    again = augment(x[:1].repeat(2, 1, 1, 1, 1), label[:1].repeat(2, 1, 1, 1), [ALL, drawn[2]])
+    assert torch.equal(again[0][0], together[0][0])
+    assert not torch.equal(again[0][1], again[0][0])
+
+
+def test_a_sample_for_which_nothing_was_drawn_passes_bit_for_bit_and_none_is_changed() -> None:
+    x, label = random_batch(3)
+    before = x.clone(), label.clone()
+    new_x, new_label = augment(x, label, [ALL, Augmentation(), ALL])
+    assert torch.equal(new_x[1], x[1])
+    assert torch.equal(new_label[1], label[1])
+    for n in (0, 2):
+        assert not torch.equal(new_x[n], x[n])
+        assert not torch.equal(new_label[n], label[n])
+    assert torch.equal(x, before[0])
+    assert torch.equal(label, before[1])
+
+
+def test_augmentation_does_not_move_the_global_generator() -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    augment(*random_batch(1), [ALL])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_random_numbers_are_drawn_in_an_order_that_is_part_of_every_run() -> None:
+    """For each augmentation whether it comes, then by how much."""
+    every = only(**dict.fromkeys(AUGMENTATIONS, 1.0))
+    drawn = draw_augmentation((5, 5, 7), np.random.default_rng(4), every, flip_axes=(0, 2))
+
+    rng = np.random.default_rng(4)
+    rng.random(3)  # two flips and a turn come
+    turns = rng.integers(1, 4)
+    rng.random()
+    zoom = rng.uniform(0.9, 1.1)
+    rng.random()
+    scale = rng.uniform(0.9, 1.1)
+    shift = rng.uniform(-0.1, 0.1)
+    rng.random()
+    gamma = rng.uniform(0.7, 1.5)
+    rng.random()
+    noise = rng.uniform(0, 0.1)
+    seed = rng.integers(2**63)
+    assert drawn == ((0, 2), turns, zoom, scale, shift, gamma, noise, seed)
 
 
 # --- sides ----------------------------------------------------------------------------------------

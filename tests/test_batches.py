@@ -18,13 +18,17 @@ import pytest
 import torch
 
 from dae.config.segment import AugmentConfig
+from dae.data.augment import augment, crop
 from dae.data.batches import (
     Batch,
     Crops,
+    LabelledBatch,
     LabelledCrops,
     addresses,
     by_turns,
     class_index,
+    collate,
+    collate_labelled,
     loader,
     spread_over_modalities,
     why_unread,
@@ -182,15 +186,35 @@ def test_a_resumed_run_goes_on_with_the_samples_of_an_uninterrupted_one(
     assert resumed == {address: sample for address, sample in whole.items() if address[0] >= 3}
 
 
-def test_a_batch_is_stacked_in_float32_with_int64_modalities(volumes: list[Cached]) -> None:
+def test_a_batch_travels_in_float16_with_int64_modalities_and_is_float32_on_its_device(
+    volumes: list[Cached],
+) -> None:
     (batch,) = loader(crops_of(volumes), one_rank(1, 4), workers=0, pin=False)
-    assert (batch.x.shape, batch.x.dtype) == ((4, 1, *CROP), torch.float32)
+    assert (batch.x.shape, batch.x.dtype) == ((4, 1, *CROP), torch.float16)
     assert (batch.modality.shape, batch.modality.dtype) == ((4,), torch.int64)
     assert len(batch.seeds) == 4
 
     moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.x, batch.x)
+    assert moved.x.dtype == torch.float32
+    assert torch.equal(moved.x, batch.x.float())
     assert moved.seeds == batch.seeds
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0), (1,), (0,)], ids=str)
+def test_a_background_that_float16_does_not_hold_arrives_bit_for_bit(
+    order: tuple[int, ...], volumes: list[Cached]
+) -> None:
+    """As the z-score of air. One sample of a batch shows it, and another one may not."""
+    background = float(np.float32(-0.738214))
+    volume = volumes[0]._replace(background=(background,))
+    larger = Crops([volume], [0], (*SIZE[:2], 12), seed=0, global_batch=1)
+    samples = [larger.fixed(0), (torch.zeros(1, 6, 7, 12, dtype=torch.float16), 0, 1)]
+
+    batch = collate([samples[n] for n in order]).to(torch.device("cpu"))
+    assert batch.x.dtype == torch.float32
+    if 0 in order:
+        expected = crop(volume.array(), (0, 0, -2), (6, 7, 12), [background])
+        assert batch.x[order.index(0)].numpy().tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -219,6 +243,51 @@ def labelled(volumes: list[Cached], seed: int = 0, **options: Any) -> LabelledCr
     return LabelledCrops(volumes, [0, 2, 7, 9], CROP, seed=seed, **{**defaults, **options})
 
 
+def labelled_run(
+    crops: LabelledCrops, *, steps: range = range(6), workers: int = 0, **layout: Any
+) -> dict[Address, tuple[bytes, bytes]]:
+    """Every augmented sample and its labels, by its (step, j), over all ranks."""
+    by_address: dict[Address, tuple[bytes, bytes]] = {}
+    for rank in range(layout["world"]):
+        micro_batches = list(addresses(steps.start, steps.stop, rank=rank, **layout))
+        batches = loader(
+            crops, iter(micro_batches), workers=workers, pin=False, gather=collate_labelled
+        )
+        for own, batch in zip(micro_batches, batches, strict=True):
+            on_device = batch.to(torch.device("cpu"))
+            x, label = augment(on_device.x, on_device.label, on_device.drawn)
+            for n, address in enumerate(own):
+                by_address[address] = (x[n].numpy().tobytes(), label[n].numpy().tobytes())
+    return by_address
+
+
+@pytest.mark.parametrize(
+    "world, batch_size, accumulate, workers",
+    [(2, 2, 1, 0), (4, 1, 1, 0), (1, 1, 4, 0), (1, 4, 1, 2), (2, 1, 2, 1)],
+)
+def test_an_augmented_sample_is_the_same_on_any_ranks_workers_and_micro_batches(
+    world: int, batch_size: int, accumulate: int, workers: int, volumes: list[Cached]
+) -> None:
+    crops = labelled(volumes, global_batch=4)
+    alone = labelled_run(crops, world=1, batch_size=4, accumulate=1)
+    shared = labelled_run(
+        crops, workers=workers, world=world, batch_size=batch_size, accumulate=accumulate
+    )
+    assert len(alone) == 6 * 4
+    assert len({x for x, _ in alone.values()}) == 6 * 4
+    assert shared == alone
+
+
+def test_a_resumed_run_goes_on_with_the_augmented_samples_of_an_uninterrupted_one(
+    volumes: list[Cached],
+) -> None:
+    crops = labelled(volumes)
+    layout = {"world": 1, "batch_size": 2, "accumulate": 1}
+    whole = labelled_run(crops, **layout)
+    resumed = labelled_run(crops, steps=range(4, 6), workers=1, **layout)
+    assert resumed == {address: sample for address, sample in whole.items() if address[0] >= 4}
+
+
 def test_a_labelled_crop_and_its_augmentation_are_a_function_of_seed_step_and_j(
     volumes: list[Cached],
 ) -> None:
@@ -226,12 +295,13 @@ def test_a_labelled_crop_and_its_augmentation_are_a_function_of_seed_step_and_j(
     crops = labelled(volumes[:1])
     first = [crops[address] for address in batch]
     again = [labelled(volumes[:1])[address] for address in reversed(batch)]
-    for (x, label), (same_x, same_label) in zip(first, reversed(again)):
+    for (x, label, drawn), (same_x, same_label, same_drawn) in zip(first, reversed(again)):
         assert torch.equal(x, same_x)
         assert torch.equal(label, same_label)
+        assert drawn == same_drawn
 
     other = [labelled(volumes[:1], seed=1)[address] for address in batch]
-    distinct = {x.numpy().tobytes() for x, _ in first + other}
+    distinct = {(x.numpy().tobytes(), drawn) for x, _, drawn in first + other}
     assert len(distinct) == 32
 
 
@@ -239,14 +309,33 @@ def test_labels_are_class_indices_on_their_voxels_and_minus_one_where_none_was_a
     volumes: list[Cached],
 ) -> None:
     """All crops are centred on the one foreground voxel, and nothing is augmented."""
-    x, label = labelled(volumes[:1], positive=1.0, chances=NOTHING, ignore=7)[3, 1]
+    crops = labelled(volumes[:1], positive=1.0, chances=NOTHING, ignore=7)
+    x, label, drawn = crops[3, 1]
     assert np.array_equal(x.numpy(), volumes[0].array()[:, 1:4, 2:5, 3:6])
-    assert (x.dtype, label.dtype) == (torch.float32, torch.int64)
+    assert (x.dtype, label.dtype) == (torch.float16, torch.uint8)
+    assert drawn == ((), 0, 1, 1, 0, 1, 0, 0)
 
+    target = crops.class_table()[label.long()]
+    assert target.dtype == torch.int64
     values = volumes[0].label()[1:4, 2:5, 3:6]
     for value, index in {0: 0, 2: 1, 7: -1, 9: 3}.items():
         assert value in values
-        assert np.all(label.numpy()[values == value] == index)
+        assert np.all(target.numpy()[values == value] == index)
+
+
+def test_a_labelled_batch_travels_in_three_bytes_a_voxel(volumes: list[Cached]) -> None:
+    crops = labelled(volumes)
+    (batch,) = loader(crops, one_rank(1, 2), workers=1, pin=False, gather=collate_labelled)
+    assert isinstance(batch, LabelledBatch)
+    assert batch.x.nbytes + batch.label.nbytes == 3 * 2 * 27
+    assert batch.x.is_shared() and batch.label.is_shared()
+    assert batch.drawn == [crops[0, 0][2], crops[0, 1][2]]
+
+    moved = batch.to(torch.device("cpu"))
+    assert moved.x.dtype == torch.float32
+    assert torch.equal(moved.x, batch.x.float())
+    assert torch.equal(moved.label, batch.label)
+    assert moved.drawn == batch.drawn
 
 
 @pytest.mark.parametrize("ignore, crops", [(None, 1), (9, 2)])
@@ -322,9 +411,9 @@ def test_an_error_without_a_message_is_named_by_its_type() -> None:
 def test_a_batch_that_shared_memory_does_not_hold_ends_them_as_well(volumes: list[Cached]) -> None:
     """torch would lose the batch, and wait for it. A limit on files holds for /dev/shm, too."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, limits[1]))
     try:
-        # A batch of 64 x 27 x 4 bytes.
+        # A batch of 64 x 27 x 2 bytes.
         line = failure(crops_of(volumes, global_batch=64), workers=1, batch_size=64)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -9,6 +9,8 @@ from torch.nn import functional as F
 
 from dae import check
 from dae.config.pretrain import PretextConfig
+from dae.data.augment import Augmentation, augment
+from dae.data.batches import LabelledBatch
 from dae.model import SwinUNETR
 from dae.pretext.methods import METHODS, Pretext
 from dae.training.kernels import lay_out
@@ -82,6 +84,53 @@ def test_a_step_never_waits_for_the_gpu(method: str) -> None:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+CHANGES = {"zoom": 0.93, "scale": 1.1, "shift": 0.05, "gamma": 0.8}
+
+
+def labelled_batch(drawn: list[Augmentation]) -> LabelledBatch:
+    """In pinned memory, as the loader of a run on a GPU gives it."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(len(drawn), 2, 17, 24, 16, generator=generator).half()
+    label = torch.randint(0, 256, (len(drawn), 17, 24, 16), generator=generator)
+    return LabelledBatch(x.pin_memory(), label.byte().pin_memory(), drawn)
+
+
+def test_augmentation_never_waits_for_the_gpu() -> None:
+    batch = labelled_batch([Augmentation(**CHANGES, noise=0.1, seed=3), Augmentation()])
+    class_table = torch.arange(256).to(GPU)
+
+    def prepare() -> None:
+        x, label, drawn = batch.to(GPU)
+        _, label = augment(x, label, drawn)
+        class_table[label.long()]
+
+    prepare()  # libraries set themselves up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        prepare()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_augmentation_but_its_noise_is_that_of_a_cpu() -> None:
+    """Values from 0 to 1 in float32, of which a GPU rounds a few operations in another way."""
+    batch = labelled_batch([Augmentation(**CHANGES), Augmentation(), Augmentation(zoom=1.1)])
+    x, label = augment(*batch.to(GPU))
+    on_cpu, label_on_cpu = augment(*batch.to(torch.device("cpu")))
+    assert (x.cpu() - on_cpu).abs().max() < 1e-5
+    assert torch.equal(x[1].cpu(), on_cpu[1])
+    assert torch.equal(label.cpu(), label_on_cpu)
+
+
+def test_noise_on_a_gpu_is_that_of_its_seed_alone() -> None:
+    noisy = [Augmentation(noise=0.1, seed=seed) for seed in (3, 4)]
+    before = torch.cuda.get_rng_state()
+    together, _ = augment(*labelled_batch(noisy).to(GPU))
+    alone, _ = augment(*labelled_batch(noisy[:1]).to(GPU))
+    assert torch.equal(together[0], alone[0])
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -108,7 +108,8 @@ def test_at_seed_0_the_crops_are_those_that_validate_pre_training(
     crops = features.fixed_crops(volumes_of_list, plan())
     validation = Crops(volumes_of_list, [0] * 5, (16, 16, 16), seed=4, global_batch=2)
     for n in range(7):
-        assert torch.equal(features.crop_of(crops, n % 5, n, seed=0), validation.fixed(n)[0])
+        fixed = validation.fixed(n)[0].float()
+        assert torch.equal(features.crop_of(crops, n % 5, n, seed=0), fixed)
 
 
 def test_a_vector_is_the_mean_of_z_before_it_is_scaled(volumes_of_list: list[Any]) -> None:

@@ -25,7 +25,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from dae.config.command_line import Size3
 from dae.config.segment import AugmentConfig
-from dae.data.augment import augment, labelled_crop, random_crop
+from dae.data.augment import (
+    Augmentation,
+    draw_augmentation,
+    labelled_crop,
+    moved,
+    random_crop,
+)
 from dae.data.cache import Cached
 from dae.data.sides import Flips
 from dae.errors import InputError, one_line
@@ -41,16 +47,32 @@ Gather = Callable[[Any], Any]  # samples -> batch
 class Batch(NamedTuple):
     """Samples of pre-training."""
 
-    x: Tensor  # (b, c, d, h, w), clean
+    x: Tensor  # (b, c, d, h, w), clean; float16 or float32, see `exact_crop`
     modality: Tensor  # (b,), int64
     seeds: list[int]  # of each sample's disruption
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on another device."""
+        """The batch on another device, its x in float32 from there on."""
         return Batch(
-            self.x.to(device, non_blocking=True),
+            self.x.to(device, non_blocking=True).float(),
             self.modality.to(device, non_blocking=True),
             self.seeds,
+        )
+
+
+class LabelledBatch(NamedTuple):
+    """Samples of fine-tuning, flipped and turned; `augment` does the rest on their device."""
+
+    x: Tensor  # (b, c, d, h, w); float16 or float32, see `exact_crop`
+    label: Tensor  # (b, d, h, w), uint8, values of the label map
+    drawn: list[Augmentation]
+
+    def to(self, device: torch.device) -> "LabelledBatch":
+        """The batch on another device, its x in float32 from there on."""
+        return LabelledBatch(
+            self.x.to(device, non_blocking=True).float(),
+            self.label.to(device, non_blocking=True),
+            self.drawn,
         )
 
 
@@ -138,7 +160,7 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
         self.foreground = foreground
 
     def __getitem__(self, address: Address) -> tuple[Tensor, int, int]:
-        """x (c, d, h, w), its modality, and the seed of its disruption."""
+        """x (c, d, h, w) as `exact_crop` gives it, its modality, and the seed of its disruption."""
         step, j = address
         index = volume_of(
             step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed
@@ -156,8 +178,11 @@ class Crops(Dataset[tuple[Tensor, int, int]]):
         return torch.from_numpy(x), self.modalities[index], int(rng.integers(2**63))
 
 
-class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
-    """Fine-tuning: (step, j) -> an augmented crop and its labels, by (seed, step, j) alone, too."""
+class LabelledCrops(Dataset[tuple[Tensor, Tensor, Augmentation]]):
+    """Fine-tuning: (step, j) -> a crop, its labels and what happens to them on the device.
+
+    All of it is a function of (seed, step, j), too.
+    """
 
     def __init__(
         self,
@@ -182,8 +207,11 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         self.flips = flips
         self.ignore = ignore
 
-    def __getitem__(self, address: Address) -> tuple[Tensor, Tensor]:
-        """x (c, d, h, w) float32, class (d, h, w) int64; -1 where nothing was annotated."""
+    def __getitem__(self, address: Address) -> tuple[Tensor, Tensor, Augmentation]:
+        """x (c, d, h, w) and label (d, h, w) uint8, both flipped and turned; what `augment` does.
+
+        x is as `exact_crop` gives it. Labels are values of the label map.
+        """
         step, j = address
         index = volume_of(
             step, j, volumes=len(self.volumes), global_batch=self.global_batch, seed=self.seed
@@ -193,18 +221,15 @@ class LabelledCrops(Dataset[tuple[Tensor, Tensor]]):
         x, label = labelled_crop(
             self.volumes[index], self.crop, rng, positive=self.positive, ignore=self.ignore
         )
-        x, label = augment(
-            x,
-            label,
-            rng,
-            self.chances,
-            flip_axes=self.flips.axes,
-            swap=self.flips.swap,
-            swap_axes=self.flips.swap_axes,
-        )
-        target = class_index(label, self.classes, self.ignore)
+        drawn = draw_augmentation(self.crop, rng, self.chances, flip_axes=self.flips.axes)
+        x, label = moved(x, label, drawn, swap=self.flips.swap, swap_axes=self.flips.swap_axes)
 
-        return torch.from_numpy(x), torch.from_numpy(target)
+        return torch.from_numpy(x), torch.from_numpy(label), drawn
+
+    def class_table(self) -> Tensor:
+        """The class index of every label value: (256,), int64; -1 where none was annotated."""
+        values = np.arange(256, dtype=np.uint8)
+        return torch.from_numpy(class_index(values, self.classes, self.ignore))
 
 
 def class_index(
@@ -223,7 +248,14 @@ def class_index(
 def collate(samples: Sequence[tuple[Tensor, int, int]]) -> Batch:
     """Samples of `Crops` as a batch."""
     x, modality, seeds = zip(*samples)
+    # Where one sample is float32, all become it.
     return Batch(torch.stack(x), torch.tensor(modality), list(seeds))
+
+
+def collate_labelled(samples: Sequence[tuple[Tensor, Tensor, Augmentation]]) -> LabelledBatch:
+    """Samples of `LabelledCrops` as a batch."""
+    x, label, drawn = zip(*samples)
+    return LabelledBatch(torch.stack(x), torch.stack(label), list(drawn))
 
 
 # --- reading ahead --------------------------------------------------------------------------------

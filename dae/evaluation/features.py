@@ -143,7 +143,7 @@ def crop_of(crops: Crops, volume: int, number: int, seed: int) -> Tensor:
     validates pre-training, where that is cut from this volume.)
     """
     x, _, _ = crops.sample(volume, [seed, VALIDATION, number], foreground=1.0)
-    return x
+    return x.float()
 
 
 def states_of_both(

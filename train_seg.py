@@ -200,7 +200,7 @@ def train_step(run: Run, batches: Iterator[LabelledBatch], signal: StopSignal) -
         with run.clock.waiting():
             batch = next(batches).to(device)
         x, label = augment(batch.x, batch.label, batch.drawn)
-        label = run.class_table[label.long()]
+        label = run.class_table.take(label.long())
 
         with sync_at_last(run.net, last=micro == config.accumulate - 1):
             with autocast(run.dtype, device):

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dae.config.segment import AugmentConfig
-from dae.data.batches import LabelledCrops
+from dae.data.augment import augment
+from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.sides import Flips
 from dae.evaluation.metrics import score_labels
@@ -132,9 +133,10 @@ def label_maps(side: int, classes: int) -> tuple[NDArray[np.uint8], NDArray[np.u
 
 
 def crops(options: Any, device: torch.device, dtype: torch.dtype | None) -> Candidates:
-    """A crop to fine-tune on, with its labels and augmentations: of one worker, on a CPU.
+    """A batch to fine-tune on, with its labels and augmentations.
 
-    Ours comes from a memory-mapped float16 file, theirs from a float32 tensor.
+    Ours comes from a memory-mapped float16 file, theirs from a float32 tensor. A worker cuts ours,
+    flips and turns it, and `device` does the rest. All of theirs is done in a worker.
     """
     truth, _ = label_maps(options.volume, options.classes)
     image = np.random.default_rng(0).random((1, *truth.shape), dtype=np.float32)
@@ -157,14 +159,18 @@ def crops(options: Any, device: torch.device, dtype: torch.dtype | None) -> Cand
     )
     step = 0
 
-    def ours() -> None:
+    def worker() -> LabelledBatch:
         nonlocal step
         assert folder.name  # the files are there as long as this function
-        for j in range(options.batch_size):
-            dataset[step, j]
+        batch = collate_labelled([dataset[step, j] for j in range(options.batch_size)])
         step += 1
+        return batch
 
-    candidates: Candidates = {"ours": ours}
+    def ours() -> object:
+        batch = worker().to(device)
+        return augment(batch.x, batch.label, batch.drawn)
+
+    candidates: Candidates = {"ours": ours, "ours, a worker's part": worker}
     if options.no_monai:
         return candidates
 

@@ -97,13 +97,14 @@ from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Prepared, Recipe, normalise
+from dae.data.regions import Region, check_same, from_plan, mirrored, numbered
 from dae.data.sides import AXES, flips_of, likely_pairs, pairs_in_words
 from dae.evaluation import cases, features, postprocess, report, statistics
 from dae.evaluation.ahead import one_ahead
 from dae.evaluation.cka import as_markdown, cka_of_stages
 from dae.evaluation.metrics import Labels
 from dae.evaluation.native_grid import label_map, paste, save_like
-from dae.evaluation.windows import Predict, sliding_window
+from dae.evaluation.windows import Predict, decide_by, sliding_window
 from dae.evaluation.written import Written, check_apart, sha256_of
 from dae.figures import cka_chart, embedding_chart
 from dae.training import resume
@@ -158,6 +159,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         tolerance=tolerance,
         definition=config.definition,
         ignore=truths.ignore,
+        regions=truths.regions,
     )
     summary = statistics.summarise(
         rows,
@@ -168,7 +170,15 @@ def score(config: ScoreConfig) -> dict[str, Any]:
         ignore=truths.ignore,
     )
     summary["labels"] = labels
-    pictures = report.figures(rows, truths.pairs, images=truths.images, ignore=truths.ignore)
+    if truths.regions:
+        summary["regions"] = {region.name: list(region.labels) for region in truths.regions}
+    pictures = report.figures(
+        rows,
+        truths.pairs,
+        images=truths.images,
+        ignore=truths.ignore,
+        drawn=list(truths.classes),
+    )
 
     # Which cases are the worst, and have a picture, is known only now.
     written.check(f"figures/{name}.png" for name in pictures)
@@ -179,10 +189,10 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     page = written.write("report.html", partial(report.write_page, rows, summary, pictures))
 
     dice = summary["mean_of_cases"]["dice"]
-    print(
-        f"mean Dice {dice['mean']:.4f} over {counted(dice['n'], 'case')}, "
-        f"{len(truths.classes)} classes; see {page}"
-    )
+    scored = f"{len(truths.classes)} classes"
+    if truths.regions:
+        scored = f"{len(truths.regions)} regions"
+    print(f"mean Dice {dice['mean']:.4f} over {counted(dice['n'], 'case')}, {scored}; see {page}")
     return summary
 
 
@@ -190,6 +200,10 @@ def tune(config: TuneConfig) -> postprocess.Steps:
     """postprocess.json: the steps of each class that raise the Dice of validation cases."""
     written = Written(output_folder(config))
     truths = truths_of(config)
+    if truths.regions:
+        raise InputError(
+            f"--data {config.data}: has regions; post-processing is chosen for classes alone"
+        )
     written.check(["postprocess.json"], [Path(config.data)])
 
     # All cases at once: every step is tried on all of them.
@@ -332,6 +346,8 @@ class Model:
 # What all checkpoints of an ensemble must agree on.
 SHARED = (
     "classes",
+    "regions",
+    "regions_class_order",
     "in_channels",
     "spacing",
     "crop",
@@ -453,6 +469,10 @@ def postprocessing_of(config: PredictConfig, plan: Mapping[str, Any]) -> postpro
     """The steps of --postprocess, if any. Raises InputError on a label that the network has not."""
     if not config.postprocess:
         return {}
+    if plan.get("regions"):
+        raise InputError(
+            f"--postprocess {config.postprocess}: is for classes, and the checkpoint has regions"
+        )
     steps = postprocess.load_steps(Path(config.postprocess))
     for label in steps:
         if str(label) not in plan["classes"]:
@@ -513,6 +533,8 @@ def items_to_predict(
     if config.images:
         return images_of(config, plan)
     items, chosen = cases_of(config, config.modality, seen, unknown)
+    if items.labels:
+        check_same(items.regions, from_plan(plan), config.data)
     cases.check_classes(items.labels, plan["classes"], config.data)
     return chosen
 
@@ -909,25 +931,30 @@ def predict_image(prepared: Prepared, shape: Sequence[int], model: Model) -> Lab
     plan = model.plan
     # The network knows a class by its index, the file by its label.
     classes = [int(label) for label in plan["classes"]]
+    regions = from_plan(plan)
+    swap = [(classes.index(a), classes.index(b)) for a, b in plan["swap"]]
+    if regions:
+        swap = mirrored(regions, plan["swap"], "--checkpoint")
     slabs = sliding_window(
         prepared.data,
         model.predictors,
         window=tuple(plan["crop"]),
-        classes=len(classes),
+        classes=len(regions) or len(classes),
         overlap=model.config.overlap,
         batch=model.config.batch,
         device=model.device,
         background=prepared.background.tolist(),
         flips=plan["flip_axes"] if model.config.tta else (),
         combine=model.config.ensemble,
-        swap=[(classes.index(a), classes.index(b)) for a, b in plan["swap"]],
+        swap=swap,
         swap_axes=plan["swap_axes"],
+        are_regions=bool(regions),
     )
     # With --foreground-crop only the box of the patient was predicted.
     if prepared.box:
-        slabs = paste(slabs, prepared.box, prepared.grid)
+        slabs = paste(slabs, prepared.box, prepared.grid, are_regions=bool(regions))
 
-    class_index = label_map(slabs, prepared.grid, shape)
+    class_index = label_map(slabs, prepared.grid, shape, decide_by(classes, regions))
     labels: Labels = np.array(classes, dtype=np.uint8)[class_index]
     return labels
 
@@ -1002,6 +1029,7 @@ class Truths(NamedTuple):
     images: dict[str, Path]  # by case, where known
     tolerance: dict[int, float]  # of NSD in mm, for classes to which the list gives one
     ignore: int | None
+    regions: tuple[Region, ...] = ()  # which are scored in place of the classes
 
 
 def truths_of(config: TruthsConfig) -> Truths:
@@ -1049,7 +1077,8 @@ def truths_of_list(config: TruthsConfig, record: leaks.Seen) -> Truths:
 
     images = {case: item.image[0] for case, item in zip(names, chosen)}
     ignore = items.ignore if config.ignore is None else config.ignore
-    return Truths(scored(items.labels, ignore), pairs, images, items.tolerance, ignore)
+    classes = scored(items.labels, ignore)
+    return Truths(classes, pairs, images, items.tolerance, ignore, items.regions)
 
 
 def scored(names: Mapping[int, str], ignore: int | None) -> dict[int, str]:
@@ -1061,7 +1090,8 @@ def tolerance_by_class(config: ScoreConfig, truths: Truths) -> float | dict[int,
     """Of NSD in mm: --tolerance, or one for each class where the list has some of its own."""
     if not truths.tolerance:
         return config.tolerance
-    return {label: truths.tolerance.get(label, config.tolerance) for label in truths.classes}
+    names = numbered(truths.regions) or truths.classes
+    return {label: truths.tolerance.get(label, config.tolerance) for label in names}
 
 
 # --- compare and folds: tables

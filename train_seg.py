@@ -19,10 +19,11 @@ if __name__ == "__main__":
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
+from dae.data.regions import Region, membership, mirrored, to_plan
 from dae.data.sides import Flips, choose_flips, continued, flips_of
 from dae.errors import InputError
 from dae.evaluation.validation import dice_of_volumes
@@ -55,7 +57,7 @@ from dae.training.distributed import (
 )
 from dae.training.kernels import advice, choose_kernels, lay_out
 from dae.training.log import Clock, Log, read_log
-from dae.training.losses import LOSSES
+from dae.training.losses import LOSSES, loss_of_regions
 from dae.training.optim import FROZEN, adamw_in_parts, due, fine_tuning_factors, warmup_steps
 from dae.training.precision import autocast, autocast_type, grad_scaler
 from dae.training.run import (
@@ -88,6 +90,8 @@ class Run:
     log: Log
     clock: Clock
     classes: dict[int, str]  # label value -> name, background first; a network knows their order
+    regions: tuple[Region, ...]  # unions of labels, which then are the channels of the network
+    loss: Callable[[Tensor, Tensor], Tensor]  # of logits and labels, of classes or of regions
     crops: LabelledCrops
     class_table: Tensor  # label value -> class index, on the device
     held_out: list[Cached]  # to validate on
@@ -205,7 +209,7 @@ def train_step(run: Run, batches: Iterator[LabelledBatch], signal: StopSignal) -
         with sync_at_last(run.net, last=micro == config.accumulate - 1):
             with autocast(run.dtype, device):
                 logits = run.net(x)
-            loss = LOSSES[config.loss](logits, label) / config.accumulate
+            loss = run.loss(logits, label) / config.accumulate
             run.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach()
 
@@ -307,7 +311,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
 
     # Network.
     torch.manual_seed(config.seed)
-    network, report = build(config, channels, len(classes), weights)
+    network, report = build(config, channels, len(items.regions) or len(classes), weights)
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
     lay_out(network, ranks.device, compiled=config.compile)
@@ -361,6 +365,8 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         log=open_log(config, ranks, state["step"]),
         clock=Clock(step=state["step"], steps=config.steps, global_batch=crops.global_batch),
         classes=classes,
+        regions=items.regions,
+        loss=loss_of(config, items.regions, classes, ranks),
         crops=crops,
         class_table=crops.class_table().to(ranks.device),
         held_out=held_out,
@@ -420,6 +426,16 @@ def notes_on_tests(
     return leaks.check_tested(items.test, in_order, plan, allow_leak=config.allow_leak)
 
 
+def loss_of(
+    config: SegConfig, regions: tuple[Region, ...], classes: dict[int, str], ranks: Ranks
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """--loss of classes, or of regions: logits (b, k, d, h, w), label (b, d, h, w) int64 -> ()."""
+    if not regions:
+        return LOSSES[config.loss]
+    has_label = torch.from_numpy(membership(regions, list(classes))).to(ranks.device)
+    return partial(loss_of_regions, config.loss, membership=has_label)
+
+
 def flips_for(
     items: DataList,
     classes: dict[int, str],
@@ -427,6 +443,7 @@ def flips_for(
     config: SegConfig,
 ) -> Flips:
     """Which axes are flipped: by the names of the classes, and the `swap` of the list."""
+    mirrored(items.regions, items.swap or (), config.data)  # so that --tta can mirror regions
     turned = config.rotate > 0 and config.crop[0] == config.crop[1]
     flips = choose_flips(classes, items.swap, chance=config.flip, turned=turned)
     if not resumed:
@@ -533,13 +550,14 @@ def plan_of(
         config,
         items,
         channels=crops.volumes[0].shape[0],
-        out_channels=len(classes),
+        out_channels=len(items.regions) or len(classes),
         classes={str(label): name for label, name in classes.items()},
     )
     if config.schedule == "probe":
         plan["probe"] = True
     return {
         **plan,
+        **to_plan(items.regions),
         "foreground_crop": config.foreground_crop,
         "flip_axes": list(crops.flips.axes),
         "swap": [list(pair) for pair in crops.flips.swap],
@@ -594,8 +612,11 @@ def say_start(run: Run) -> None:
     elif run.report:
         begins = f"weights of {config.pretrained}\n{run.report}"
     faster = advice(config.amp, run.dtype, run.ranks.device, compiled=config.compile)
+    scored = f"{len(run.classes) - 1} classes"
+    if run.regions:
+        scored = f"{len(run.regions)} regions"
     run.log.say(
-        f"{len(run.classes) - 1} classes on {volumes} volumes, {config.steps} steps of "
+        f"{scored} on {volumes} volumes, {config.steps} steps of "
         f"{run.crops.global_batch}{faster}; {begins}"
     )
     run.log.say(str(run.crops.flips))
@@ -612,6 +633,7 @@ def validate(run: Run) -> dict[str, Any]:
         overlap=run.config.overlap,
         ranks=run.ranks,
         ignore=run.crops.ignore,
+        regions=run.regions,
     )
     run.network.train()
     if run.ranks.is_main:

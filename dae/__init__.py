@@ -40,6 +40,7 @@ AROUND IT: what a run needs
     data/nifti.py                volumes, their grids, and what is wrong with a file
     data/listfile.py             a JSON file that a person wrote
     data/nnunet.py               an nnU-Net raw folder as the content of a list
+    data/regions.py              regions: unions of labels that may overlap
     data/datalist.py             the list: which volumes there are, and what each is
     data/leaks.py                nobody is on both sides of a split
     data/holdout.py              which of them train, and which are held out

@@ -544,7 +544,14 @@ def case_shown(
     shown = []
     for name, file in predictions.items():
         both = cases.read_case(file, item.label, classes, ignore=items.ignore)
-        rows = cases.rows_of(both, item.label, classes, tolerance=1.0, definition="default")
+        rows = cases.rows_of(
+            both,
+            item.label,
+            classes,
+            tolerance=1.0,
+            definition="default",
+            regions=items.regions,
+        )
         dice = float(np.nanmean([row["dice"] for row in rows]))
         trained_on = case in leaks.read_predicted(file.parent).get("trained", ())
         label = f"{name} (trained on it)" if trained_on else name

@@ -37,7 +37,9 @@ class TransferConfig:
         "the encoder in place of a decoder, and the encoder never moved (take a --lr near 0.1)",
     )
     loss: Literal["dice", "dice_ce"] = opt(
-        "dice", "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy"
+        "dice",
+        "sec. 2: 'we use a Dice loss'; the authors' code adds cross-entropy; of regions each is a "
+        "task of its own, inside and outside, and cross-entropy is binary",
     )
 
 

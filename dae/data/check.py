@@ -29,7 +29,13 @@ from dae.data.check_page import page_of
 from dae.data.content import Turn
 from dae.data.datalist import Item, load
 from dae.data.examine import RANGE, Examined, examine
-from dae.data.fingerprint import classes_of, fingerprint, room_in_cache, suggested
+from dae.data.fingerprint import (
+    classes_of,
+    fingerprint,
+    regions_in,
+    room_in_cache,
+    suggested,
+)
 from dae.data.overlaps import PARTS, Finding, Listed, Place
 from dae.data.preprocess import Recipe, by
 from dae.errors import InputError, counted
@@ -297,8 +303,17 @@ def describe_list(listed: Listed, found: Found, config: CheckConfig) -> dict[str
         "flags": flags_in_words(flags),
         "cache": cache,
         "fingerprint": fingerprint(volumes),
-        "classes": {} if listed.unlabelled else classes_of(volumes, listed.items.labels),
+        "classes": sizes_in(volumes, listed),
     }
+
+
+def sizes_in(volumes: Sequence[Examined], listed: Listed) -> dict[str, Any]:
+    """Of each class, or of each region, in how many volumes it is, and its size."""
+    if listed.unlabelled:
+        return {}
+    if listed.items.regions:
+        return regions_in(volumes, listed.items.regions)
+    return classes_of(volumes, listed.items.labels)
 
 
 def flags_in_words(flags: Mapping[str, Any]) -> str:

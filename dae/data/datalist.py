@@ -9,9 +9,10 @@ A list is a JSON file, Decathlon style, with paths relative to its own folder:
      "modalities": {"pet": "zscore"}}
 
 An image may be a list of files, its channels. `modality` is required: nothing is guessed from a
-path. A label by the name "ignore" is no class: it marks what was not annotated. `tolerance_mm`
-gives classes, by number or by name, their own tolerance of NSD: {"1": 2.0, "liver": 3.0}. An
-nnU-Net raw folder (nnunet.py) may be given instead of a list.
+path. A label by the name "ignore" is no class: it marks what was not annotated. Where a name in
+"labels" has a list of labels, the task is one of regions (regions.py). `tolerance_mm` gives
+classes, by number or by name, their own tolerance of NSD: {"1": 2.0, "liver": 3.0}. An nnU-Net raw
+folder (nnunet.py) may be given instead of a list.
 
 Keys that are about something else are left alone; one that is almost a known one is refused
 (listfile.py).
@@ -42,6 +43,7 @@ from dae.data.listfile import (
     strings,
 )
 from dae.data.nnunet import Split
+from dae.data.regions import Region, check_order, names_of_labels, numbered, regions_of
 from dae.errors import InputError
 
 # Each modality and the way its intensities are normalised (preprocess.py); a list may declare
@@ -128,8 +130,11 @@ class DataList:
     # The label of what was not annotated, which is not among `labels`.
     ignore: int | None = None
 
-    # Names of several labels at once, which pre-training need not know.
-    regions: tuple[str, ...] = ()
+    # Unions of labels, in place of classes. `labels` then names each label by its last region.
+    regions: tuple[Region, ...] = ()
+
+    # Names without a label, which pre-training need not know.
+    unnumbered: tuple[str, ...] = ()
 
     # Of nnU-Net's splits_final.json: the subjects of each fold.
     splits: tuple[Split, ...] = ()
@@ -152,6 +157,8 @@ class DataList:
         content: list[Any] = [intensities, training, validation]
         if labels:
             content += [sorted(self.labels.items()), self.swap or (), self.ignore]
+        if labels and self.regions:
+            content.append(self.regions)
         return BY_VOXELS + short_hash(content)
 
     def fingerprint_by_size(self, *, labels: bool = False) -> str:
@@ -273,12 +280,23 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     check_one_fold(training, path)
 
     # A label by the name "ignore" marks what was not annotated, and is no class.
-    names, regions = labels_of(object_in(content, "labels", path), path)
+    entries = entries_of(object_in(content, "labels", path))
+    names = labels_of(entries, path)
     labels = {label: name for label, name in names.items() if name != "ignore"}
     ignored = [label for label, name in names.items() if name == "ignore"]
 
+    # Where a name has a list of labels, all names but the background's are of regions.
+    regions: tuple[Region, ...] = ()
+    unnumbered = tuple(name for name, value in entries if not is_whole(value))
+    if any(isinstance(value, list) for _, value in entries):
+        regions = regions_of(entries, content.get("regions_class_order"), path)
+        background = {label: name for label, name in labels.items() if label == 0}
+        labels = background | names_of_labels(regions)
+        unnumbered = ()
+
     swap = pairs_of(content["swap"], labels, path) if "swap" in content else None
-    tolerance = tolerance_of(object_in(content, "tolerance_mm", path), labels, path)
+    tolerances = object_in(content, "tolerance_mm", path)
+    tolerance = tolerance_of(tolerances, labels, path, regions=numbered(regions))
 
     # nnU-Net has the folds in a file of their own, and not at the items.
     splits = nnunet.splits_of(path) if is_nnunet else ()
@@ -292,6 +310,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
         tolerance=tolerance,
         ignore=ignored[0] if ignored else None,
         regions=regions,
+        unnumbered=unnumbered,
         splits=splits,
     )
 
@@ -302,10 +321,12 @@ def check_all_labelled(items: DataList, data: str) -> None:
         if item.label is None:
             raise InputError(f'{item.image[0]}: has no "label" in {data}')
 
-    if items.regions:
+    if items.unnumbered:
         raise InputError(
-            f'{data}: "labels" gives {items.regions[0]!r} no number of its own; name single labels'
+            f'{data}: "labels" gives {items.unnumbered[0]!r} no number of its own; '
+            "name single labels, or lists of them"
         )
+    check_order(items.regions, data)
     if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
         raise InputError(
             f'{data}: "labels" must name the background, 0, and at least one class, none above 255'
@@ -474,28 +495,29 @@ def check_splits(splits: Sequence[Split], training: Sequence[Item], path: Path) 
 # --- labels
 
 
-def labels_of(labels: Mapping[str, Any], path: Path) -> tuple[dict[int, str], tuple[str, ...]]:
-    """The name of each label, and the names of regions, which have no one number.
+def entries_of(labels: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Name and value of each label; the value is an int where it is a whole number.
 
     {"1": "spleen"} as in Decathlon lists, or {"spleen": 1} as in nnU-Net's.
     """
-    named: list[tuple[int, str]] = []
-    regions: list[str] = []
+    entries: list[tuple[str, Any]] = []
     for key, value in labels.items():
         # Whichever of the two is the number: the key in Decathlon lists, the value in nnU-Net's.
         number, name = (key, value) if is_whole(key) else (value, key)
-        if is_whole(number):
-            named.append((int(number), str(name)))
-        else:
-            regions.append(str(name))
+        entries.append((str(name), int(number) if is_whole(number) else number))
+    return entries
 
-    for label, name in named:
-        check_name(label, name, named, path)
+
+def labels_of(entries: Sequence[tuple[str, Any]], path: Path) -> dict[int, str]:
+    """The name of each label that has one of its own. Raises InputError on two names of one."""
+    named = [(value, name) for name, value in entries if is_whole(value)]
+    for name, value in entries:
+        check_name(value, name, named, path)
     check_names_once(named, path)
-    return dict(named), tuple(regions)
+    return dict(named)
 
 
-def check_name(label: int, name: str, named: Sequence[tuple[int, str]], path: Path) -> None:
+def check_name(label: Any, name: str, named: Sequence[tuple[int, str]], path: Path) -> None:
     """Raises InputError for a name that was meant to be "ignore", and two names of one label."""
     if plain(name) in IGNORE and name != "ignore":
         raise InputError(
@@ -522,13 +544,22 @@ def check_names_once(named: Sequence[tuple[int, str]], path: Path) -> None:
 
 
 def tolerance_of(
-    written: Mapping[str, Any], labels: Mapping[int, str], path: Path
+    written: Mapping[str, Any],
+    labels: Mapping[int, str],
+    path: Path,
+    *,
+    regions: Mapping[int, str] = {},
 ) -> dict[int, float]:
-    """Tolerances in mm by label, of an object that names classes by number or by name."""
+    """Tolerances in mm by label, of an object that names classes by number or by name.
+
+    Where there are `regions`, by the number of a region, of an object that has their names.
+    """
     # A class may be named as it is, or by its number as JSON has it, in quotes.
     by_name = {name: label for label, name in labels.items()}
     by_number = {str(label): label for label in labels}
     numbers = by_name | by_number
+    if regions:
+        numbers = {name: number for number, name in regions.items()}
 
     tolerance = {}
     for key, mm in written.items():

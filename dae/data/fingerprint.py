@@ -17,6 +17,7 @@ from dae.data.cache import free_in, room_for
 from dae.data.datalist import Item
 from dae.data.examine import Examined
 from dae.data.preprocess import Recipe
+from dae.data.regions import Region, in_words
 
 DIVISOR = 32  # of Swin UNETR with four stages
 LARGEST = 96  # sec. 3.2
@@ -59,6 +60,21 @@ def classes_of(volumes: Sequence[Examined], names: Mapping[int, str]) -> dict[st
         sizes = [volume.labels[label] for volume in volumes if label in volume.labels]
         ml = median_and_range(sizes) if sizes else None
         found[str(label)] = {"name": name, "volumes": len(sizes), "ml": ml}
+    return found
+
+
+def regions_in(volumes: Sequence[Examined], regions: Sequence[Region]) -> dict[str, Any]:
+    """As `classes_of`, of each region: the union of its labels."""
+    found = {}
+    for region in regions:
+        sizes = []
+        for volume in volumes:
+            ml = [volume.labels[label] for label in region.labels if label in volume.labels]
+            if ml:
+                sizes.append(sum(ml))
+        size = median_and_range(sizes) if sizes else None
+        labels = in_words(region.labels)
+        found[labels] = {"name": region.name, "volumes": len(sizes), "ml": size}
     return found
 
 

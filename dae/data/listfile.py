@@ -23,6 +23,7 @@ LIST_KEYS = {
     "validationdata valfiles",
     "test": "testing ts testset testdata testfiles",
     "labels": "label labelnames classes classnames",
+    "regions_class_order": "regionsorder regionorder classorder regionclassorder",
     "modality": "channelnames",
     "modalities": "",
     "swap": "swaps swaplabels swappairs",

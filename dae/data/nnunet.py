@@ -22,13 +22,8 @@ NORMALISATIONS = {
 }
 
 # Keys of dataset.json that mean what they mean in a list, and those that only nnU-Net has.
-SHARED_KEYS = ("labels", "swap", "tolerance_mm")
-NNUNET_KEYS = (
-    "channel_names",
-    "file_ending",
-    "regions_class_order",
-    "overwrite_image_reader_writer",
-)
+SHARED_KEYS = ("labels", "regions_class_order", "swap", "tolerance_mm")
+NNUNET_KEYS = ("channel_names", "file_ending", "overwrite_image_reader_writer")
 
 Split = tuple[frozenset[str], frozenset[str]]  # cases to train on, cases to validate on
 

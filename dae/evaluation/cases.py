@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import hypot
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from dae.config.evaluate import DefinitionName
 from dae.data.nifti import SHEAR, difference_in_words, read_grid, read_labels
+from dae.data.regions import Region
 from dae.errors import InputError
 from dae.evaluation.metrics import METRICS, Labels, Mask, Row, score_labels
 from dae.files import write_bytes
@@ -264,6 +265,7 @@ def score(
     tolerance: float | Mapping[int, float] = 1.0,
     definition: DefinitionName = "default",
     ignore: int | None = None,
+    regions: Sequence[Region] = (),
 ) -> Scores:
     """The rows of `score_case` of all cases, one in memory at a time. Raises InputError."""
     rows: list[Row] = []
@@ -271,7 +273,9 @@ def score(
     # `disable=None` shows no progress where there is no terminal.
     for name, prediction, label in tqdm(pairs, desc="scoring", unit="case", disable=None):
         case = read_case(prediction, label, classes, ignore=ignore)
-        rows += rows_of(case, label, classes, tolerance=tolerance, definition=definition)
+        rows += rows_of(
+            case, label, classes, tolerance=tolerance, definition=definition, regions=regions
+        )
         hashes[name] = content_of(case.truth)
     return Scores(rows, diagonals(pairs), hashes)
 
@@ -284,14 +288,20 @@ def score_case(
     tolerance: float | Mapping[int, float] = 1.0,
     definition: DefinitionName = "default",
     ignore: int | None = None,
+    regions: Sequence[Region] = (),
 ) -> list[Row]:
     """A row of `metrics.score_labels` for each class but 0, with the `case` in front.
+
+    Where there are `regions`, it is a row for each of them: the union of its labels, in the truth
+    and in the prediction. Its class is its number, from 1 on, which `tolerance` goes by as well.
 
     Voxels whose true label is `ignore` count for nothing, and no surface ends at them.
     Raises InputError.
     """
     case = read_case(prediction, label, classes, ignore=ignore)
-    return rows_of(case, label, classes, tolerance=tolerance, definition=definition)
+    return rows_of(
+        case, label, classes, tolerance=tolerance, definition=definition, regions=regions
+    )
 
 
 def rows_of(
@@ -301,24 +311,45 @@ def rows_of(
     *,
     tolerance: float | Mapping[int, float],
     definition: DefinitionName,
+    regions: Sequence[Region] = (),
 ) -> list[Row]:
     """`score_case` of a case that has been read; `label` is the file of its truth."""
-    names = classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
-    scored = {value: name for value, name in names.items() if value not in (0, case.ignore)}
-
+    rows: list[Row] = []
     try:
-        rows = score_labels(
-            case.prediction,
-            case.truth,
-            case.spacing,
-            scored,
-            tolerance=tolerance,
-            definition=definition,
-            ignore=None if case.ignore is None else ~case.annotated,
-        )
+        for prediction, truth, names in maps_to_score(case, classes, regions):
+            rows += score_labels(
+                prediction,
+                truth,
+                case.spacing,
+                names,
+                tolerance=tolerance,
+                definition=definition,
+                ignore=None if case.ignore is None else ~case.annotated,
+            )
     except ValueError as error:
         raise InputError(f"{label}: {error}") from error
     return [{"case": case.name, **row} for row in rows]
+
+
+def maps_to_score(
+    case: Case, classes: Classes, regions: Sequence[Region]
+) -> Iterator[tuple[Labels, Labels, dict[int, str]]]:
+    """Prediction and truth (d, h, w), and the names of what is scored in them.
+
+    Of classes both maps as they are. Regions overlap: of each a map of its own, whose only label
+    is the number of the region.
+    """
+    if not regions:
+        names = (
+            classes if isinstance(classes, Mapping) else {value: str(value) for value in classes}
+        )
+        scored = {value: name for value, name in names.items() if value not in (0, case.ignore)}
+        yield case.prediction, case.truth, scored
+
+    for n, region in enumerate(regions, start=1):
+        predicted = np.isin(case.prediction, region.labels) * np.uint16(n)
+        true = np.isin(case.truth, region.labels) * np.uint16(n)
+        yield predicted, true, {n: region.name}
 
 
 def content_of(labels: Labels) -> str:

@@ -16,6 +16,7 @@ from string import Template
 from typing import Any
 
 from dae.data.nifti import LabelMap, difference_in_words, read_image, read_labels
+from dae.data.regions import Region, names_of_labels
 from dae.errors import InputError
 from dae.evaluation.cases import Pair, write_csv
 from dae.evaluation.metrics import DISTANCES, OK, Row
@@ -77,6 +78,7 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     """
     for (a, terms_a), (b, terms_b) in combinations(runs, 2):
         if terms_a and terms_b:
+            check_regions(a, b, terms_a.get("regions"), terms_b.get("regions"))
             check_flags(a, b, terms_a, terms_b)
         check_names(a, b, terms_a.get("classes", {}), terms_b.get("classes", {}))
         check_label_maps(a, b, terms_a, terms_b)
@@ -88,6 +90,22 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance "
         "and the label maps of the scores; whether they can be compared is not known"
     )
+
+
+def check_regions(a: str, b: str, regions_a: Any, regions_b: Any) -> None:
+    """Raises InputError where one was scored by regions, and the other by others or by classes."""
+    if regions_a != regions_b:
+        by_a = scored_by(regions_a)
+        by_b = scored_by(regions_b)
+        raise InputError(f"{a} was scored by {by_a}, {b} by {by_b}; score one of them again")
+
+
+def scored_by(regions: Mapping[str, Sequence[int]] | None) -> str:
+    """Like "the regions whole (1, 2), core (1)", or "classes"."""
+    if not regions:
+        return "classes"
+    named = [f"{name} ({', '.join(map(str, labels))})" for name, labels in regions.items()]
+    return f"the regions {', '.join(named)}"
 
 
 def check_flags(a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> None:
@@ -163,14 +181,16 @@ def figures(
     *,
     images: Mapping[str, Path] = {},
     ignore: int | None = None,
+    drawn: Sequence[int] = (),
 ) -> dict[str, bytes]:
     """PNGs by name: `distribution`, and `worst-<case>`, an overlay for each of the lowest cases.
 
     An overlay is drawn over the case's image, where `images` has it. What is labelled `ignore` is
-    drawn as background, in the prediction as well.
+    drawn as background, in the prediction as well. `drawn` are the labels, where rows are of
+    regions.
     """
     files = {pair.case: pair for pair in pairs}
-    classes = list(dict.fromkeys(row["class"] for row in rows))
+    classes = list(drawn) or list(dict.fromkeys(row["class"] for row in rows))
 
     pictures = {"distribution": distribution(rows)}
     for case in worst_cases(rows):
@@ -254,6 +274,9 @@ def write_page(
     """report.html from what `statistics.summarise` and `figures` give."""
     names = {row["class"]: row["name"] for row in rows}
     worst = [case_figure(case, rows, pictures[f"worst-{case}"]) for case in worst_cases(rows)]
+    scored = count_in_words(len(names), "class", "classes")
+    if summary.get("regions"):
+        scored = count_in_words(len(names), "region", "regions")
     ignored = ""
     if summary["ignore"] is not None:
         ignored = f"What is labelled {summary['ignore']} counts for nothing."
@@ -261,14 +284,14 @@ def write_page(
     template = Template(PAGE.read_text(encoding="utf-8"))
     page = template.substitute(
         cases=count_in_words(summary["cases"], "case", "cases"),
-        classes=count_in_words(len(names), "class", "classes"),
+        classes=scored,
         definition=escape(summary["definition"]),
         policy=escape(summary["policy"]),
         tiles=tiles(summary["mean_of_cases"]),
         class_table=class_table(summary),
         distribution=image_tag(pictures["distribution"], "Dice, HD and MSD by class"),
         lowest_cases="\n".join(worst),
-        legend=legend(names),
+        legend=legend(names_drawn(summary, names)),
         case_table=case_table(rows, names),
         ignored=ignored,
         surfaces=escape(summary["surfaces"]),
@@ -346,6 +369,14 @@ def case_figure(case: str, rows: Sequence[Row], picture: bytes) -> str:
         f"<figcaption><b>{escape(case)}</b>, mean Dice {mean}; lowest {escape(in_words)}"
         "</figcaption></figure>"
     )
+
+
+def names_drawn(summary: Mapping[str, Any], names: Mapping[int, str]) -> Mapping[int, str]:
+    """The names of the labels in the pictures: those of the classes, or by the regions."""
+    regions = summary.get("regions")
+    if not regions:
+        return names
+    return names_of_labels([Region(name, tuple(labels)) for name, labels in regions.items()])
 
 
 def legend(names: Mapping[int, str]) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor
 from dae.config.command_line import Size3
 from dae.data.batches import class_index
 from dae.data.cache import Cached
-from dae.evaluation.windows import sliding_window
+from dae.data.regions import Region, membership
+from dae.evaluation.windows import decide_by, sliding_window
 from dae.figures import Segmented
 from dae.training.distributed import Ranks, gather_objects
-from dae.training.losses import dice_per_class
+from dae.training.losses import dice_per_class, dice_per_region
 
 PICTURES = 3  # volumes to draw, of each rank
 
@@ -29,13 +30,18 @@ def dice_of_volumes(
     overlap: float,
     ranks: Ranks,
     ignore: int | None = None,
+    regions: Sequence[Region] = (),
 ) -> tuple[dict[str, Any], list[Segmented]]:
     """Mean Dice over cases for each class, then over classes; and the first volumes, to draw.
 
     The ranks share the volumes, and every rank gets the Dice of all of them. A voxel whose label is
-    `ignore` counts for nothing.
+    `ignore` counts for nothing. Where there are `regions`, they are scored in place of the classes,
+    in the label map as it is written.
     """
     started = time.perf_counter()
+    labels = list(classes)
+    decide = decide_by(labels, regions)
+    has_label = torch.from_numpy(membership(regions, labels))
 
     dice_of_case: dict[int, list[float]] = {}
     pictures: list[Segmented] = []
@@ -46,14 +52,18 @@ def dice_of_volumes(
             image,
             predict,
             window=window,
-            classes=len(classes),
+            classes=len(regions) or len(classes),
             overlap=overlap,
             device=ranks.device,
             background=volume.background,
+            are_regions=bool(regions),
         )
-        prediction = torch.cat([slab.max(0).indices.to(torch.uint8).cpu() for slab in slabs])
-        label = torch.from_numpy(class_index(volume.label(), list(classes), ignore))
-        dice_of_case[n] = dice_per_class(prediction, label, len(classes))
+        prediction = torch.cat([decide(slab).to(torch.uint8).cpu() for slab in slabs])
+        label = torch.from_numpy(class_index(volume.label(), labels, ignore))
+        if regions:
+            dice_of_case[n] = dice_per_region(prediction, label, has_label)
+        else:
+            dice_of_case[n] = dice_per_class(prediction, label, len(classes))
 
         if len(pictures) < PICTURES:
             drawn_label = label.clamp(min=0).numpy()  # what is ignored, -1, is drawn as background
@@ -66,6 +76,8 @@ def dice_of_volumes(
     cases = [of_all_ranks[n] for n in sorted(of_all_ranks)]
 
     names = list(classes.values())[1:]  # without the background
+    if regions:
+        names = [region.name for region in regions]
     means = []
     for k in range(len(names)):
         means.append(nan_mean([case[k] for case in cases]))

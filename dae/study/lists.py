@@ -15,6 +15,7 @@ from dae.config.evaluate import PredictConfig
 from dae.config.segment import SegConfig
 from dae.data import holdout, leaks
 from dae.data.datalist import DataList, Item
+from dae.data.regions import check_same
 from dae.errors import InputError
 from dae.evaluation.cases import check_classes
 from dae.study.cells import Cell, Command, Folders, cell_commands, data_of, pretrain_command
@@ -122,6 +123,8 @@ def check_scored(config: PredictConfig, tuned: DataList, seen: leaks.Seen) -> No
     """
     items, chosen = holdout.read_for_evaluation(config, config.modality, seen)
     classes = {str(label): name for label, name in tuned.labels.items()}
+    if items.labels:
+        check_same(items.regions, tuned.regions, config.data)
     check_classes(items.labels, classes, config.data)
 
     known = sorted({item.modality_name for item in tuned.training})

@@ -69,7 +69,7 @@ from dae.weights.foreign import Weights, for_monai, read_weights
 from dae.weights.transfer import PARTS, count_of
 
 # What a plan says about the input of its network.
-INPUT = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes")
+INPUT = ("crop", "spacing", "modalities", "ct_window", "mr_intensity", "classes", "regions")
 
 
 def inspect(path: Path, config: InspectConfig) -> Weights:

@@ -9,7 +9,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from dae.data.regions import Region
 from dae.errors import InputError
 from dae.evaluation import cases
 from dae.evaluation.cases import (
@@ -320,6 +322,105 @@ def test_what_was_not_annotated_counts_for_nothing(tmp_path: Path) -> None:
 def test_what_was_not_annotated_is_nothing_to_predict(tmp_path: Path) -> None:
     files = saved(tmp_path / "a.nii", two_boxes()), saved(tmp_path / "b.nii", two_boxes())
     refusal(lambda: score_case(*files, CLASSES, ignore=2), files[0], "label 2")
+
+
+# --- regions
+
+BRATS = (
+    Region("whole", (1, 2, 3), 2),
+    Region("core", (1, 3), 1),
+    Region("enhancing", (3,), 3),
+)
+TUMOUR = {0: "background", 1: "core", 2: "whole", 3: "enhancing"}
+
+
+def nested(shift: int = 0) -> Labels:
+    """Boxes within each other: 2 all around 1, and 1 all around 3."""
+    labels = np.zeros((16, 12, 10), np.uint8)
+    labels[2 + shift : 12 + shift, 1:11, 1:9] = 2
+    labels[4 + shift : 9 + shift, 3:9, 2:8] = 1
+    labels[5 + shift : 8 + shift, 4:8, 3:7] = 3
+    return labels
+
+
+def distances(one: Any, other: Any) -> Any:
+    """From each border voxel of a mask to the nearest border voxel of another, in mm, by SciPy."""
+    border = one & ~ndimage.binary_erosion(one)
+    to_other = other & ~ndimage.binary_erosion(other)
+    return ndimage.distance_transform_edt(~to_other, MM)[border]
+
+
+def test_a_region_is_scored_as_the_union_of_its_labels(tmp_path: Path) -> None:
+    files = saved(tmp_path / "a.nii", nested(2)), saved(tmp_path / "b.nii", nested())
+    rows = score_case(*files, TUMOUR, regions=BRATS, tolerance=3.0)
+    assert [(row["class"], row["name"]) for row in rows] == [
+        (1, "whole"),
+        (2, "core"),
+        (3, "enhancing"),
+    ]
+    for row, region in zip(rows, BRATS):
+        prediction, truth = (np.isin(labels, region.labels) for labels in (nested(2), nested()))
+        both = [*distances(prediction, truth), *distances(truth, prediction)]
+        dice = 2 * (prediction & truth).sum() / (prediction.sum() + truth.sum())
+        assert row["dice"] == pytest.approx(dice)
+        assert row["hd"] == pytest.approx(max(both))
+        assert row["msd"] == pytest.approx(np.mean(both))
+        assert row["nsd"] == pytest.approx(np.mean(np.array(both) <= 3 + 1e-6))
+        assert row["volume_truth_ml"] == pytest.approx(truth.sum() * 6 / 1000)
+
+
+def test_a_label_within_a_region_may_be_another_one_of_that_region(tmp_path: Path) -> None:
+    """A map of any program: core and enhancing exchanged leave the whole as it is."""
+    prediction = nested()
+    prediction[nested() == 1] = 3
+    prediction[nested() == 3] = 1
+    files = saved(tmp_path / "a.nii", prediction), saved(tmp_path / "b.nii", nested())
+    dice = [row["dice"] for row in score_case(*files, TUMOUR, regions=BRATS)]
+    assert dice == [1, 1, 0]
+
+
+def test_a_region_is_missed_spurious_or_absent_as_a_class_is(tmp_path: Path) -> None:
+    """BraTS gives a Dice of 1 where both are empty; here that is no number."""
+    prediction, truth = nested(), nested()
+    truth[truth == 3] = 1
+    empty = np.zeros_like(truth)
+    for a, b, statuses in (
+        (prediction, truth, ["ok", "ok", "spurious"]),
+        (truth, prediction, ["ok", "ok", "missed"]),
+        (truth, truth, ["ok", "ok", "absent"]),
+        (empty, truth, ["missed", "missed", "absent"]),
+        (empty, empty, ["absent", "absent", "absent"]),
+    ):
+        files = saved(tmp_path / "a.nii", a), saved(tmp_path / "b.nii", b)
+        rows = score_case(*files, TUMOUR, regions=BRATS)
+        assert [row["status"] for row in rows] == statuses
+        for row in rows:
+            if row["status"] == "absent":
+                assert isnan(row["dice"]) and isnan(row["hd"])
+            elif row["status"] != "ok":
+                assert (row["dice"], row["hd"]) == (0, inf)
+
+
+def test_a_region_has_its_own_tolerance_and_ignores_what_was_not_annotated(tmp_path: Path) -> None:
+    truth = nested()
+    truth[:, :, 5:] = 9
+    files = saved(tmp_path / "a.nii", nested(1)), saved(tmp_path / "b.nii", truth)
+    tolerance = {1: 3.0, 2: 0.0, 3: 3.0}
+    rows = score_case(*files, TUMOUR, regions=BRATS, ignore=9, tolerance=tolerance)
+    unknown = truth == 9
+    for row, region in zip(rows, BRATS):
+        masks = [np.isin(m, region.labels).astype(np.uint8) for m in (nested(1), truth)]
+        mm = tolerance[row["class"]]
+        (expected,) = score_labels(*masks, MM, [1], tolerance=mm, ignore=unknown)
+        for key in ("dice", "hd", "nsd", "status"):
+            assert row[key] == expected[key]
+
+
+def test_a_list_of_regions_still_refuses_labels_of_none(tmp_path: Path) -> None:
+    odd = nested()
+    odd[0, 0, 0] = 7
+    files = saved(tmp_path / "a.nii", odd), saved(tmp_path / "b.nii", nested())
+    refusal(lambda: score_case(*files, TUMOUR, regions=BRATS), files[0], "label 7")
 
 
 def test_a_wrong_choice_is_one_line(tmp_path: Path) -> None:

@@ -224,11 +224,18 @@ def test_a_list_that_cannot_be_used_is_refused_in_one_line(
     assert all(words in line for words in said)
 
 
-def test_regions_of_several_labels_are_refused_and_not_dropped(loaded: Load) -> None:
+def test_regions_without_an_order_are_refused_and_not_dropped(loaded: Load) -> None:
     labels = {"background": 0, "whole tumor": [1, 2, 3]}
     items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})
-    assert items.regions == ("whole tumor",)  # pre-training has no use for labels
-    assert "'whole tumor'" in refusal(check_all_labelled, items, "list.json")
+    assert [region.name for region in items.regions] == ["whole tumor"]  # pre-training needs none
+    assert "whole tumor" in refusal(check_all_labelled, items, "list.json")
+
+
+def test_a_name_without_a_label_is_no_class_to_fine_tune_on(loaded: Load) -> None:
+    labels = {"background": 0, "liver": 1, "spleen": "organ"}
+    items = loaded({"training": entries(2, label="l.nii.gz"), "labels": labels})
+    assert not items.regions
+    assert "'spleen'" in refusal(check_all_labelled, items, "list.json")
 
 
 def test_a_path_that_leads_to_no_list_is_refused_in_one_line(tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ from dae.boxes import Box
 from dae.data.datalist import Item
 from dae.data.nifti import Volume, read_image, read_labels_of
 from dae.data.preprocess import Recipe, prepare, resample, resample_labels
+from dae.data.regions import Region
 from dae.errors import InputError
 from dae.evaluation import native_grid
 from dae.evaluation.native_grid import label_map, paste, save_like
-from dae.evaluation.windows import sliding_window
+from dae.evaluation.windows import decide_by, sliding_window
 
 
 def in_slabs(probabilities: Tensor, planes: int) -> Iterator[Tensor]:
@@ -54,6 +55,15 @@ def test_what_was_predicted_in_a_box_lies_there_and_all_around_is_background(box
     around[box] = False
     assert (pasted[0][around] == 1).all()
     assert not pasted[1:, around].any()
+
+
+def test_around_a_box_there_is_no_region() -> None:
+    inside = torch.rand(3, 4, 5, 6)
+    box = (slice(2, 6), slice(0, 5), slice(1, 7))
+    pasted = torch.cat(list(paste(iter([inside]), box, (9, 6, 8), are_regions=True)), dim=1)
+    expected = torch.zeros(3, 9, 6, 8)
+    expected[:, 2:6, 0:5, 1:7] = inside
+    assert torch.equal(pasted, expected)
 
 
 # --- probabilities to labels
@@ -105,6 +115,23 @@ def test_labels_are_those_of_the_whole_volume_resampled_linearly(
     assert clear.mean() > 0.99
     assert found.shape == target
     assert np.array_equal(found[clear], expected.argmax(0)[clear])
+
+
+@pytest.mark.parametrize("source, target", SHAPES, ids=str)
+def test_regions_are_resampled_as_probabilities_and_then_cut_at_a_half(
+    source: tuple[int, ...], target: tuple[int, ...]
+) -> None:
+    probabilities = smooth_probabilities(4, source)[:3].cumsum(0).flip(0)  # each within the last
+    regions = (Region("whole", (1, 2, 3), 2), Region("core", (1, 3), 1), Region("in", (3,), 3))
+    decide = decide_by([0, 1, 2, 3], regions)
+    found = label_map(in_slabs(probabilities, 3), source, target, decide)
+
+    resampled = scipy_resampled(probabilities, target)
+    whole, core, inner = resampled > 0.5
+    expected = np.where(inner, 3, np.where(core, 1, np.where(whole, 2, 0)))
+    clear = (np.abs(resampled - 0.5) > 1e-4).all(0)
+    assert clear.mean() > 0.98
+    assert np.array_equal(found[clear], expected[clear])
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1))

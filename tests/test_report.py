@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import refusal
 
 from dae import figures as pictures_module
+from dae.data.regions import Region
 from dae.errors import InputError
 from dae.evaluation.cases import Pair, pair, score
 from dae.evaluation.metrics import Row
@@ -337,6 +339,39 @@ def test_one_perfect_case_makes_a_page(tmp_path: Path) -> None:
     reader = Reader((tmp_path / "page.html").read_text())
     assert "1.000 –" in reader.cells
     assert "1 case, 2 classes" in reader.words()
+
+
+# --- regions
+
+REGIONS = {"whole": [1, 2, 3], "core": [1, 3], "enhancing": [3]}
+
+
+def test_a_page_of_regions_counts_regions_and_names_the_labels_that_are_drawn(
+    run: Run, tmp_path: Path
+) -> None:
+    """A picture shows each region less those within it, so 2 is what is whole and not core."""
+    regions = [Region(name, tuple(labels)) for name, labels in REGIONS.items()]
+    rows = score(run.pairs, CLASSES, regions=regions).rows
+    summary = {**summarise(rows), "regions": REGIONS}
+    pictures = figures(rows, run.pairs, drawn=[1, 2, 3, 4])
+    write_page(rows, summary, pictures, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "5 cases, 3 regions" in Reader(text).words()
+
+    (legend,) = re.findall(r'<ul class="legend">(.*?)</ul>', text, flags=re.S)
+    assert re.findall(r"</i>(.*?)</li>", legend) == ["core", "whole", "enhancing"]
+    assert pictures != figures(rows, run.pairs, drawn=[1, 3])
+
+
+def test_scores_of_other_regions_or_of_classes_are_not_compared() -> None:
+    classes = {"1": {"name": "1"}}
+    common = {"definition": "default", "ignore": None, "tolerance_mm": 1.0, "classes": classes}
+    whole = {**common, "regions": REGIONS, "labels": {}}
+    other = {**whole, "regions": {**REGIONS, "core": [1]}}
+    of_classes = {**common, "labels": {}}
+    assert check_terms([("a", whole), ("b", whole)]) == ""
+    assert "core (1)," in refusal(check_terms, [("a", whole), ("b", other)])
+    assert "b by classes" in refusal(check_terms, [("a", whole), ("b", of_classes)])
 
 
 # --- may two runs be compared?

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dae.data.regions import Region
 from dae.errors import InputError
 from dae.evaluation.native_grid import label_map
-from dae.evaluation.windows import blend, gaussian, sliding_window, window_starts
+from dae.evaluation.windows import blend, decide_by, gaussian, sliding_window, window_starts
 
 ROOT = Path(__file__).parents[1]
 BACKGROUND = (-3.0, -2.0, -1.0)  # of the three channels
@@ -583,6 +584,80 @@ def test_an_output_that_is_no_number_is_refused_not_made_a_class() -> None:
     image[1, 3, 4, 5] = torch.nan
     with pytest.raises(InputError, match="NaN"):
         probabilities(image, identity)
+
+
+# --- regions
+
+
+def test_each_region_has_a_sigmoid_of_its_own() -> None:
+    image = image_of(*WINDOW)
+    network = small_network()
+    expected = 1 / (1 + np.exp(-network(image[None])[0].double().numpy()))
+    for combine in ("softmax", "logits"):
+        found = probabilities(image, network, combine=combine, are_regions=True)
+        assert np.allclose(found.numpy(), expected, atol=1e-6)
+    assert (expected.sum(0) > 1.2).any()  # which no classes have
+
+
+def constant(*values: float) -> Callable[[Tensor], Tensor]:
+    """A network whose logits are the same in all voxels of a channel."""
+
+    def predict(x: Tensor) -> Tensor:
+        return torch.tensor(values).reshape(1, -1, 1, 1, 1).expand(len(x), -1, *x.shape[2:])
+
+    return predict
+
+
+def test_an_ensemble_of_regions_averages_sigmoids_or_logits() -> None:
+    members = [constant(9.0, 1.0, -1.0), constant(-3.0, 2.0, -2.0)]
+    options: dict[str, Any] = {"are_regions": True, "overlap": 0.5}
+    of_sigmoids = probabilities(image_of(7, 8, 9), members, **options)[:, 3, 3, 3]
+    of_logits = probabilities(image_of(7, 8, 9), members, combine="logits", **options)[:, 3, 3, 3]
+
+    logits = np.array([[9.0, 1.0, -1.0], [-3.0, 2.0, -2.0]])
+    expected = (1 / (1 + np.exp(-logits))).mean(0)
+    assert of_sigmoids.numpy() == pytest.approx(expected, abs=1e-6)
+    assert of_logits.numpy() == pytest.approx(1 / (1 + np.exp(-logits.mean(0))), abs=1e-6)
+
+
+def test_regions_of_two_sides_change_places_where_a_window_was_flipped() -> None:
+    truth = an_organ_on_each_side()
+    image = torch.where(truth > 0, 1.0, -1.0)[None]
+    common: dict[str, Any] = {
+        "window": (10, 5, 6),
+        "background": (-1.0,),
+        "classes": 2,
+        "are_regions": True,
+    }
+
+    def left_and_right(x: Tensor) -> Tensor:
+        return told_by_side(x)[:, 1:] - 4.5
+
+    once = probabilities(image, left_and_right, **common)
+    flipped = probabilities(image, left_and_right, flips=(0, 1, 2), swap=[(0, 1)], **common)
+    assert torch.allclose(flipped, once, atol=1e-6)
+    assert torch.equal(once > 0.5, torch.stack([truth == 1, truth == 2]))
+
+
+@pytest.mark.parametrize("combine", ["softmax", "logits"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_region_that_is_no_number_or_infinite_is_refused(combine: str, value: float) -> None:
+    image = image_of(11, 9, 10)
+    image[1, 3, 4, 5] = value
+    with pytest.raises(InputError, match="NaN"):
+        probabilities(image, identity, combine=combine, are_regions=True)
+
+
+def test_probabilities_become_the_likeliest_class_or_all_regions_above_a_half() -> None:
+    p = torch.tensor(
+        [[0.9, 0.9, 0.4, 0.5, 0.6], [0.8, 0.5, 0.6, 0.4, 0.7], [0.1, 0.0, 0.2, 0.9, 1]]
+    )
+    assert decide_by([0, 1, 2], ())(p).tolist() == [0, 0, 1, 2, 2]
+
+    labels = [0, 1, 4, 9]
+    regions = (Region("whole", (1, 4, 9), 4), Region("core", (1, 9), 1), Region("in", (9,), 9))
+    index = decide_by(labels, regions)(p)
+    assert [labels[n] for n in index.tolist()] == [1, 4, 1, 9, 9]
 
 
 # --- other people's

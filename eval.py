@@ -97,7 +97,7 @@ from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
 from dae.data.nifti import Volume, read_channels
 from dae.data.preprocess import Prepared, Recipe, normalise
-from dae.data.regions import Region, check_same, from_plan, mirrored, numbered
+from dae.data.regions import Region, from_plan, mirrored, numbered
 from dae.data.sides import AXES, flips_of, likely_pairs, pairs_in_words
 from dae.evaluation import cases, features, postprocess, report, statistics
 from dae.evaluation.ahead import one_ahead
@@ -533,9 +533,7 @@ def items_to_predict(
     if config.images:
         return images_of(config, plan)
     items, chosen = cases_of(config, config.modality, seen, unknown)
-    if items.labels:
-        check_same(items.regions, from_plan(plan), config.data)
-    cases.check_classes(items.labels, plan["classes"], config.data)
+    cases.check_task(items, plan["classes"], from_plan(plan), config.data)
     return chosen
 
 

@@ -28,11 +28,13 @@ from dae.data import content, overlaps
 from dae.data.cache import FOREGROUND, cached
 from dae.data.check import main, read_command
 from dae.data.content import DIFFERENCE, alike, same_voxels, scaled, signature_of, turns_between
-from dae.data.datalist import load
-from dae.data.fingerprint import DIVISOR
+from dae.data.datalist import Item, load
+from dae.data.examine import Examined
+from dae.data.fingerprint import DIVISOR, regions_in
 from dae.data.nifti import read_image
 from dae.data.overlaps import Listed, Part, Place, judge
 from dae.data.preprocess import Recipe
+from dae.data.regions import Region
 from dae.demo.phantom import write_phantoms
 from dae.model import SwinUNETR
 from dae.weights import checkpoint
@@ -692,3 +694,22 @@ def test_a_list_that_cannot_be_fine_tuned_on_is_read_as_one_to_pretrain_on(good:
     lacking = replace(items, training=(first, *items.training[1:]))
     listed = overlaps.listed(good, lacking)
     assert listed.purpose == "to pre-train on" and 'has no "label"' in listed.unlabelled
+
+
+def test_the_size_of_a_region_is_the_sum_of_its_labels() -> None:
+    item = Item((Path("a.nii"),), ("t1",), ("mr",), "a")
+    volumes = [
+        Examined(item, labels={0: 9.0, 1: 2.0, 3: 1.0}),
+        Examined(item, labels={0: 9.0, 2: 4.0}),
+    ]
+    regions = (Region("whole", (1, 2, 3)), Region("core", (1, 3)), Region("none", (5,)))
+    found = regions_in(volumes, regions)
+    assert list(found) == ["1, 2, 3", "1, 3", "5"]
+    assert found["1, 2, 3"]["volumes"] == 2
+    assert found["1, 2, 3"]["ml"] == {"median": 3.5, "min": 3.0, "max": 4.0}
+    assert found["1, 3"] == {
+        "name": "core",
+        "volumes": 1,
+        "ml": {"median": 3.0, "min": 3.0, "max": 3.0},
+    }
+    assert found["5"] == {"name": "none", "volumes": 0, "ml": None}

@@ -136,6 +136,8 @@ def test_a_region_has_its_own_tolerance_by_its_name_alone(loaded: Load) -> None:
         ({**LABELS, "far": [256]}, [*ORDER, 256], ["'far'", "256"]),
         ({**LABELS, "half": [1.5]}, [*ORDER, 1], ["'half'", "1.5"]),
         ({**LABELS, "true": [True]}, [*ORDER, 1], ["'true'", "True"]),
+        ({**LABELS, "none": False}, [*ORDER, 1], ["none", "False"]),
+        ({**LABELS, "2": "tumour core"}, [*ORDER, 2], ["'tumour core' to two regions"]),
         ({**LABELS, "rest": "other"}, [*ORDER, 1], ["'rest'", "'other'"]),
         ({**LABELS, "ignore": [8, 9]}, ORDER, ['"ignore"', "one label"]),
         ({**LABELS, "ignore": 2}, ORDER, ['calls 2 "ignore"', "'whole tumour'"]),

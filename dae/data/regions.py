@@ -55,7 +55,7 @@ def regions_of(
     for name, value in entries:
         if name == "ignore":
             ignored.add(single_label(value, path))
-        elif value != 0:
+        elif type(value) is not int or value != 0:
             regions.append(Region(name, labels_in(name, value, path)))
 
     check_unions(regions, ignored, path)
@@ -89,12 +89,17 @@ def labels_in(name: str, value: Any, path: Path | str) -> tuple[int, ...]:
 
 
 def check_unions(regions: Sequence[Region], ignored: set[int], path: Path | str) -> None:
-    """Raises InputError on two regions that are one, and on what was not annotated in a region."""
+    """Raises InputError on two regions of one name or of the same labels, and on `ignored` ones."""
     for a, b in combinations(regions, 2):
         if a.labels == b.labels:
             raise InputError(
                 f'{path}: "labels" has two names for one region, {a.name!r} and {b.name!r} '
                 f"({in_words(a.labels)}); keep one"
+            )
+        if a.name == b.name:
+            raise InputError(
+                f'{path}: "labels" gives the name {a.name!r} to two regions; '
+                "scores are told apart by name: give each its own"
             )
 
     for region in regions:

@@ -19,8 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dae.config.evaluate import DefinitionName
+from dae.data.datalist import DataList
 from dae.data.nifti import SHEAR, difference_in_words, read_grid, read_labels
-from dae.data.regions import Region
+from dae.data.regions import Region, check_same
 from dae.errors import InputError
 from dae.evaluation.metrics import METRICS, Labels, Mask, Row, score_labels
 from dae.files import write_bytes
@@ -143,6 +144,19 @@ def check_labels(pairs: Sequence[Pair]) -> None:
             f"{first_and_count(same, 'label')}: is the prediction as well; "
             "name the folder of the predictions"
         )
+
+
+def check_task(
+    items: DataList, classes: Mapping[str, str], regions: Sequence[Region], data: str
+) -> None:
+    """Raises InputError where the list `data` is of another task than a checkpoint.
+
+    classes and regions: of the checkpoint. A list without labels is of any task.
+    """
+    if items.regions or (items.labels and regions):
+        check_same(items.regions, regions, data)
+    else:
+        check_classes(items.labels, classes, data)
 
 
 def check_classes(labels: Mapping[int, str], classes: Mapping[str, str], data: str) -> None:

@@ -15,9 +15,8 @@ from dae.config.evaluate import PredictConfig
 from dae.config.segment import SegConfig
 from dae.data import holdout, leaks
 from dae.data.datalist import DataList, Item
-from dae.data.regions import check_same
 from dae.errors import InputError
-from dae.evaluation.cases import check_classes
+from dae.evaluation.cases import check_task
 from dae.study.cells import Cell, Command, Folders, cell_commands, data_of, pretrain_command
 from dae.study.plan import CONFIGS, STEPS, Plan, StepName
 
@@ -123,9 +122,7 @@ def check_scored(config: PredictConfig, tuned: DataList, seen: leaks.Seen) -> No
     """
     items, chosen = holdout.read_for_evaluation(config, config.modality, seen)
     classes = {str(label): name for label, name in tuned.labels.items()}
-    if items.labels:
-        check_same(items.regions, tuned.regions, config.data)
-    check_classes(items.labels, classes, config.data)
+    check_task(items, classes, tuned.regions, config.data)
 
     known = sorted({item.modality_name for item in tuned.training})
     for item in chosen:

@@ -215,6 +215,16 @@ def test_lists_of_other_regions_are_refused_and_one_without_labels_is_not(
     silent = changed(brats, "silent.json", labels={})
     assert len(predict(learned, silent, tmp_path / "p")) == 1
 
+    # Neither prediction nor scores go by the order of the list.
+    content = json.loads(brats.read_text())
+    del content["regions_class_order"]
+    content["labels"] = dict(reversed(LABELS.items()))
+    unordered = brats.with_name("unordered.json")
+    unordered.write_text(json.dumps(content))
+    dice = predicted_and_scored(learned, unordered, tmp_path / "q")
+    assert list(dice) == ["enhancing", "tumour core", "whole tumour"]
+    assert dice == predicted_and_scored(learned, brats, tmp_path / "r")
+
 
 def test_an_ensemble_of_regions_and_of_another_order_is_refused(
     brats: Path, learned: Path, tmp_path: Path

@@ -134,9 +134,26 @@ def check_same_batch(
     if before != now:
         raise InputError(
             f"--batch-size {config.batch_size} x --accumulate {config.accumulate} x {world} ranks "
-            f"= {now} samples a step: the run of {path} was started with {before}; choose factors "
-            f"whose product is {before}"
+            f"= {now} samples a step: the run of {path} was started with {before}; "
+            f"{how_to_keep(before, world)}"
         )
+
+
+def how_to_keep(samples: int, world: int) -> str:
+    """In words: the flags that give so many samples a step on `world` ranks.
+
+    Where the ranks cannot share them evenly: the numbers of ranks that can.
+    """
+    if samples % world:
+        divisors = [str(ranks) for ranks in range(1, samples + 1) if samples % ranks == 0]
+        return f"{world} ranks cannot share {samples} evenly; start {' or '.join(divisors)} ranks"
+
+    of_rank = samples // world
+    factors = []
+    for accumulate in range(1, of_rank + 1):
+        if of_rank % accumulate == 0:
+            factors.append(f"{of_rank // accumulate} x {accumulate}")
+    return f"for {world} ranks --batch-size x --accumulate is {' or '.join(factors)}"
 
 
 def check_same_samples(

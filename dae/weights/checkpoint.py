@@ -162,6 +162,13 @@ def seal_matches(file: IO[bytes]) -> bool:
 # --- random states
 
 
+def seed_rng(seed: int) -> None:
+    """Every global random state, so that the same command writes the same checkpoint."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
 def rng_state() -> dict[str, Any]:
     """Every global random state, in types that a safe load accepts."""
     # Nothing here draws from numpy's global generator; the code of others may.

@@ -7,6 +7,7 @@ head.
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from math import ceil, isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from dae.boxes import bounding_box
 from dae.data.preprocess import by
+from dae.files import write_atomic
 
 Picture = NDArray[np.float32]
 Labels = NDArray[np.integer[Any]]
@@ -93,6 +95,11 @@ def png(figure: Any, **options: Any) -> bytes:
     return stream.getvalue()
 
 
+def save(figure: Any, path: Path) -> None:
+    """The figure as a file, atomic. Raises OSError that names it."""
+    write_atomic(path, partial(figure.savefig, dpi=110))
+
+
 def plane(volume: NDArray[Any], axis: int, index: int) -> NDArray[Any]:
     """One plane of a volume, as radiologists see it where row 0 is drawn at the bottom.
 
@@ -111,7 +118,7 @@ def reconstruction_sheet(path: Path, rows: Sequence[Triple]) -> None:
     axes = figure.subplots(len(rows), 4, squeeze=False)
     for axes_of_row, triple in zip(axes, rows):
         draw_triple(axes_of_row, triple)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_triple(axes: Sequence[Any], triple: Triple) -> None:
@@ -137,7 +144,7 @@ def views_sheet(path: Path, rows: Sequence[Views]) -> None:
         low, high = float(x.min()), float(x.max())
         for ax, (name, volume) in zip(axes_of_row, panels):
             draw_middle(ax, volume, f"{title}   {name}", low, high)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_middle(ax: Any, x: Picture, title: str, low: float, high: float) -> None:
@@ -163,7 +170,7 @@ def loss_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
     ax.set(xlabel="step", ylabel="L1, intensities as normalised", yscale="log")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def terms_curve(path: Path, events: Sequence[Mapping[str, Any]], terms: Sequence[str]) -> None:
@@ -180,7 +187,7 @@ def terms_curve(path: Path, events: Sequence[Mapping[str, Any]], terms: Sequence
     ax.set(xlabel="step", ylabel="terms of the loss")
     ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def seg_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
@@ -193,7 +200,7 @@ def seg_curve(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
 
     ax.set(xlabel="step", ylabel="training loss")
     ax_of_dice.set(ylabel="validation Dice", ylim=(0, 1))
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_curve(
@@ -259,7 +266,7 @@ def overlay_sheet(path: Path, cases: Sequence[Segmented]) -> None:
     axes = figure.subplots(len(cases), 6, squeeze=False)
     for axes_of_row, case in zip(axes, cases):
         draw_segmented(axes_of_row, case)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_segmented(axes: Sequence[Any], case: Segmented) -> None:
@@ -443,7 +450,7 @@ def pipeline_sheet(path: Path, stages: Stages) -> None:
         title = f"x_rec\nL1(x_rec, x) {error.mean():.4f}"
         draw_axial(next(axes), stages.x_rec, title, stages.display)
         draw_error(next(axes), error, stages.display)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def disruption_sheet(
@@ -479,7 +486,7 @@ def disruption_sheet(
     before = unmasked("local masking\ntokens of x", tokens)
     for ax, panel in zip(axes[-1], (before, *masked)):
         draw_tiles(ax, panel, ranges)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def masking_sheet(
@@ -509,7 +516,7 @@ def masking_sheet(
         title = f"{len(shown)} of the {len(tokens)} channels, as pictures"
         some = Tokens(title, panel.values[shown], panel.mask[shown])
         draw_tiles(ax, some, tuple(limit[shown] for limit in ranges))
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def reconstructions_sheet(
@@ -537,7 +544,7 @@ def reconstructions_sheet(
             draw_hidden(top, column.hidden, display)
         draw_axial(middle, column.x_rec, f"x_rec   L1(x_rec, x) {error.mean():.4f}", display)
         draw_error(bottom, error, display)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 # --- parts of these pictures
@@ -699,7 +706,7 @@ def segmentation_sheet(path: Path, cases: Sequence[CaseShown], classes: Mapping[
         draw_case(band, case, list(classes))
 
     add_legend(figure, classes)
-    figure.savefig(path, dpi=110)
+    save(figure, path)
 
 
 def draw_case(band: Any, case: CaseShown, classes: Sequence[int]) -> None:

@@ -10,7 +10,8 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
 
     The path beside ends as `path` does, for libraries that choose a format by the ending. `durable`
     waits until the file is on the disk, so that it also survives a loss of power; such a file has
-    one writer at a time. Raises OSError, or what `write` raises; then `path` is as it was before.
+    one writer at a time. Raises OSError that names `path`, or what else `write` raises; then `path`
+    is as it was before.
     """
     # A killed process leaves the file beside. That of a checkpoint is large: under one fixed name
     # the next save replaces it. Other files may have several writers, each with a name of its own.
@@ -23,6 +24,11 @@ def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool =
         beside.replace(path)
         if durable:
             flush(path.parent)  # the new name is on the disk only once its folder is
+    except OSError as error:
+        # A full disk names no file, and other errors name the one beside.
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 

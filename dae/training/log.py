@@ -41,7 +41,8 @@ class Log:
             initial=start,
             unit="step",
             disable=not sys.stderr.isatty(),
-            smoothing=0.1,
+            # Without tqdm's own times, which follow a clock that may jump. Ours are in the postfix.
+            bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
     def event(self, event: str, **metadata: Any) -> None:

@@ -20,6 +20,7 @@ from dae.data.datalist import DataList, Item
 from dae.data.preprocess import Recipe
 from dae.demo import prepare_demo
 from dae.errors import InputError
+from dae.files import write_bytes
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import resume
 from dae.training.distributed import Ranks, gather_objects, on_main_first
@@ -174,7 +175,8 @@ def open_log(config: Config, ranks: Ranks, step: int) -> Log:
     out = Path(config.out)
     if ranks.is_main:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(to_json(config), indent=1) + "\n")
+        content = json.dumps(to_json(config), indent=1) + "\n"
+        write_bytes(out / "config.json", content.encode())
     return Log(out / "log.jsonl", steps=config.steps, start=step, main=ranks.is_main)
 
 

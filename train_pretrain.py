@@ -40,6 +40,7 @@ from dae.pretext.methods import Output
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
+    Stopped,
     StopSignal,
     gather_objects,
     joined,
@@ -67,6 +68,7 @@ from dae.training.run import (
     stopped_in_words,
     with_phantoms,
 )
+from dae.weights import checkpoint
 from dae.weights.foreign import Weights
 from dae.weights.plan import check_same_network
 from dae.weights.transfer import Report, parts_that_fit, transfer
@@ -92,6 +94,7 @@ class Run:
     metadata: dict[str, Any]  # in every checkpoint: configuration, plan, fingerprint of the data
     # step: how many are done. best: lowest validation L1, of a baseline lowest loss. behind: how
     # many validations in a row did not beat L1(x_hat, x). warned: whether that was said.
+    # unvalidated: whether a stop signal has cut the validation of this step short.
     state: dict[str, Any]
     notes: list[str]  # what was decided about the data, for the user
     note: str  # where the weights come from, and what has changed in a resumed run
@@ -106,7 +109,7 @@ def main(config: PretrainConfig) -> dict[str, Any]:
             return leave_untrained(run)
 
         ahead = read_ahead(run.crops, config, ranks, step=run.state["step"])
-        with StopSignal() as signal, closing(ahead) as batches:
+        with StopSignal(ranks.store) as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
 
 
@@ -135,19 +138,26 @@ def loop(run: Run, batches: Iterator[Batch], signal: StopSignal) -> dict[str, An
             stop = True
 
         with run.clock.paused():
-            # A resumed run does not repeat the validation after which it was saved.
-            is_new = step > first or step == 0 or done
-            if is_new and due(step, config.validate_every, config.steps):
-                validation = validate(run)
-                run.log.event("validation", step=step, **validation)
-                run.log.say(f"step {step}: {in_words(validation)}")
-                draw_losses(run)
-                if step > first:
-                    keep_best(run, validation)
-                advise(run, validation, done=done)
-            if step > first and (stop or due(step, config.save_every, config.steps, most=500)):
+            # A resumed run does not repeat the validation after which it was saved, but makes up
+            # for one that a signal had cut short.
+            is_new = step > first or run.state["unvalidated"]
+            run.state["unvalidated"] = False
+            if (is_new or step == 0 or done) and due(step, config.validate_every, config.steps):
+                validation = validate(run, signal)
+                if validation:
+                    run.log.event("validation", step=step, **validation)
+                    run.log.say(f"step {step}: {in_words(validation)}")
+                    draw_losses(run)
+                    if is_new:
+                        keep_best(run, validation)
+                    advise(run, validation, done=done)
+                else:
+                    run.state["unvalidated"] = True
+                    stop = True
+                    done = False
+            if is_new and (stop or due(step, config.save_every, config.steps, most=500)):
                 save(run, "last.pt")
-            if step > first and config.keep_every and step % config.keep_every == 0:
+            if is_new and config.keep_every and step % config.keep_every == 0:
                 save(run, f"step-{step}.pt")
 
         if done or stop:
@@ -335,7 +345,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     channels = crops.volumes[0].shape[0]
 
     # Network.
-    torch.manual_seed(config.seed)
+    checkpoint.seed_rng(config.seed)
     choose_kernels(ranks.device, tf32=config.tf32)
     pretext, report = build(config, channels, weights)
     pretext = pretext.to(ranks.device)
@@ -354,7 +364,13 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
     metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
     metadata["drawn_on"] = ranks.device.type  # noise and masks; they are others on another device
 
-    state: dict[str, Any] = {"step": 0, "best": math.inf, "behind": 0, "warned": False}
+    state: dict[str, Any] = {
+        "step": 0,
+        "best": math.inf,
+        "behind": 0,
+        "warned": False,
+        "unvalidated": False,
+    }
     note = f"; weights of {config.init}\n{report}" if report else ""
 
     if resumed:
@@ -362,7 +378,7 @@ def setup(config: PretrainConfig, ranks: Ranks) -> Run:
         resume.check_same_samples(out / "last.pt", resumed, metadata, data_by_size=by_size)
         restore(out / "last.pt", resumed, pretext.backbone, optimizer, scaler)
         pretext.load_own_state(resumed["pretext"])
-        state = {key: resumed[key] for key in state}
+        state = {key: resumed.get(key, value) for key, value in state.items()}
         if has_other_crops(resumed, config):
             state["best"] = math.inf  # it is of other crops, and cannot be compared
         changes = what_has_changed(resumed, config, ranks)
@@ -645,10 +661,18 @@ def nothing_to_contrast(config: PretrainConfig, samples: int, modalities: Collec
     return ""
 
 
-def validate(run: Run) -> dict[str, Any]:
+def validate(run: Run, signal: StopSignal) -> dict[str, Any]:
+    """What `validate_whole` returns; nothing where a stop signal has come before its end."""
+    try:
+        return validate_whole(run, signal)
+    except Stopped:
+        return {}
+
+
+def validate_whole(run: Run, signal: StopSignal) -> dict[str, Any]:
     """Mean L1 over the fixed crops, L1(x_hat, x) beside it, and figures/reconstruction.png.
 
-    For a baseline the terms of its loss, and its views in the picture.
+    For a baseline the terms of its loss, and its views in the picture. Raises Stopped.
     """
     sheet = run.out / "figures" / "reconstruction.png"
     if run.config.method in BASELINES:
@@ -659,6 +683,7 @@ def validate(run: Run) -> dict[str, Any]:
             count=run.config.validate_crops,
             dtype=run.dtype,
             ranks=run.ranks,
+            signal=signal,
         )
         if run.ranks.is_main:
             views_sheet(sheet, views)
@@ -671,6 +696,7 @@ def validate(run: Run) -> dict[str, Any]:
         count=run.config.validate_crops,
         dtype=run.dtype,
         ranks=run.ranks,
+        signal=signal,
     )
     if run.ranks.is_main:
         reconstruction_sheet(sheet, pictures)

@@ -48,6 +48,7 @@ from dae.model.probe import Probe
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
+    Stopped,
     StopSignal,
     gather_objects,
     joined,
@@ -75,6 +76,7 @@ from dae.training.run import (
     stopped_in_words,
     with_phantoms,
 )
+from dae.weights import checkpoint
 from dae.weights.foreign import Weights
 from dae.weights.plan import with_plan
 from dae.weights.transfer import Report, check_same_classes, parts_to_transfer, transfer
@@ -101,7 +103,9 @@ class Run:
     scaler: torch.amp.GradScaler
     dtype: torch.dtype | None  # of autocast
     metadata: dict[str, Any]  # in every checkpoint: configuration, plan, fingerprint of the data
-    state: dict[str, Any]  # step: how many are done. best: highest mean Dice
+    # step: how many are done. best: highest mean Dice. unvalidated: whether a stop signal has cut
+    # the validation of this step short.
+    state: dict[str, Any]
     notes: list[str]  # what was decided, for the user
     report: Report | None  # which of the pre-trained weights were taken
 
@@ -114,7 +118,7 @@ def main(config: SegConfig) -> dict[str, Any]:
         ahead = read_ahead(
             run.crops, run.config, ranks, step=run.state["step"], gather=collate_labelled
         )
-        with StopSignal() as signal, closing(ahead) as batches:
+        with StopSignal(ranks.store) as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
 
 
@@ -141,15 +145,23 @@ def loop(run: Run, batches: Iterator[LabelledBatch], signal: StopSignal) -> dict
             stop = True
 
         with run.clock.paused():
-            if (step > first or done) and due(step, config.validate_every, config.steps):
-                validation = validate(run)
-                run.log.event("validation", step=step, **validation)
-                run.log.say(f"step {step}: {in_words(validation)}")
-                draw_losses(run)
-                keep_best(run, validation)
-            if step > first and (stop or due(step, config.save_every, config.steps, most=500)):
+            # A resumed run makes up for a validation that a signal had cut short.
+            is_new = step > first or run.state["unvalidated"]
+            run.state["unvalidated"] = False
+            if (is_new or done) and due(step, config.validate_every, config.steps):
+                validation = validate(run, signal)
+                if validation:
+                    run.log.event("validation", step=step, **validation)
+                    run.log.say(f"step {step}: {in_words(validation)}")
+                    draw_losses(run)
+                    keep_best(run, validation)
+                else:
+                    run.state["unvalidated"] = True
+                    stop = True
+                    done = False
+            if is_new and (stop or due(step, config.save_every, config.steps, most=500)):
                 save(run, "last.pt")
-            if step > first and config.keep_every and step % config.keep_every == 0:
+            if is_new and config.keep_every and step % config.keep_every == 0:
                 save(run, f"step-{step}.pt")
 
         if done or stop:
@@ -310,7 +322,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     channels = crops.volumes[0].shape[0]
 
     # Network.
-    torch.manual_seed(config.seed)
+    checkpoint.seed_rng(config.seed)
     network, report = build(config, channels, len(items.regions) or len(classes), weights)
     choose_kernels(ranks.device, tf32=config.tf32)
     network = network.to(ranks.device)
@@ -341,7 +353,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         plan["leak"] = started_from.get("leak", known_tests)
     data = items.fingerprint(trained, validated, labels=True)
     metadata = metadata_of(config, plan=plan, data=data, global_batch=crops.global_batch)
-    state: dict[str, Any] = {"step": 0, "best": -1.0}
+    state: dict[str, Any] = {"step": 0, "best": -1.0, "unvalidated": False}
     notes = [*items.notes, *known_tests, *leaks.known_before(items, validated, seen_before)]
     notes += leaks.pretrained_before(items, validated, started_from)
     if weights and report:
@@ -351,7 +363,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
         by_size = items.fingerprint_by_size(labels=True)
         resume.check_same_samples(out / "last.pt", resumed, metadata, data_by_size=by_size)
         restore(out / "last.pt", resumed, network, optimizer, scaler)
-        state = {key: resumed[key] for key in state}
+        state = {key: resumed.get(key, value) for key, value in state.items()}
         notes += resume.changes_in_words(resumed, config, world=ranks.world)
 
     # DDP and the compiler wrap the forward pass. Parameters, optimiser and checkpoints are those of
@@ -622,27 +634,34 @@ def say_start(run: Run) -> None:
     run.log.say(str(run.crops.flips))
 
 
-def validate(run: Run) -> dict[str, Any]:
-    """Dice over whole held-out volumes, and figures/overlay.png."""
+def validate(run: Run, signal: StopSignal) -> dict[str, Any]:
+    """Dice over whole held-out volumes, and figures/overlay.png.
+
+    Nothing where a stop signal has come before its end.
+    """
     run.network.eval()
-    validation, pictures = dice_of_volumes(
-        lambda x: predict(run, x),
-        run.held_out,
-        run.classes,
-        window=run.config.crop,
-        overlap=run.config.overlap,
-        ranks=run.ranks,
-        ignore=run.crops.ignore,
-        regions=run.regions,
-    )
+    try:
+        validation, pictures = dice_of_volumes(
+            lambda x: predict(run, x, signal),
+            run.held_out,
+            run.classes,
+            window=run.config.crop,
+            overlap=run.config.overlap,
+            ranks=run.ranks,
+            ignore=run.crops.ignore,
+            regions=run.regions,
+        )
+    except Stopped:
+        return {}
     run.network.train()
     if run.ranks.is_main:
         overlay_sheet(run.out / "figures" / "overlay.png", pictures)
     return validation
 
 
-def predict(run: Run, x: Tensor) -> Tensor:
-    """Windows (b, c, d, h, w) -> logits (b, classes, d, h, w)."""
+def predict(run: Run, x: Tensor, signal: StopSignal) -> Tensor:
+    """Windows (b, c, d, h, w) -> logits (b, classes, d, h, w). Raises Stopped."""
+    signal.check()
     with autocast(run.dtype, run.ranks.device):
         logits: Tensor = run.network(x)
     return logits

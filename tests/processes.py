@@ -100,11 +100,8 @@ def run_script(*line: str | Path, cwd: Path | None = None) -> subprocess.Complet
     return Script(line, cwd=cwd).done()
 
 
-def run_ranks(*lines: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
-    """A script on a rank for each line, with the variables that torchrun sets.
-
-    The exit code is 1 where that of any rank is not 0, as torchrun's is.
-    """
+def start_ranks(*lines: Sequence[str | Path], cwd: Path | None = None) -> list[Script]:
+    """A script on a rank for each line, with the variables that torchrun sets."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -119,7 +116,18 @@ def run_ranks(*lines: Sequence[str | Path]) -> subprocess.CompletedProcess[str]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        scripts.append(Script(line, variables=variables))
+        scripts.append(Script(line, variables=variables, cwd=cwd))
+    return scripts
+
+
+def run_ranks(
+    *lines: Sequence[str | Path], cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The same, until all have ended.
+
+    The exit code is 1 where that of any rank is not 0, as torchrun's is.
+    """
+    scripts = start_ranks(*lines, cwd=cwd)
 
     # Where one has failed the others have some seconds to end by themselves.
     codes: list[int | None] = [None]

@@ -445,6 +445,7 @@ def test_workers_outlive_a_stop_signal_and_not_their_run(volumes: list[Cached]) 
     assert worker.pid
 
     os.kill(worker.pid, signal.SIGTERM)
+    os.kill(worker.pid, signal.SIGUSR1)
     os.kill(worker.pid, signal.SIGINT)
     assert len(list(islice(batches, 2))) == 2  # up to the step at which it hangs
 

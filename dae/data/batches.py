@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache, partial
-from multiprocessing import Pipe
+from multiprocessing import Pipe, active_children
 from multiprocessing.connection import Connection
 from threading import Thread
 from typing import Any, NamedTuple
@@ -39,6 +39,10 @@ from dae.errors import InputError, one_line
 # Random streams beside those of (seed, step, j). They end in no zero, which would change nothing.
 VALIDATION = 2**32 - 1  # in place of a step: crops that never change
 ORDER = 2**32 - 2  # in place of j: the order of an epoch
+
+# Seconds without a batch after which the processes that read ahead are taken to hang. A disk that
+# is merely slow takes seconds.
+PATIENCE = 600
 
 Address = tuple[int, int]  # (step, j)
 Gather = Callable[[Any], Any]  # samples -> batch
@@ -271,9 +275,10 @@ def loader(
 ) -> Generator[Any, None, None]:
     """Batches in order, read ahead by `workers` processes, until it is closed.
 
-    Raises InputError on a batch that cannot be read.
+    Raises InputError on a batch that cannot be read, and where none comes for PATIENCE seconds.
     """
-    ahead: dict[str, Any] = {"prefetch_factor": 4} if workers else {}
+    ahead: dict[str, Any] = {"prefetch_factor": 4, "timeout": PATIENCE} if workers else {}
+    others = set(active_children())
     worker_end, run_end = Pipe(duplex=False)
     batches = iter(
         DataLoader(
@@ -289,12 +294,33 @@ def loader(
         )
     )
 
+    readers = set(active_children()) - others
+
     # The pipe is closed before torch ends its workers: torch waits seconds for each one that hangs.
     with worker_end, run_end:
-        for batch in batches:
+        while (batch := next_of(batches)) is not None:
             if isinstance(batch, Failure):
-                raise InputError(batch.reason)
+                break
             yield batch
+
+    if isinstance(batch, Failure):
+        del batches  # torch ends its workers, and watches them no more
+        for reader in readers:
+            reader.kill()  # one that is stopped, or waits for a dead disk, has not ended
+        raise InputError(batch.reason)
+
+
+def next_of(batches: Iterator[Any]) -> Any:
+    """The next batch, None after the last one, and a `Failure` where none comes in time."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "timed out" not in str(error):
+            raise
+        return Failure(
+            f"the processes that read ahead have given nothing for {PATIENCE} s: they hang, or the "
+            "disk of --cache-dir does; go on with --resume"
+        )
 
 
 class Failure(NamedTuple):
@@ -366,7 +392,7 @@ def live_as_long_as_the_run(worker_end: Connection, run_end: Connection, worker:
     A stop signal reaches the whole process group, and the run still needs its workers for the step
     it is in. So they ignore the signal. They end when the run closes its end of a pipe, or dies.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
     run_end.close()  # this process's copy of it, which would keep the pipe open

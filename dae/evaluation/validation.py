@@ -15,7 +15,7 @@ from dae.data.cache import Cached
 from dae.data.regions import Region, membership
 from dae.evaluation.windows import decide_by, sliding_window
 from dae.figures import Segmented
-from dae.training.distributed import Ranks, gather_objects
+from dae.training.distributed import Ranks, all_or_none, gather_objects
 from dae.training.losses import dice_per_class, dice_per_region
 
 PICTURES = 3  # volumes to draw, of each rank
@@ -36,7 +36,7 @@ def dice_of_volumes(
 
     The ranks share the volumes, and every rank gets the Dice of all of them. A voxel whose label is
     `ignore` counts for nothing. Where there are `regions`, they are scored in place of the classes,
-    in the label map as it is written.
+    in the label map as it is written. Where `predict` raises Stopped on one rank, this does on all.
     """
     started = time.perf_counter()
     labels = list(classes)
@@ -45,29 +45,32 @@ def dice_of_volumes(
 
     dice_of_case: dict[int, list[float]] = {}
     pictures: list[Segmented] = []
-    for n in range(ranks.rank, len(volumes), ranks.world):
-        volume = volumes[n]
-        image = volume.array().astype(np.float32)
-        slabs = sliding_window(
-            image,
-            predict,
-            window=window,
-            classes=len(regions) or len(classes),
-            overlap=overlap,
-            device=ranks.device,
-            background=volume.background,
-            are_regions=bool(regions),
-        )
-        prediction = torch.cat([decide(slab).to(torch.uint8).cpu() for slab in slabs])
-        label = torch.from_numpy(class_index(volume.label(), labels, ignore))
-        if regions:
-            dice_of_case[n] = dice_per_region(prediction, label, has_label)
-        else:
-            dice_of_case[n] = dice_per_class(prediction, label, len(classes))
+    with all_or_none():
+        for n in range(ranks.rank, len(volumes), ranks.world):
+            volume = volumes[n]
+            image = volume.array().astype(np.float32)
+            slabs = sliding_window(
+                image,
+                predict,
+                window=window,
+                classes=len(regions) or len(classes),
+                overlap=overlap,
+                device=ranks.device,
+                background=volume.background,
+                are_regions=bool(regions),
+            )
+            prediction = torch.cat([decide(slab).to(torch.uint8).cpu() for slab in slabs])
+            label = torch.from_numpy(class_index(volume.label(), labels, ignore))
+            if regions:
+                dice_of_case[n] = dice_per_region(prediction, label, has_label)
+            else:
+                dice_of_case[n] = dice_per_class(prediction, label, len(classes))
 
-        if len(pictures) < PICTURES:
-            drawn_label = label.clamp(min=0).numpy()  # what is ignored, -1, is drawn as background
-            pictures.append(Segmented(volume.path.name, image[0], drawn_label, prediction.numpy()))
+            if len(pictures) < PICTURES:
+                drawn_label = label.clamp(min=0).numpy()  # ignored, -1, is drawn as background
+                pictures.append(
+                    Segmented(volume.path.name, image[0], drawn_label, prediction.numpy())
+                )
 
     # The order of the cases decides the last bit of a mean, and must not depend on the ranks.
     of_all_ranks: dict[int, list[float]] = {}

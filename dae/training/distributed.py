@@ -28,7 +28,10 @@ T = TypeVar("T")
 MEETING = timedelta(minutes=10)  # a rank starts within minutes or not at all
 PREPARING = timedelta(hours=1)  # once they have met, one rank may prepare volumes for long
 PREDICTING = timedelta(days=7)  # one rank may be at a large volume long after the others are done
-SHARED = "shared"  # in the store: how many numbers `share` has handed out
+
+# Numbers in the store.
+SHARED = "shared"  # how many numbers `share` has handed out
+STOPS = "stops"  # above 0 once a rank was asked to stop, see `StopSignal.check`
 
 # What torchrun sets for each rank.
 LAUNCH = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -169,6 +172,7 @@ def meet(backend: str, patience: timedelta) -> Store:
         # With --max-restarts torchrun starts the ranks again, on the store of those that ended.
         if rank == 0:
             store.set(SHARED, "0")
+            store.set(STOPS, "0")
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
@@ -243,6 +247,21 @@ def share(count: int, ranks: Ranks) -> Iterator[int]:
         number = ranks.world + ranks.store.add(SHARED, 1) - 1
 
 
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """Each rank does its share of some work in this block. Where one gives it up, all do.
+
+    Raises Stopped on every rank once any has raised it.
+    """
+    given_up = False
+    try:
+        yield
+    except Stopped:
+        given_up = True
+    if any(gather_objects(given_up)):
+        raise Stopped
+
+
 def spoken_by_main(ranks: Ranks) -> AbstractContextManager[Any]:
     """Within this block what ranks other than 0 print is not shown. Their errors are."""
     return redirect_stdout(sys.stdout if ranks.is_main else None)
@@ -272,24 +291,40 @@ def in_one_voice(ranks: Ranks, work: Callable[[], T]) -> T:
     sys.exit(0)
 
 
-class StopSignal:
-    """Within its block SIGTERM and SIGINT ask for a stop after the running step.
+class Stopped(Exception):
+    """A stop signal has come in the middle of work that can be done again."""
 
-    A second SIGINT stops at once.
+
+class StopSignal:
+    """Within its block SIGTERM, SIGUSR1 and SIGINT ask for a stop after the running step.
+
+    A second SIGINT stops at once. store: of the ranks, see `Ranks`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: Store | None = None) -> None:
         self.asked = False
+        self.store = store
 
     def __enter__(self) -> "StopSignal":
-        self._before = {
-            number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._ask) for number in numbers}
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def check(self) -> None:
+        """Between two parts of long work: raises Stopped where any rank was asked to stop.
+
+        The ranks tell each other through the store. They cannot exchange tensors here, since each
+        is at a place of its own. The block of the work is `all_or_none`.
+        """
+        asked = self.asked
+        if self.store is not None:
+            asked = self.store.add(STOPS, int(asked)) > 0
+        if asked:
+            raise Stopped
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True

@@ -11,7 +11,7 @@ from dae.data.batches import Batch, Crops, collate
 from dae.figures import Triple, Views
 from dae.pretext.baselines import AnyPretext, ViewsOutput
 from dae.pretext.methods import Output, Pretext, l1_of
-from dae.training.distributed import Ranks, gather_objects
+from dae.training.distributed import Ranks, StopSignal, all_or_none, gather_objects
 from dae.training.precision import autocast
 
 
@@ -44,11 +44,12 @@ def reconstruct(
     count: int,
     dtype: torch.dtype | None,
     ranks: Ranks,
+    signal: StopSignal,
 ) -> tuple[dict[str, Any], list[Triple]]:
     """Mean L1 over `count` fixed crops, and a picture of every modality.
 
     The ranks share the crops. Each crop is a batch of its own, so that the result does not depend
-    on how many ranks there are.
+    on how many ranks there are. Raises Stopped, on all ranks, soon after a stop signal.
     """
     started = time.perf_counter()
     # The modalities of the fixed crops take turns: the first few crops are one of each.
@@ -56,11 +57,13 @@ def reconstruct(
 
     pretext.eval()
     own: list[Restored] = []
-    for n in range(ranks.rank, count, ranks.world):
-        batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
-        errors = l1_of_samples(batch, output)[0].tolist()
-        picture = picture_of(batch, output, modalities) if n < pictured else None
-        own.append(Restored(n, errors, picture))
+    with all_or_none():
+        for n in range(ranks.rank, count, ranks.world):
+            signal.check()
+            batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
+            errors = l1_of_samples(batch, output)[0].tolist()
+            picture = picture_of(batch, output, modalities) if n < pictured else None
+            own.append(Restored(n, errors, picture))
     pretext.train()
 
     crops = of_all_ranks(own)
@@ -78,22 +81,26 @@ def compare_views(
     count: int,
     dtype: torch.dtype | None,
     ranks: Ranks,
+    signal: StopSignal,
 ) -> tuple[dict[str, Any], list[Views]]:
     """The terms of a baseline's loss over `count` fixed crops, and a picture of every modality.
 
     As in `reconstruct` each crop is a batch of its own. The contrast compares all crops together.
+    Raises Stopped, on all ranks, soon after a stop signal.
     """
     started = time.perf_counter()
     pictured = len(set(fixed.modalities))
 
     pretext.eval()
     own: list[Compared] = []
-    for n in range(ranks.rank, count, ranks.world):
-        batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
-        terms = {name: float(value) for name, value in output.terms.items()}
-        h = None if output.h is None else output.h.cpu()
-        picture = views_of(batch, output, modalities) if n < pictured else None
-        own.append(Compared(n, terms, h, picture))
+    with all_or_none():
+        for n in range(ranks.rank, count, ranks.world):
+            signal.check()
+            batch, output = output_of(pretext, fixed, n, dtype=dtype, ranks=ranks)
+            terms = {name: float(value) for name, value in output.terms.items()}
+            h = None if output.h is None else output.h.cpu()
+            picture = views_of(batch, output, modalities) if n < pictured else None
+            own.append(Compared(n, terms, h, picture))
     pretext.train()
 
     crops = of_all_ranks(own)

@@ -39,7 +39,7 @@ from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
-from dae.data.regions import Region, membership, mirrored, to_plan
+from dae.data.regions import Region, check_same, from_plan, membership, mirrored, to_plan
 from dae.data.sides import Flips, choose_flips, continued, flips_of
 from dae.errors import InputError
 from dae.evaluation.validation import dice_of_volumes
@@ -308,7 +308,16 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     classes = dict(sorted(items.labels.items()))
     notes_on_head: list[str] = []
     if weights and config.transfer == "all" and not config.from_scratch:
-        notes_on_head = check_same_classes(weights.plan, classes, Path(config.pretrained))
+        theirs = from_plan(weights.plan)
+        check_same(items.regions, theirs, config.data)
+        if [region.labels for region in items.regions] != [region.labels for region in theirs]:
+            raise InputError(
+                f"--transfer all: {config.pretrained} has the regions of {config.data} in another "
+                "order; put them in its order, or take --transfer both"
+            )
+        outputs = len(items.regions) or len(classes)
+        path = Path(config.pretrained)
+        notes_on_head = check_same_classes(weights.plan, classes, path, outputs=outputs)
     flips = flips_for(items, classes, resumed, config)
     config = replace(config, steps=steps_of(items, resumed, config, ranks))
     started_from = plan_started_from(resumed, weights, config)

@@ -91,11 +91,12 @@ def parts_to_transfer(choice: str, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def check_same_classes(
-    weights: Mapping[str, Any], classes: Mapping[int, str], path: Path
+    weights: Mapping[str, Any], classes: Mapping[int, str], path: Path, *, outputs: int
 ) -> list[str]:
     """For --transfer all: the head is of the classes of the list.
 
-    weights: their plan. Returns what the user should know of it. Raises InputError.
+    weights: their plan. outputs: channels of the list's task, a class or a region each.
+    Returns what the user should know of it. Raises InputError.
     """
     take_both = "take --transfer both"
     if weights["method"] in get_args(Method):
@@ -108,10 +109,10 @@ def check_same_classes(
             f"--transfer all: {path} is of the classes {in_words(known)}, "
             f"the list has {in_words(listed)}; {take_both}"
         )
-    if weights["out_channels"] != len(listed):
+    if weights["out_channels"] != outputs:
         raise InputError(
-            f"--transfer all: {path} is of {weights['out_channels']} classes, "
-            f"the list has {len(listed)}; {take_both}"
+            f"--transfer all: {path} has {weights['out_channels']} outputs, "
+            f"the list needs {outputs}; {take_both}"
         )
     if known:
         return []

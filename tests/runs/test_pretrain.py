@@ -329,7 +329,9 @@ def test_best_is_the_lowest_validation_of_a_trained_network(
     lowest_second = iter([0.1, 0.5, 0.3, 0.4])
     validate = train_pretrain.validate
     monkeypatch.setattr(
-        train_pretrain, "validate", lambda run: {**validate(run), "l1": next(lowest_second)}
+        train_pretrain,
+        "validate",
+        lambda run, signal: {**validate(run, signal), "l1": next(lowest_second)},
     )
     config = tiny(steps=3, validate_every=1)
     main(config)

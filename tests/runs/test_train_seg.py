@@ -217,10 +217,11 @@ def test_a_head_whose_file_names_no_classes_is_taken_in_the_order_of_the_list(
 ) -> None:
     plan = {"method": "monai", "classes": {}, "out_channels": 3}
     path = tmp_path / "w.pt"
-    notes = check_same_classes(plan, {0: "background", 1: "liver", 2: "spleen"}, path)
+    three = {0: "background", 1: "liver", 2: "spleen"}
+    notes = check_same_classes(plan, three, path, outputs=3)
     assert "0 background, 1 liver, 2 spleen, in this order" in notes[0]
-    with pytest.raises(InputError, match="is of 3 classes, the list has 2"):
-        check_same_classes(plan, {0: "background", 1: "liver"}, path)
+    with pytest.raises(InputError, match="has 3 outputs, the list needs 2"):
+        check_same_classes(plan, {0: "background", 1: "liver"}, path, outputs=2)
 
 
 @pytest.mark.parametrize("schedule", ["plain", "warmup", "frozen-encoder", "decoder-first"])
@@ -387,7 +388,7 @@ def test_best_is_the_highest_dice_and_a_class_that_no_case_holds_is_none(
 ) -> None:
     dice = iter([0.2, 0.6, math.nan, 0.4])
     monkeypatch.setattr(
-        train_seg, "validate", lambda run: {"dice": next(dice), "dice_by_class": {}, "cases": 1}
+        train_seg, "validate", lambda run, _: {"dice": next(dice), "dice_by_class": {}, "cases": 1}
     )
     config = tiny_seg(validate_every=1)
     main(config)

@@ -1,8 +1,13 @@
-"""Atomic files: whole or absent, whenever the process is killed and however full the disk is."""
+"""Atomic files: whole or absent, whenever the process is killed and however full the disk is.
 
+And JSON that may be anything: all that is wrong with it is a ValueError.
+"""
+
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def write_atomic(path: Path, write: Callable[[Path], object], *, durable: bool = False) -> None:
@@ -45,3 +50,34 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# --- JSON
+
+
+def from_json(text: str, **options: Any) -> Any:
+    """What json.loads gives, or a ValueError, also for brackets in a hundred thousand brackets."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError as error:
+        raise ValueError("brackets within too many brackets") from error
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of one JSON object a line; none where there is no file.
+
+    Lines that are no object are left out: a process that is killed leaves half a line.
+    """
+    if not path.is_file():
+        return []
+
+    lines = []
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for text in file:
+            try:
+                line = from_json(text)
+            except ValueError:
+                continue
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines

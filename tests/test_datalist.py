@@ -73,7 +73,8 @@ def test_a_decathlon_style_list_loads_with_paths_from_its_own_folder(
             ],
             "validation": [{"image": "/elsewhere/b.nii.gz", "modality": "ct", "fold": 1}],
             "test": [{"image": "c.nii.gz", "modality": "t2"}],
-        }
+        },
+        root="/",
     )
     (a,) = items.training
     assert a.image == (tmp_path / "imagesTr/a.nii.gz",)

@@ -133,6 +133,7 @@ def test_where_no_subject_is_known_a_drawn_split_says_so_once() -> None:
 @pytest.fixture
 def listed(pretrained: Path, tmp_path: Path) -> Callable[..., str]:
     """A list of five labelled torsos without a split of its own; `change` alters its entries."""
+    (tmp_path / "phantoms").symlink_to(pretrained / "phantoms")  # a list does not leave its folder
 
     def write(
         change: Callable[[Entries], object] = unchanged,
@@ -141,7 +142,7 @@ def listed(pretrained: Path, tmp_path: Path) -> Callable[..., str]:
         content = json.loads((pretrained / "phantoms/ct_seg.json").read_text())
         entries = content["training"] + content["validation"] + content["test"]
         for entry in entries:
-            entry |= {key: str(pretrained / "phantoms" / entry[key]) for key in ("image", "label")}
+            entry |= {key: str(tmp_path / "phantoms" / entry[key]) for key in ("image", "label")}
         change(entries)
         (tmp_path / name).write_text(json.dumps({"training": entries, "labels": content["labels"]}))
         return str(tmp_path / name)

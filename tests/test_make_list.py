@@ -148,7 +148,7 @@ def test_paths_are_relative_to_the_list_so_the_two_can_move_together(
 ) -> None:
     make("a/images", "s1.nii", out="a/lists/ct.json", pattern=("{subject}.nii",), modality="ct")
     (tmp_path / "a").rename(tmp_path / "b")
-    items = load(str(tmp_path / "b/lists/ct.json"))
+    items = load(str(tmp_path / "b/lists/ct.json"), root="/")
     assert items.training[0].image[0].is_file()
     assert not Path(
         json.loads((tmp_path / "b/lists/ct.json").read_text())["training"][0]["image"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dae.config.command_line import opt
+from dae.config.command_line import DATA_ROOT, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -11,7 +11,7 @@ class CheckConfig:
     """what is read, and how"""
 
     out: str = opt("runs/check", "folder for check.json and check.html")
-    data_root: str = opt("", "folder that the lists' paths start from; else each list's own")
+    data_root: str = opt("", DATA_ROOT)
     modality: str = opt("", "modality of the items that do not name one, as ct or t1")
     ct_window: tuple[float, ...] = opt(
         (-1000.0, 1000.0), "HU at whose ends voxels are counted, and by which a CT is judged"

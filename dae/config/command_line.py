@@ -42,6 +42,13 @@ Size3 = tuple[int, int, int]  # along d h w
 Presets = dict[str, dict[str, Any]]  # name -> the values that it sets
 
 
+# What the paths of a data list may lead to; one sentence for every command that reads lists.
+DATA_ROOT = (
+    "folder that the list's paths start from, and that none of them may leave; "
+    "/: from the list's own folder to any; none: the list's own"
+)
+
+
 def opt(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with a flag. Its type says what the flag takes; `low` and `high` bound a number."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})

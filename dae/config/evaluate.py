@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dae.config.command_line import opt
+from dae.config.command_line import DATA_ROOT, opt
 from dae.config.shared import Amp, DeviceName, check_backbone_name
 
 Policy = Literal["exclude", "diagonal"]
@@ -28,7 +28,7 @@ class CasesConfig:
     """cases"""
 
     data: str = opt("", "data list (JSON), or an nnU-Net raw folder")
-    data_root: str = opt("", "folder that the list's paths start from; else the list's own")
+    data_root: str = opt("", DATA_ROOT)
     split: Literal["training", "validation", "test"] = opt("validation", "which items of the list")
     fold: int | None = opt(
         None,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dae.config.command_line import Size3, opt
+from dae.config.command_line import DATA_ROOT, Size3, opt
 from dae.config.pretrain import PretextConfig
 from dae.config.shared import NetworkConfig, check_backbone_name
 
@@ -24,7 +24,7 @@ class CropConfig(PictureConfig):
     data: str = opt(
         "", "data list (JSON) or nnU-Net raw folder, in place of --image; neither: a phantom"
     )
-    data_root: str = opt("", "folder that the list's paths start from; else the list's own")
+    data_root: str = opt("", DATA_ROOT)
     case: str = opt(
         "", "which image of the list, by its file's name without .nii.gz; else the first held out"
     )
@@ -111,7 +111,7 @@ class SegmentationsConfig(PictureConfig):
     predictions: tuple[str, ...] = opt((), "folders of eval.py predict, one for each column")
     names: tuple[str, ...] = opt((), "what to call each of them; none: its folder")
     data: str = opt("", "data list (JSON) or nnU-Net raw folder, with labels; none: the phantoms")
-    data_root: str = opt("", "folder that the list's paths start from; else the list's own")
+    data_root: str = opt("", DATA_ROOT)
     case: tuple[str, ...] = opt(
         (), "which cases, by their images' names without .nii.gz; none: the first two"
     )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from dae.config.command_line import opt
+from dae.config.command_line import DATA_ROOT, opt
 
 DataSetName = Literal[
     "brats21", "luna16", "covid19", "hnscc", "colon", "lidc", "btcv", "feta"
@@ -35,4 +35,5 @@ class MakeListConfig:
     )
     part: Part = opt("training", "of the list")
     out: str = opt("", "the list to write")
+    data_root: str = opt("", DATA_ROOT)
     add: bool = opt(False, "add to the list --out, which this command wrote")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from dae.config.command_line import Size3, opt, to_json
+from dae.config.command_line import DATA_ROOT, Size3, opt, to_json
 from dae.errors import InputError
 
 BackboneName = Literal["swin_unetr", "unet", "vit_unetr"]
@@ -76,7 +76,7 @@ class DataConfig:
     """data"""
 
     data: str = opt("", "data list (JSON), or an nnU-Net raw folder")
-    data_root: str = opt("", "folder that the list's paths start from; else the list's own")
+    data_root: str = opt("", DATA_ROOT)
     modality: str = opt("", "modality of the items that do not name one, as ct or t1")
     fold: int = opt(0, "held-out fold, where the list has folds and no validation", low=0)
     split_seed: int = opt(

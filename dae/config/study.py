@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dae.config.command_line import opt
+from dae.config.command_line import DATA_ROOT, opt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,6 +13,7 @@ class StudyConfig:
     data: tuple[str, ...] = opt(
         (), "data lists in place of the plan's, as pretrain=LIST finetune=LIST test=LIST"
     )
+    data_root: str = opt("", DATA_ROOT)
     only: tuple[str, ...] = opt(
         (), "run the cells of these methods alone; the tables have all cells that are finished"
     )

@@ -1,6 +1,7 @@
 """Data lists: which volumes there are, what each is, and which are held out.
 
-A list is a JSON file, Decathlon style, with paths relative to its own folder:
+A list is a JSON file, Decathlon style, with paths relative to its own folder, which they do not
+leave unless --data-root says so:
 
     {"training": [{"image": "a.nii.gz", "modality": "ct", "subject": "s1", "label": "b.nii.gz",
                    "fold": 0}, ...],
@@ -36,10 +37,15 @@ from dae.data.listfile import (
     LIST_KEYS,
     MISPLACED_IN_ITEM,
     MISPLACED_IN_LIST,
+    Root,
+    at_home,
     channel_names,
     check_keys,
+    check_name,
+    path_of,
     plain,
     read_json,
+    root_of,
     strings,
 )
 from dae.data.nnunet import Split
@@ -246,7 +252,7 @@ def channels_of_item(item: Item) -> list[Item]:
 class Head(NamedTuple):
     """What a list says for all of its items."""
 
-    folder: Path  # that their paths start from
+    root: Root  # of their paths
     modality: list[str]  # of items that do not name their own
     intensities: dict[str, str]  # of every modality that may be named
 
@@ -254,10 +260,10 @@ class Head(NamedTuple):
 def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     """Read a list or an nnU-Net raw folder. Raises InputError.
 
-    `root` is the folder that paths start from, if not the list's own. `modality` is for items that
-    do not name one.
+    `root` is the folder that paths start from and do not leave, if not the list's own; "/" lets
+    them lead anywhere. `modality` is for items that do not name one.
     """
-    path = Path(data).expanduser()
+    path = at_home(data, "--data")
     if not data or not path.exists():
         raise InputError(
             f"--data {data or '(none)'}: no such file; "
@@ -266,11 +272,8 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     is_nnunet = path.is_dir()
     content = nnunet.content_of(path) if is_nnunet else content_of_list(path)
 
-    # Relative paths start from the list's own folder, unless another one is asked for.
-    folder = path if is_nnunet else path.parent
-    if root:
-        folder = Path(root).expanduser()
-    head = head_of(content, path, folder=folder, modality=modality)
+    own = path if is_nnunet else path.parent
+    head = head_of(content, path, root=root_of(root, own), modality=modality)
 
     training = items_of(content, "training", path, head)
     validation = items_of(content, "validation", path, head)
@@ -341,10 +344,11 @@ def content_of_list(path: Path) -> dict[str, Any]:
     return content
 
 
-def head_of(content: Mapping[str, Any], path: Path, *, folder: Path, modality: str) -> Head:
+def head_of(content: Mapping[str, Any], path: Path, *, root: Root, modality: str) -> Head:
     # Declared modalities come after the known ones, and may normalise a known one differently.
     intensities = dict(MODALITIES)
     for name, intensity in object_in(content, "modalities", path).items():
+        check_name(name, f"{path}: the modality")
         intensities[str(name).lower()] = str(intensity)
 
     unknown = sorted(set(intensities.values()) - set(INTENSITIES))
@@ -352,7 +356,7 @@ def head_of(content: Mapping[str, Any], path: Path, *, folder: Path, modality: s
         raise InputError(f"{path}: {unknown_intensity(unknown[0])}")
 
     usual = [modality] if modality else channel_names(content.get("modality"))
-    return Head(folder, usual, intensities)
+    return Head(root, usual, intensities)
 
 
 def object_in(content: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
@@ -390,7 +394,8 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
 
     # One file, or a list of them: the channels.
     files = strings(entry["image"])
-    image = tuple(head.folder / Path(file).expanduser() for file in files)
+    check_texts(entry["image"], f"{where}: image")
+    image = tuple(path_of(file, head.root, where) for file in files)
     named = strings(entry.get("modality")) or head.modality
     if not named:
         raise InputError(
@@ -407,11 +412,12 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
     label = entry.get("label")
     if not (label is None or isinstance(label, str)):
         raise InputError(f"{where}: label {label!r} is not the name of a file")
-    label_file = head.folder / label if label else None
+    label_file = path_of(label, head.root, where) if label else None
 
     # Without a name each image is taken for a subject of its own.
     subject = entry.get("subject")
     is_named = subject is not None
+    check_name(str(subject), f"{where}: the subject")
     return Item(
         image,
         modality,
@@ -421,6 +427,14 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
         label=label_file,
         subject_named=is_named,
     )
+
+
+def check_texts(value: Any, where: str) -> None:
+    """Raises InputError for what is neither a text nor a list of texts."""
+    values = value if isinstance(value, list) else [value]
+    for one in values:
+        if not isinstance(one, str) or not one:
+            raise InputError(f"{where}: {str(one)[:40]!r} is not the name of a file")
 
 
 def modality_of(named: Sequence[str], where: str, head: Head) -> tuple[str, ...]:
@@ -512,13 +526,14 @@ def labels_of(entries: Sequence[tuple[str, Any]], path: Path) -> dict[int, str]:
     """The name of each label that has one of its own. Raises InputError on two names of one."""
     named = [(value, name) for name, value in entries if is_whole(value)]
     for name, value in entries:
-        check_name(value, name, named, path)
+        check_label_name(value, name, named, path)
     check_names_once(named, path)
     return dict(named)
 
 
-def check_name(label: Any, name: str, named: Sequence[tuple[int, str]], path: Path) -> None:
+def check_label_name(label: Any, name: str, named: Sequence[tuple[int, str]], path: Path) -> None:
     """Raises InputError for a name that was meant to be "ignore", and two names of one label."""
+    check_name(name, f'{path}: "labels": the name')
     if plain(name) in IGNORE and name != "ignore":
         raise InputError(
             f'{path}: "labels" calls {label} "{name}", which would be a class; '
@@ -596,4 +611,5 @@ def pairs_of(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[in
 
 
 def is_whole(value: Any) -> bool:
-    return re.fullmatch(r"-?\d+", str(value)) is not None
+    # No label has more digits, and Python reads no number of thousands of them.
+    return re.fullmatch(r"-?\d{1,18}", str(value)) is not None

@@ -3,17 +3,22 @@
 A data list decides who is trained on. A key that is written a little differently, or twice, would
 change that without an error, so both are refused by name. Keys that are about something else
 (`description`, `licence`) are left alone.
+
+The person may be a stranger. So a file has a largest size, a name is one line of text, and a path
+stays in the folder of the list unless `--data-root` says more.
 """
 
 import difflib
-import json
+import os
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dae.errors import InputError
+from dae.errors import InputError, one_line
+from dae.files import from_json
 
 # For each known key, what people write for it, as `plain` has it.
 # Capitals, underscores and small slips need no entry.
@@ -61,17 +66,107 @@ COUNTS = ("numTraining", "numTest", "numValidation")
 
 CLOSE = 0.85  # of difflib's ratio: one slip in a word of five letters and more
 
+# Bytes of a JSON file. A list of 100,000 volumes has a third of it. Objects in memory are up to 30
+# times as large as their text.
+LARGEST = 64 << 20
+
+# Kinds of characters that no name has: control characters, halves of a character that is cut in
+# two (surrogates), separators of lines and of paragraphs.
+NOT_IN_NAMES = ("Cc", "Cs", "Zl", "Zp")
+LONGEST = 255  # bytes of a file's name, on nearly all disks
+
+
+# --- the file
+
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file in UTF-8, with or without a byte-order mark.
 
-    Raises InputError where the file is no JSON, or has a key twice in one object.
+    Raises InputError where the file is no JSON, is too large, or has a key twice in one object.
     """
     try:
+        if not path.is_file():
+            raise InputError(f"{path}: is no file")
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise InputError(f"{path}: has {size} bytes; JSON of more than {LARGEST} is not read")
         text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text, object_pairs_hook=partial(object_of_unique_keys, path))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: not a JSON data list ({error})") from error
+        return from_json(text, object_pairs_hook=partial(object_of_unique_keys, path))
+    except (OSError, ValueError) as error:  # no UTF-8, or no JSON
+        raise InputError(f"{path}: not a JSON data list ({one_line(error)})") from error
+
+
+# --- names and paths
+
+
+class Root(NamedTuple):
+    """Where the paths of a list start, and the folder that none of them leaves."""
+
+    start: Path
+    bound: Path | None  # None: any path is allowed
+
+
+def root_of(data_root: str, own: Path) -> Root:
+    """Of `--data-root`: none is the list's own folder; / allows all paths, and moves none."""
+    if not data_root:
+        return Root(own, own)
+    folder = at_home(data_root, "--data-root")
+    if os.path.normpath(folder) == os.sep:
+        return Root(own, None)
+    return Root(folder, folder)
+
+
+def path_of(name: str, root: Root, where: str) -> Path:
+    """The file of a list by its name in the list. Raises InputError where it may not lead there."""
+    check_name(name, f"{where}: the path")
+    path = root.start / at_home(name, where)
+    for part in path.parts:
+        if len(os.fsencode(part)) > LONGEST:
+            raise InputError(f"{where}: the path {name[:40]}... has a name of over {LONGEST} bytes")
+
+    if root.bound is not None and not lies_within(path, root.bound):
+        raise InputError(
+            f"{where}: {name} lies outside {root.bound}; if the list may read there, add "
+            "--data-root / (any path, from where it starts now), or --data-root FOLDER (its paths "
+            "start from FOLDER and stay in it)"
+        )
+    return path
+
+
+def at_home(name: str, where: str) -> Path:
+    """A path with the folder that a ~ at its start stands for. Raises InputError without one."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{where}: {name}: there is no such user") from error
+
+
+def lies_within(path: Path, folder: Path) -> bool:
+    """Whether a path stays in a folder.
+
+    A link in the folder may lead anywhere: whoever made the folder put it there, and many data sets
+    are folders of links. But after a link ".." is not the folder that the path names.
+    """
+    # The folder may be written with the links above it, or without.
+    real = os.path.realpath(folder)
+    plain = os.path.normpath(path.absolute())
+    if not is_below(plain, os.path.normpath(folder.absolute())) and not is_below(plain, real):
+        return False
+    return ".." not in path.parts or is_below(os.path.realpath(path), real)
+
+
+def is_below(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def check_name(name: str, what: str) -> None:
+    """Raises InputError where a name is not one line of text."""
+    for character in name:
+        if unicodedata.category(character) in NOT_IN_NAMES:
+            raise InputError(
+                f"{what} {name[:100]!a} has the character {character!a}; "
+                "names are one line of text: rename it"
+            )
 
 
 def object_of_unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dae.config.lists import MakeListConfig
 from dae.data.datalist import MODALITIES, DataList, load
 from dae.data.datasets import DATASETS, DataSet
 from dae.data.holdout import hold_out_share, is_drawn
-from dae.data.listfile import read_json
+from dae.data.listfile import check_name, lies_within, read_json, root_of
 from dae.data.patterns import CORRECTED, Found, Search, find, parted, plain_modality
 from dae.errors import InputError, counted
 from dae.files import write_atomic
@@ -42,6 +42,8 @@ LABEL_WORDS = ("seg", "dseg", "segmentation", "label", "labels", "mask")
 
 # Columns of a table of subjects: what {subject} stands for in the pattern, whose it is.
 TABLES = (("name", "subject"), ("Series UID", "Subject ID"))
+
+ANYWHERE = "/"  # as --data-root: this command writes what the user has named
 
 # What a list remembers of each folder; see `source_of`.
 SOURCE_KEYS = {"folder", "dataset", "patients", "named_by"}
@@ -57,7 +59,8 @@ def main(folder: Path, config: MakeListConfig) -> DataList | None:
     """
     dataset = DATASETS[config.dataset] if config.dataset else None
     out = Path(config.out)
-    content = content_of(out, add=config.add)
+    content = content_of(out, add=config.add, root=config.data_root)
+    start = start_of(folder, out, config.data_root)
 
     # What is there, and whose it is.
     search = find_images(folder, config, dataset)
@@ -65,12 +68,12 @@ def main(folder: Path, config: MakeListConfig) -> DataList | None:
     names = subjects_of(search.found, config, patients)
 
     # Names of this folder must not join two patients of the list, nor divide one.
-    source = source_of(config, dataset, folder=relative(folder, "", out))
+    source = source_of(config, dataset, folder=relative(folder, "", start))
     check_naming(content, source, out)
     items = []
     for found in search.found:
         modality = modality_of(found, config, dataset)
-        items.append(item_of(found, modality, names[found.image], folder=folder, out=out))
+        items.append(item_of(found, modality, names[found.image], folder=folder, start=start))
     added = not_yet_in(content, items)
     if not patients:
         check_no_namesakes(content, added, folder=folder, out=out)
@@ -86,14 +89,22 @@ def main(folder: Path, config: MakeListConfig) -> DataList | None:
     write_atomic(out, partial(write_text, text))
 
     report(folder, search, items, dataset)
-    return report_list(out, content, added=len(added), known=len(items) - len(added))
+    return report_list(out, content, config, added=len(added), known=len(items) - len(added))
 
 
 def write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def content_of(out: Path, *, add: bool) -> dict[str, Any]:
+def start_of(folder: Path, out: Path, data_root: str) -> Path:
+    """The folder that the paths of the list start from. Raises InputError where it is none."""
+    root = root_of(data_root, out.parent)
+    if data_root and root.bound is not None and not lies_within(folder.absolute(), root.bound):
+        raise InputError(f"--data-root {data_root}: {folder} is not in it; name a folder above it")
+    return root.start
+
+
+def content_of(out: Path, *, add: bool, root: str) -> dict[str, Any]:
     """What the list holds so far. Raises InputError where it must not be written over."""
     if not out.name or out.is_dir():
         raise InputError("--out: name the list to write, as list.json")
@@ -110,7 +121,7 @@ def content_of(out: Path, *, add: bool) -> dict[str, Any]:
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise InputError(f'--out {out}: "{part}" is no list of items; mend it by hand')
     if content.get("training"):
-        load(str(out))  # refuses what was changed by hand and is no list any more
+        load(str(out), root=root or ANYWHERE)  # refuses what was spoilt by hand
     return content
 
 
@@ -248,26 +259,28 @@ def items_in(content: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def item_of(
-    found: Found, modality: str, subject: str, *, folder: Path, out: Path
+    found: Found, modality: str, subject: str, *, folder: Path, start: Path
 ) -> dict[str, str]:
-    """The item of the list."""
+    """The item of the list. Raises InputError where a name cannot be in a list."""
+    for name in (found.image, found.label, subject):
+        check_name(name, f"{folder}: the name")
     item = {
-        "image": relative(folder, found.image, out),
+        "image": relative(folder, found.image, start),
         "modality": modality,
         "subject": subject,
     }
     if found.label:
-        item["label"] = relative(folder, found.label, out)
+        item["label"] = relative(folder, found.label, start)
     return item
 
 
-def relative(folder: Path, path: str, out: Path) -> str:
-    """The path from the list's folder. Links above the folder are resolved, those below are not.
+def relative(folder: Path, path: str, start: Path) -> str:
+    """The path from `start`. Links above the folder are resolved, those below are not.
 
     "../x" from a folder that is a link leads to where the link points, not to where it is.
     """
     file = Path(os.path.realpath(folder)) / path
-    return Path(os.path.relpath(file, os.path.realpath(out.parent))).as_posix()
+    return Path(os.path.relpath(file, os.path.realpath(start))).as_posix()
 
 
 def modality_of(found: Found, config: MakeListConfig, dataset: DataSet | None) -> str:
@@ -389,7 +402,7 @@ def looks_like_label(path: str) -> bool:
 
 
 def report_list(
-    out: Path, content: Mapping[str, Any], *, added: int, known: int
+    out: Path, content: Mapping[str, Any], config: MakeListConfig, *, added: int, known: int
 ) -> DataList | None:
     """What is in the list now, and whom a run of pre-training would hold out of it."""
     subjects = {item.get("subject") for item in items_in(content)}
@@ -406,12 +419,28 @@ def report_list(
     if twice:
         print(f"  {twice}")
 
-    items = load(str(out))
+    items = load(str(out), root=config.data_root or ANYWHERE)
+    line = root_in_words(out, content, config.data_root)
+    if line:
+        print(f"  {line}")
     trained = {item.subject for item in items.training}
     if is_drawn(items) and len(trained) > 1:
         split = hold_out_share(items)
         print(f"  pre-training holds out {len(split.validation)} of these images: {split.notes[0]}")
     return items
+
+
+def root_in_words(out: Path, content: Mapping[str, Any], data_root: str) -> str:
+    """The flag that commands need to read the list, or ""."""
+    if data_root:
+        return f"commands that read it need --data-root {data_root}"
+    for item in items_in(content):
+        if not lies_within(out.parent / str(item.get("image")), out.parent):
+            return (
+                "its images lie outside its folder: commands that read it need "
+                f"--data-root {ANYWHERE}, unless it is written into a folder above them"
+            )
+    return ""
 
 
 def files_of_one_series(content: Mapping[str, Any]) -> str:

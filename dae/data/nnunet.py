@@ -44,6 +44,8 @@ def content_of(folder: Path) -> dict[str, Any]:
     check_keys(dataset, LIST_KEYS | dict.fromkeys(NNUNET_KEYS, ""), str(path))
 
     ending = str(dataset.get("file_ending", ".nii.gz"))
+    if not re.fullmatch(r"[\w.+-]*", ending):  # it becomes part of a pattern of paths
+        raise InputError(f'{path}: "file_ending" {ascii(ending)[:40]}: give it as ".nii.gz"')
     channels = channel_names(dataset.get("channel_names") or dataset.get("modality"))
 
     # What is no object here is refused as the "modalities" of any list.

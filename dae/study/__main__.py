@@ -22,7 +22,7 @@ from dae.demo.__main__ import main as write_phantoms
 from dae.errors import InputError, counted
 from dae.study.cells import Folders, cell_commands, cells_of, data_of, pretrain_command
 from dae.study.locks import locked
-from dae.study.plan import Plan, phantoms_config, read_plan
+from dae.study.plan import Plan, phantoms_config, read_plan, with_data_root
 from dae.study.runner import WAIT, Study, is_done, run_all, say, time_left, time_of_cell
 from dae.study.table import check_tables, write_tables
 from dae.study.times import in_words, read_times
@@ -33,7 +33,7 @@ PROG = "python -m dae.study"
 def main() -> int:
     """The exit code: 2 where a cell could not be made."""
     name, config = read_command()
-    plan = read_plan(name, config.data)
+    plan = with_data_root(read_plan(name, config.data), config.data_root)
     folders = Folders(Path(config.out or f"runs/studies/{plan.name}"))
     cells = cells_of(plan)
     data_of(plan, folders)  # a list that no one names is missed before anything is made

@@ -181,6 +181,20 @@ def with_lists(data: Mapping[str, Any], lists: Collection[str]) -> dict[str, Any
     return result
 
 
+def with_data_root(plan: Plan, data_root: str) -> Plan:
+    """The plan with this --data-root in all steps whose flags do not name one."""
+    if not data_root:
+        return plan
+    root = {"data_root": data_root}
+    return replace(
+        plan,
+        pretrain=root | dict(plan.pretrain),
+        finetune=root | dict(plan.finetune),
+        predict=root | dict(plan.predict),
+        score=root | dict(plan.score),
+    )
+
+
 def check_known(keys: Collection[str], known: Collection[str], where: str) -> None:
     """Raises InputError for a key that is not read, with the one that was probably meant."""
     for key in keys:

@@ -121,7 +121,7 @@ from dae.training.distributed import (
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
 from dae.weights import checkpoint, foreign
-from dae.weights.plan import network_of_plan
+from dae.weights.plan import load_planned, network_of_plan
 
 # --- the commands
 
@@ -387,7 +387,7 @@ def load_member(
     """A checkpoint without what is LARGE in it, and its network. `first` is the plan that it must
     agree with.
     """
-    state = checkpoint.load(Path(name), mapped=True)
+    state = load_planned(Path(name), mapped=True)
     plan = trained_plan(state)
     if first is None and not plan["classes"]:
         raise InputError(f"--checkpoint {name}: names no classes; fine-tune it with train_seg.py")
@@ -642,7 +642,7 @@ def check_targets(written: Written, items: Mapping[str, Item], settings: Mapping
     # All label maps that are there, those of other cases as well.
     predicted_before = {line["file"] for line in written.lines if "settings" in line}
     for file in sorted(predicted_before):
-        if (written.folder / file).exists():
+        if "settings" in written.last(file) and (written.folder / file).exists():
             case = cases.case_name(Path(file))
             check_label_map(written, file, items.get(case), settings)
 
@@ -661,20 +661,20 @@ def check_label_map(
             raise InputError(
                 f"{where} was predicted with another --{flag} ({before}); name another folder"
             )
-    if item and is_another_image(item, line["source"]):
-        raise InputError(
-            f"{where} was predicted from {line['source']['images'][0]}; name another folder"
-        )
+    source = line.get("source", {})
+    if item and is_another_image(item, source):
+        before = source.get("images", ["another image"])[0]
+        raise InputError(f"{where} was predicted from {before}; name another folder")
 
 
 def is_another_image(item: Item, source: Mapping[str, Any]) -> bool:
     """Whether an item has other files than a label map was made from, with other bytes in them."""
     # A file that has changed since is the same image: it is predicted again.
-    if [str(path.absolute()) for path in item.image] == source["images"]:
+    if [str(path.absolute()) for path in item.image] == source.get("images"):
         return False
     if not all(path.is_file() for path in item.image):
         return True
-    same_bytes: bool = sha256_of(item.image) == source["sha256"]
+    same_bytes: bool = sha256_of(item.image) == source.get("sha256")
     return not same_bytes
 
 

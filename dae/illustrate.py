@@ -67,6 +67,7 @@ from dae.data import datalist, leaks
 from dae.data.augment import corner_around, crop
 from dae.data.cache import DTYPE
 from dae.data.datalist import DataList, Item
+from dae.data.listfile import Root
 from dae.data.nifti import read_labels
 from dae.data.preprocess import Recipe, by, prepare
 from dae.demo.phantom import write_phantoms
@@ -87,7 +88,7 @@ from dae.model import arguments_of, backbone_named, check_backbone
 from dae.pretext.methods import METHODS, Drawn, Pretext, coarse_alone, noise_alone, noise_and_coarse
 from dae.training.resume import check_out_folder
 from dae.weights import checkpoint
-from dae.weights.plan import backbone_of
+from dae.weights.plan import backbone_of, check_state
 
 # Of the data, what must be one for all networks of a picture: else their L1 have other units.
 RECIPE = ("spacing", "ct_window", "mr_intensity")
@@ -313,6 +314,7 @@ def trained(name: str, backbone_name: str) -> Network:
             f"--checkpoint {path}: not a checkpoint of train_pretrain.py, which reconstructs; "
             "give the last.pt of a pre-training"
         )
+    check_state(saved, path)
 
     known = {field.name for field in fields(PretrainConfig)}
     values = {key: value for key, value in saved["config"].items() if key in known}
@@ -460,7 +462,8 @@ def item_of(config: CropConfig) -> Item:
     if config.image and config.case:
         raise InputError("--case: not beside --image; it names an image of --data")
     if config.image:
-        head = datalist.head_of({}, Path("--image"), folder=Path(), modality=config.modality)
+        anywhere = Root(Path(), None)  # the user has named it
+        head = datalist.head_of({}, Path("--image"), root=anywhere, modality=config.modality)
         return datalist.item_of({"image": list(config.image)}, "--image", head)
 
     data = config.data or str(write_phantoms(phantoms_in(config.out)).pretrain)

@@ -133,6 +133,7 @@ def tiny_seg(pretrained: Path, tmp_path: Path) -> Callable[..., SegConfig]:
     def config(**given: Any) -> SegConfig:
         defaults: dict[str, Any] = {
             "data": str(pretrained / "phantoms/ct_seg.json"),
+            "data_root": "/",  # lists that a test writes elsewhere name the phantoms
             "pretrained": str(pretrained / "pre/last.pt"),
             "out": str(tmp_path / "run"),
             "cache_dir": str(pretrained / "cache"),

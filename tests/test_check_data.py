@@ -548,7 +548,9 @@ def test_the_command_takes_lists_first_and_flags_after_them() -> None:
 
 def seg_list(pretrained: Path, path: Path, **parts: list[dict[str, Any]]) -> str:
     """The list of the labelled phantoms with other parts, its files by full paths."""
-    folder = pretrained / "phantoms"
+    folder = path.parent / "phantoms"
+    if not folder.exists():
+        folder.symlink_to(pretrained / "phantoms")  # a list does not leave its folder
     whole = json.loads((folder / "ct_seg.json").read_text()) | parts
     for part in ("training", "validation", "test"):
         for item in whole.get(part, []):

@@ -127,7 +127,7 @@ def test_a_file_that_would_run_code_is_refused_even_with_a_right_checksum(
 ) -> None:
     path = tmp_path / "code.pt"
     checkpoint.save(path, {"model": RunsCode()})
-    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+    with pytest.raises(InputError, match="which is code and not a tensor"):
         checkpoint.load(path)
     assert capsys.readouterr().out == ""
 

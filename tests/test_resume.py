@@ -1,16 +1,19 @@
 """dae/training/resume.py: what a run may write over, and whether it is the same run."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import NETWORK
 
 from dae.config.command_line import to_json
 from dae.config.pretrain import PretrainConfig
 from dae.config.shared import OptimConfig
 from dae.errors import InputError
+from dae.model import SwinUNETR
 from dae.training import resume
 from dae.weights import checkpoint
 
@@ -89,7 +92,11 @@ def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_
 def test_a_run_of_the_other_script_is_named_when_it_is_resumed(
     classes: dict[str, str], script: str, other: str, tmp_path: Path
 ) -> None:
-    checkpoint.save(tmp_path / "last.pt", {"plan": {"classes": classes}, "step": 3})
+    network = SwinUNETR(1, 1, **NETWORK)
+    plan = {"backbone": "swin_unetr", "arguments": json.loads(json.dumps(NETWORK))}
+    plan |= {"in_channels": 1, "out_channels": 1, "classes": classes}
+    state = {"plan": plan, "model": network.state_dict(), "step": 3}
+    checkpoint.save(tmp_path / "last.pt", state)
     with pytest.raises(InputError, match=f"is of a run of {script}; name another --out"):
         resume.saved_run(tmp_path, resume=True, script=other)
     assert resume.saved_run(tmp_path, resume=True, script=script) is not None

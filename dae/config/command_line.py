@@ -30,7 +30,7 @@ from typing import (
     get_type_hints,
 )
 
-from dae.errors import InputError, one_line
+from dae.errors import InputError, one_line, printable
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -88,7 +88,7 @@ def run_or_explain(main: Callable[[], T], prog: str, *, needs_less: str = "") ->
         if not mistake:
             needs_less = needs_less or "it needs a machine with more"
             text = f"out of memory ({one_line(error)}); {needs_less}"
-        print(f"{prog}: {text}", file=sys.stderr)
+        print(f"{prog}: {printable(text)}", file=sys.stderr)
         sys.exit(2)
 
 

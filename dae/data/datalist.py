@@ -594,7 +594,7 @@ def pairs_of(swap: Any, labels: Mapping[int, str], path: Path) -> tuple[tuple[in
     """The pairs of labels that change places. Raises InputError where they are no such pairs."""
     try:
         pairs = tuple((int(a), int(b)) for a, b in swap)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:  # or infinity
         raise InputError(
             f'{path}: "swap" must be a list of pairs of labels, as [[2, 3]]'
         ) from error

@@ -79,21 +79,21 @@ LONGEST = 255  # bytes of a file's name, on nearly all disks
 # --- the file
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8, with or without a byte-order mark.
+def read_json(path: Path, kind: str = "a JSON data list") -> Any:
+    """The content of a JSON file in UTF-8, with or without a byte-order mark; `kind` is in words.
 
     Raises InputError where the file is no JSON, is too large, or has a key twice in one object.
     """
     try:
         if not path.is_file():
-            raise InputError(f"{path}: is no file")
+            raise InputError(f"{path}: not {kind} (no such file)")
         size = path.stat().st_size
         if size > LARGEST:
             raise InputError(f"{path}: has {size} bytes; JSON of more than {LARGEST} is not read")
         text = path.read_text(encoding="utf-8-sig")
         return from_json(text, object_pairs_hook=partial(object_of_unique_keys, path))
     except (OSError, ValueError) as error:  # no UTF-8, or no JSON
-        raise InputError(f"{path}: not a JSON data list ({one_line(error)})") from error
+        raise InputError(f"{path}: not {kind} ({one_line(error)})") from error
 
 
 # --- names and paths

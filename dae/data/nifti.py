@@ -19,6 +19,7 @@ What is taken from a header, and what is not:
 """
 
 import os
+import struct
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -46,9 +47,17 @@ SAME_GRID = 0.1  # voxels by which corners of two grids may differ: headers lose
 WHOLE = 1e-3  # by which a label may differ from a whole number: slopes and float32 cost less
 SHEAR = 0.01  # relative error of a length that is worth a warning
 LARGEST_VOXEL = 100.0  # mm
+SMALLEST_VOXEL = 1e-6  # mm; smaller ones are noise in a damaged header
 MM = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
+UNITS = ("unknown", "meter", "mm", "micron", *["unknown"] * 4)  # by the header's code
 DEFLATE = 1040  # bytes that one byte of a gzip stream can hold: 1032 by its format
+MUCH = 2 << 30  # bytes of memory from which on a file is asked whether it is a bomb
+DENSE = 200  # bytes from one byte, in which nothing but a label map of huge empty rooms is packed
+AROUND = 64 << 20  # bytes that a file may have before its voxels, and after them
 EXACT = 2**53  # from here on float64 does not have every whole number
+
+# What nibabel, NumPy and zlib raise on a damaged file.
+DAMAGE = (OSError, EOFError, ValueError, OverflowError, TypeError, KeyError, zlib.error)
 
 said: set[str] = set()  # kinds of warnings that this process has printed
 
@@ -276,9 +285,10 @@ def open_image(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
+        check_offset(path)
         with LoggingOutputSuppressor():  # nibabel logs odd fields; one line says enough
             image = nib.load(path)
-    except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
+    except (*DAMAGE, ImageFileError, HeaderDataError) as error:
         raise InputError(f"{path}: not a readable NIfTI file ({one_line(error)})") from error
 
     if not isinstance(image, nib.Nifti1Image):
@@ -291,6 +301,26 @@ def open_image(path: Path) -> Any:
         )
     check_claimed_size(path, image)
     return image
+
+
+def check_offset(path: Path) -> None:
+    """Raises InputError where much stands before the voxels: nibabel reads all of it at once."""
+    with ImageOpener(path) as stream:
+        head = stream.read(176)
+
+    # NIfTI-1 and NIfTI-2, each in two orders of bytes, are told apart by their first number.
+    for order in "<>":
+        size = struct.unpack(f"{order}i", head[:4])[0] if len(head) == 176 else 0
+        offset = 0.0
+        if size == 348:
+            (offset,) = struct.unpack(f"{order}f", head[108:112])
+        if size == 540:
+            (offset,) = struct.unpack(f"{order}q", head[168:176])
+        if not offset <= AROUND:  # nor nan
+            raise InputError(
+                f"{path}: damaged: its header says that its voxels begin at byte {offset:g}; "
+                "copy it again"
+            )
 
 
 def check_claimed_size(path: Path, image: Any) -> None:
@@ -312,6 +342,11 @@ def check_claimed_size(path: Path, image: Any) -> None:
         )
 
     needed = 4 * prod(image.shape)  # in float32
+    if claimed + needed > MUCH and claimed > DENSE * length:
+        raise InputError(
+            f"{path}: {claim}, {claimed // length} times as much as the file; if that is right, "
+            "unpack it to .nii"
+        )
     if needed > memory():
         raise InputError(
             f"{path}: {claim}; reading it takes {bytes_in_words(needed)}, "
@@ -324,7 +359,6 @@ def checked_affine(path: Path, image: Any) -> Affine:
 
     Raises InputError where the header does not say the position of voxels.
     """
-    # The lowest three bits are the unit of length: 0 none, 1 m, 2 mm, 3 micrometres.
     code = int(image.header["xyzt_units"]) % 8
     if code > 3:
         raise InputError(
@@ -337,7 +371,7 @@ def checked_affine(path: Path, image: Any) -> Affine:
         raise InputError(f"{path}: its affine is singular; set the header's qform or sform")
 
     sizes = voxel_sizes(affine)
-    if sizes.max() > LARGEST_VOXEL:
+    if sizes.max() > LARGEST_VOXEL or sizes.min() < SMALLEST_VOXEL:
         raise InputError(
             f"{path}: a voxel of {mm_in_words(sizes)} (unit in the header: {unit_of(image)}); "
             "correct its sizes or its unit"
@@ -397,7 +431,8 @@ def say_once(kind: str, line: str) -> None:
 
 
 def unit_of(image: Any) -> str:
-    return str(image.header.get_xyzt_units()[0])
+    # The lowest three bits; nibabel also looks up the others, which are a unit of time, or nothing.
+    return UNITS[int(image.header["xyzt_units"]) % 8]
 
 
 def is_without_affine(header: Any) -> bool:
@@ -423,8 +458,11 @@ def stored_values(path: Path, image: Any, dtype: Any = None) -> NDArray[Any]:
         with ImageOpener(path) as stream:
             values = np.asanyarray(type(image).from_stream(stream.fobj).dataobj, dtype=dtype)
             # A gzip stream has its checksum after the last voxel: it is read to its end.
-            while stream.read(1 << 20):
-                pass
+            after = 0
+            while chunk := stream.read(1 << 20):
+                after += len(chunk)
+                if after > AROUND:
+                    raise InputError(f"{path}: damaged: goes on after its voxels; copy it again")
         return values
 
 
@@ -437,7 +475,7 @@ def damage_as_input_error(path: Path) -> Iterator[None]:
         raise InputError(
             f"{path}: too large for this machine's memory ({one_line(error)})"
         ) from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise InputError(
             f"{path}: cut short or damaged ({one_line(error)}); copy it again"
         ) from error

@@ -9,6 +9,8 @@ scored is an InputError of one line that names the file.
 import csv
 import hashlib
 import io
+import os
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from math import hypot
@@ -20,13 +22,15 @@ from tqdm import tqdm
 
 from dae.config.evaluate import DefinitionName
 from dae.data.datalist import DataList
+from dae.data.listfile import LARGEST, LONGEST
 from dae.data.nifti import SHEAR, difference_in_words, read_grid, read_labels
 from dae.data.regions import Region, check_same
-from dae.errors import InputError
+from dae.errors import InputError, one_line
 from dae.evaluation.metrics import METRICS, Labels, Mask, Row, score_labels
 from dae.files import write_bytes
 
 ENDINGS = (".nii.gz", ".nii")
+AROUND_NAME = ".1234567..nii.gz"  # of a label map while it is written (dae/files.py)
 
 TEXT_COLUMNS = ("case", "class", "name", "status")
 NUMBERS = (*METRICS, "volume_truth_ml", "volume_prediction_ml")
@@ -90,7 +94,27 @@ def case_names(images: Sequence[Path]) -> list[str]:
                 raise InputError(f"{images[n]}: its name is there twice; each is a case of its own")
             names[n] = f"{folders[n].pop()}_{name}"
         repeated = repeats(names)
+    check_file_names(names, images)
     return names
+
+
+def check_file_names(names: Sequence[str], images: Sequence[Path]) -> None:
+    """Raises InputError where two cases may be one file, or a case is too long for a file's name.
+
+    Some disks take A for a, and some é for e with an accent.
+    """
+    first_of: dict[str, Path] = {}
+    for name, image in zip(names, images):
+        if len(os.fsencode(name)) > LONGEST - len(AROUND_NAME):
+            raise InputError(f"{image}: its name is too long for that of a label map; shorten it")
+
+        folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+        first = first_of.setdefault(folded, image)
+        if first is not image:
+            raise InputError(
+                f"{image}: its name is that of {first} but for capitals or accents, and many disks "
+                "take the two for one; rename it"
+            )
 
 
 def pair(predictions: Path, labels: Path | Sequence[tuple[str, Path | None]]) -> list[Pair]:
@@ -408,6 +432,8 @@ def read_scores(path: Path) -> list[Row]:
     """
     rows: list[Row] = []
     try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: scores of more than {LARGEST} bytes are not read")
         with path.open(newline="", encoding="utf-8") as file:
             for line in csv.DictReader(file):
                 line.setdefault("msd", line.get("assd"))
@@ -415,7 +441,7 @@ def read_scores(path: Path) -> list[Row]:
                 words = {name: line[name] for name in TEXT_COLUMNS}
                 rows.append({**words, "class": int(line["class"]), **numbers})
     except (OSError, csv.Error, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__} after {len(rows)} rows: {error}"
+        reason = f"{type(error).__name__} after {len(rows)} rows: {one_line(error)}"
         raise InputError(f"{path}: not a scores.csv of eval.py score ({reason})") from error
     if not rows:
         raise InputError(f"{path}: holds no scores")

@@ -16,7 +16,7 @@ one class, which is most of the speed.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import inf, nan
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from dae.boxes import Box, bounding_box
-from dae.errors import InputError
+from dae.data.listfile import read_json
+from dae.errors import InputError, one_line
 from dae.evaluation.cases import Case, Spacing
 from dae.evaluation.metrics import Labels, Mask, count_voxels
 from dae.evaluation.statistics import spread
@@ -34,6 +35,7 @@ from dae.files import write_bytes
 Step = dict[str, Any]  # {"do": name of the step, and its settings}
 Steps = dict[int, list[Step]]  # label of a class -> its steps, in order
 
+LARGEST_SIGMA = 100.0  # mm; no boundary is blurred by more, and a kernel has its size
 GAUSSIAN_REACH = 3  # standard deviations after which a Gaussian is taken for zero
 
 # A component of the truth with a smaller share of its class's voxels is a slip of the annotator.
@@ -96,8 +98,10 @@ def smooth_boundary(labels: Labels, cls: int, spacing: Spacing, sigma_mm: float)
     becomes the class. A voxel that the class loses becomes the highest of the others. A class that
     would vanish keeps its voxels.
     """
-    if not 0 <= sigma_mm < inf:
-        raise ValueError(f"smooth_boundary needs a sigma_mm of 0 or more, not {sigma_mm}")
+    if not 0 <= sigma_mm <= LARGEST_SIGMA:
+        raise ValueError(
+            f"smooth_boundary needs a sigma_mm of 0 to {LARGEST_SIGMA:g}, not {sigma_mm}"
+        )
 
     result = labels.copy()
     sigma = [sigma_mm / mm for mm in spacing]  # in voxels
@@ -162,15 +166,15 @@ def load_steps(path: Path) -> Steps:
     steps: Steps = {}
     nothing = np.ones((1, 1, 1), np.uint8)
     try:
-        for cls, steps_of_class in json.loads(path.read_text()).items():
+        for cls, steps_of_class in read_json(path, "a post-processing plan").items():
             steps[int(cls)] = [dict(step) for step in steps_of_class]
 
         # A wrong name or setting is found here, and not after an hour of prediction.
         for steps_of_class in steps.values():
             apply(nothing, {1: steps_of_class}, (1.0, 1.0, 1.0))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(
-            f"{path}: not a post-processing plan ({type(error).__name__}: {error})"
+            f"{path}: not a post-processing plan ({type(error).__name__}: {one_line(error)})"
         ) from error
     return steps
 

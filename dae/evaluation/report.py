@@ -15,6 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dae.data.listfile import read_json
 from dae.data.nifti import LabelMap, difference_in_words, read_image, read_labels
 from dae.data.regions import Region, names_of_labels
 from dae.errors import InputError
@@ -61,14 +62,26 @@ def write_summary(summary: Mapping[str, Any], path: Path) -> None:
 def terms_of(scores: Path) -> dict[str, Any]:
     """The summary.json beside a scores.csv, which says how it was made; empty without one."""
     try:
-        summary = json.loads((scores.parent / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = read_json(scores.parent / "summary.json")
+    except InputError:
         return {}
 
     # Not every summary.json is ours, nor whole.
-    if isinstance(summary, dict) and TERMS.keys() <= summary.keys():
+    if isinstance(summary, dict) and TERMS.keys() <= summary.keys() and are_terms(summary):
         return summary
     return {}
+
+
+def are_terms(summary: Mapping[str, Any]) -> bool:
+    """Whether what is compared has the kinds of values that eval.py score writes."""
+    for key in ("classes", "labels", "diagonals_mm"):
+        if not isinstance(summary.get(key, {}), dict):
+            return False
+    for scores in summary.get("classes", {}).values():
+        if not isinstance(scores, dict) or not isinstance(scores.get("name", ""), str):
+            return False
+    lengths = summary.get("diagonals_mm", {}).values()
+    return all(isinstance(mm, int | float | None) for mm in lengths)
 
 
 def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
@@ -126,11 +139,13 @@ def check_flags(a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str
 
 def differing_tolerance(terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> str:
     """The first class of both that has two tolerances, in words; empty where none has."""
-    for label in sorted(terms_a["classes"].keys() & terms_b["classes"].keys()):
+    classes_a = terms_a.get("classes", {})
+    classes_b = terms_b.get("classes", {})
+    for label in sorted(classes_a.keys() & classes_b.keys()):
         a = tolerance_of_label(terms_a["tolerance_mm"], label)
         b = tolerance_of_label(terms_b["tolerance_mm"], label)
         if a != b:
-            return f"{a} and {b} mm for {terms_a['classes'][label]['name']}"
+            return f"{a} and {b} mm for {classes_a[label].get('name', label)}"
     return ""
 
 

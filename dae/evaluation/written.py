@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from dae.errors import InputError
-from dae.files import write_atomic
+from dae.files import json_lines, write_atomic
 
 LEDGER = "written.jsonl"
 
@@ -122,18 +122,22 @@ def has_torn_end(ledger: Path) -> bool:
 
 def read_lines(ledger: Path) -> list[dict[str, Any]]:
     """The lines that are whole. Of a run that was killed the last one may not be."""
-    if not ledger.is_file():
-        return []
-
     lines = []
-    for text in ledger.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(line, dict) and {"file", "sha256"} <= line.keys():
+    for line in json_lines(ledger):
+        if is_line(line):
             lines.append(line)
     return lines
+
+
+def is_line(line: Mapping[str, Any]) -> bool:
+    """Whether a line has what `write` notes, and of a label map what eval.py predict adds."""
+    if not isinstance(line.get("file"), str) or not isinstance(line.get("sha256"), str):
+        return False
+    source = line.get("source", {})
+    if not isinstance(line.get("settings", {}), dict) or not isinstance(source, dict):
+        return False
+    images = source.get("images", [""])
+    return isinstance(images, list) and len(images) > 0
 
 
 def check_apart(out: Path, inputs: Sequence[Path]) -> None:

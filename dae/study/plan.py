@@ -29,6 +29,7 @@ Paths are relative to the folder where the command runs, as those of flags are.
 
 import math
 import re
+import unicodedata
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data.listfile import probably_meant, read_json
 from dae.demo.__main__ import HardPhantomsConfig
-from dae.errors import InputError
+from dae.errors import InputError, printable
 
 PLANS = Path(__file__).parent / "plans"  # those that can be given by name
 
@@ -68,6 +69,7 @@ OWN: dict[StepName, tuple[str, ...]] = {
     "score": ("data", "out", "predictions", "labels", "split", "fold"),
 }
 LISTS = ("pretrain", "finetune", "test")
+LONGEST_NAME = 100  # bytes: a folder has the names of a method and of a tuning, and some numbers
 NAME = r"\w[\w.+]{0,99}"  # it becomes the name of a folder
 
 
@@ -213,22 +215,41 @@ def check_plan(plan: Plan, path: Path) -> None:
     check_known(plan.data, [*LISTS, "phantoms"], f'{path}: "data"')
     check_known(plan.launchers, STEPS, f'{path}: "launchers"')
     if not re.fullmatch(NAME, plan.name.replace("-", "_")):
-        raise InputError(f'{path}: "name": "{plan.name}": letters, digits, "_", "-", "." and "+"')
+        raise InputError(
+            f'{path}: "name": "{printable(plan.name)}": letters, digits, "_", "-", "." and "+"'
+        )
     for name in (plan.baseline, *plan.headline):
         if name not in plan.methods:
             raise InputError(f'{path}: "{name}" is none of the methods')
 
     check_choice(plan.checkpoint, get_args(Checkpoint), f'{path}: "checkpoint"')
     check_choice(plan.split, get_args(Split), f'{path}: "split"')
-    for name in (*plan.methods, *filter(None, plan.tunings)):
-        if not re.fullmatch(NAME, name):
-            raise InputError(f'{path}: "{name}": a name has letters, digits, "_", "." and "+"')
+    check_names(plan.methods, path)
+    check_names([name for name in plan.tunings if name], path)
     for labels in plan.labels:
         check_labels(labels, path)
     if plan.folds and plan.split == "test" and "test" not in plan.data:
         raise InputError(f'{path}: "folds" hold out what is scored: "split" must be "validation"')
     check_seeds(plan, path)
     check_flags(plan, path)
+
+
+def check_names(names: Collection[str], path: Path) -> None:
+    """Raises InputError for a name of no folder, and for two that some disks take for one."""
+    first_of: dict[str, str] = {}
+    for name in names:
+        if not re.fullmatch(NAME, name) or len(name.encode()) > LONGEST_NAME:
+            raise InputError(
+                f'{path}: "{printable(name[:200])}": a name has letters, digits, "_", "." and "+", '
+                f"at most {LONGEST_NAME} bytes"
+            )
+        folded = unicodedata.normalize("NFC", name).casefold()
+        first = first_of.setdefault(folded, name)
+        if first != name:
+            raise InputError(
+                f'{path}: "{name}" and "{first}" differ by capitals alone, and many disks take the '
+                "two for one; rename one of them"
+            )
 
 
 def check_shapes(plan: Plan, path: Path) -> None:

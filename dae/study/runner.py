@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dae.errors import InputError, counted
+from dae.errors import InputError, counted, printable
 from dae.evaluation.written import sha256_of
-from dae.files import write_bytes
+from dae.files import from_json, json_lines, write_bytes
 from dae.study.cells import (
     KEPT,
     Cell,
@@ -350,8 +350,8 @@ def made_of(folders: Folders, cell: Cell) -> dict[str, Any]:
 def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:
     """The object of a JSON file in which these keys hold objects; None where it has none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # cut short, or no text
+        content = from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # cut short, or no text
         return None
     is_whole = isinstance(content, dict) and all(isinstance(content.get(k), dict) for k in keys)
     return content if is_whole else None
@@ -371,7 +371,8 @@ def progress_of(unit: Unit) -> dict[str, Any]:
     how = difference(unit.fingerprint, progress["fingerprint"])
     if how:
         raise CommandFailed(
-            f"{unit.name}: begun by another version of the plan ({how}); remove {unit.folder}"
+            f"{unit.name}: begun by another version of the plan ({printable(how)}); "
+            f"remove {unit.folder}"
         )
     return progress
 
@@ -386,13 +387,7 @@ def note_progress(unit: Unit, progress: Mapping[str, Any]) -> None:
 
 def events_of(log: Path) -> list[dict[str, Any]]:
     """The events of a log.jsonl, without a line that was cut short."""
-    events = []
-    for line in log.read_text().splitlines() if log.is_file() else []:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+    return [event for event in json_lines(log) if isinstance(event.get("event"), str)]
 
 
 def has_finished(log: Path) -> bool:
@@ -409,7 +404,7 @@ def last_validation(log: Path) -> dict[str, Any]:
         if event["event"] != "validation":
             continue
         found = {key: event.get(key) for key in ("step", "dice", "cases")}
-        if event.get("dice") is not None:
+        if isinstance(event.get("dice"), int | float):
             best = max(best or 0.0, event["dice"])
     return {**found, "best_dice": best}
 

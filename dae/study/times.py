@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from dae.files import json_lines
 
 # What a step's time depends on, from the closest measurement to the farthest.
 LIKENESS = (
@@ -26,12 +29,9 @@ def add_time(path: Path, entry: Mapping[str, Any]) -> None:
 def read_times(path: Path) -> list[dict[str, Any]]:
     """The lines so far, without one that was cut short."""
     entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(entry, dict) and "seconds" in entry:
+    for entry in json_lines(path):
+        seconds = entry.get("seconds")
+        if isinstance(seconds, int | float) and 0 <= seconds < inf:
             entries.append(entry)
     return entries
 

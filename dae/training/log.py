@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from dae.errors import InputError
+from dae.files import json_lines
 
 
 class Log:
@@ -95,14 +96,11 @@ def finite(value: Any) -> Any:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """Events of a log.jsonl, in order. Of the events of one name and step, the last one counts."""
     events: dict[Any, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text().splitlines()):
-        try:
-            event = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if event["event"] in ("train", "validation"):
-            events[event["event"], event["step"]] = event
-        else:
+    for number, event in enumerate(json_lines(path)):
+        name = event.get("event")
+        if name in ("train", "validation") and isinstance(event.get("step"), int):
+            events[name, event["step"]] = event
+        elif isinstance(name, str):
             events[number] = event
     return list(events.values())
 

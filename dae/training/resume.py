@@ -14,6 +14,7 @@ from dae.config.shared import OptimConfig, differences
 from dae.data.datalist import BY_VOXELS
 from dae.errors import InputError
 from dae.weights import checkpoint
+from dae.weights.plan import check_state
 
 Config = PretrainConfig | SegConfig
 
@@ -86,9 +87,12 @@ def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
     saved = checkpoint.load(path)
     if "step" not in saved:  # as `python -m dae.weights convert` writes it
         raise InputError(f"{path}: holds weights and no run; name another --out")
-    written_by = "train_seg.py" if saved["plan"]["classes"] else "train_pretrain.py"
+    plan = saved.get("plan")
+    classes = plan.get("classes") if isinstance(plan, dict) else None
+    written_by = "train_seg.py" if classes else "train_pretrain.py"
     if written_by != script:
         raise InputError(f"{path}: is of a run of {written_by}; name another --out")
+    check_state(saved, path)
     return saved
 
 

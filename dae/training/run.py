@@ -19,7 +19,7 @@ from dae.data.cache import Cached, default_folder, prepare_all
 from dae.data.datalist import DataList, Item
 from dae.data.preprocess import Recipe
 from dae.demo import prepare_demo
-from dae.errors import InputError
+from dae.errors import InputError, one_line
 from dae.files import write_bytes
 from dae.model import arguments_of, backbone_named, check_backbone
 from dae.training import resume
@@ -162,12 +162,21 @@ def restore(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
 ) -> None:
-    """Weights, optimiser, scaler and random state as they were saved at `path`."""
+    """Weights, optimiser, scaler and random state as they were saved at `path`.
+
+    Raises InputError where they are not those of this run.
+    """
     checkpoint.load_weights(network, resumed["model"], path)
-    checkpoint.restore_rng(resumed["rng"])
-    optimizer.load_state_dict(resumed["optimizer"])
-    adopt_layout(optimizer)
-    scaler.load_state_dict(resumed["scaler"])
+    try:
+        checkpoint.restore_rng(resumed["rng"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        adopt_layout(optimizer)
+        scaler.load_state_dict(resumed["scaler"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(
+            f"{path}: the state of its optimiser is not that of a run ({one_line(error)}); "
+            "name another --out"
+        ) from error
 
 
 def open_log(config: Config, ranks: Ranks, step: int) -> Log:

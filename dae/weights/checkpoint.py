@@ -3,19 +3,25 @@
 A checkpoint is an ordinary torch file: a zip archive, which torch.load can read. But torch.load
 does not notice a flipped bit. So a checkpoint has a seal, the SHA-256 of all the bytes before it,
 in the comment field at the end of the archive. `load` compares the seal with the bytes.
+
+The seal tells damage, and not who wrote the file: anybody can seal. So no code of a file is run,
+and before torch reads it, `check_archive` compares what it claims to hold with its length.
 """
 
 import hashlib
 import os
+import pickletools
 import random
-from collections.abc import Mapping
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from io import BufferedRandom
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dae.errors import InputError, one_line
 from dae.files import write_atomic
@@ -24,6 +30,24 @@ FORMAT = 1
 MARK = b"sha256:"
 SEAL_LENGTH = len(MARK) + 64  # bytes: the mark, and the digest in hexadecimal
 CHUNK = 1 << 20  # bytes that are read at once
+
+ZIP = b"PK\x03\x04"  # the first bytes of an archive
+MOST_ENTRIES = 200_000  # of an archive; each tensor is one
+LARGEST_PICKLE = 64 << 20  # bytes of what holds the tensors together
+
+# What a file may name beside tensors. torch has more that runs no code, but makes an object of any
+# size that the file asks for: a bytearray, or a tensor without values.
+NAMES = re.compile(
+    r"collections (OrderedDict|Counter|defaultdict)"
+    r"|torch\._utils _rebuild_(tensor|tensor_v2|parameter|parameter_with_state)"
+    r"|torch\._utils _rebuild_(meta_tensor_no_storage|qtensor)"
+    r"|torch\._tensor _rebuild_from_type_v2"
+    r"|torch(\.storage)? \w*Storage|torch\.nn\.parameter Parameter"
+    r"|torch (Size|device|b?float\d+|double|half|u?int\d+|long|short|bool|complex\d+)"
+    r"|torch\.serialization _get_layout"
+    r"|_codecs encode|(builtins|__builtin__) (set|complex|dict|list|tuple|int|float|bool|str)"
+    r"|numpy\S* \w+"
+)
 
 
 # --- save and load
@@ -71,6 +95,8 @@ def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
 
     try:
         state = load_if_intact(path, mapped=mapped)
+    except InputError:
+        raise
     except Exception as error:  # torch raises a dozen types of error for a damaged file
         raise InputError(
             f"{path}: not a checkpoint that can be read ({one_line(error)})"
@@ -80,6 +106,9 @@ def load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
         raise InputError(
             f"{path}: damaged or not one of ours: its checksum does not match its bytes"
         )
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: holds a {type(state).__name__}, and no checkpoint")
+    check_tensors(state, path)
     if state.get("format") != FORMAT:
         raise InputError(
             f"{path}: written in format {state.get('format')}, this version reads {FORMAT}"
@@ -92,6 +121,7 @@ def load_if_intact(path: Path, *, mapped: bool) -> Any:
     with path.open("rb") as file:
         if not seal_matches(file):
             return None
+        check_archive(path)
         file.seek(0)
         source = path if mapped else file  # torch maps only what has a path
         return torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
@@ -101,10 +131,92 @@ def load_weights(backbone: nn.Module, weights: Mapping[str, Any], path: Path) ->
     """The weights of checkpoint `path` into their network. Raises InputError if they do not fit."""
     try:
         backbone.load_state_dict(weights)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # or values that are no tensors
         raise InputError(
             f"{path}: weights of another network, made with other flags ({one_line(error)})"
         ) from error
+
+
+# --- what a stranger's file claims
+
+
+def check_archive(path: Path) -> None:
+    """Raises InputError where an archive claims more than its file holds, or is compressed.
+
+    torch.save compresses nothing. Files of torch before 1.6 are no archives, and torch compares
+    their claims itself.
+    """
+    with path.open("rb") as file:
+        if file.read(len(ZIP)) != ZIP:
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            check_entries(entries, path)
+            for entry in entries:
+                if entry.filename.endswith("data.pkl"):
+                    check_names(archive.read(entry), path)
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise InputError(
+            f"{path}: not a whole file that torch.save has written ({one_line(error)})"
+        ) from error
+
+
+def check_entries(entries: list[zipfile.ZipInfo], path: Path) -> None:
+    """Raises InputError for entries that torch.save does not write."""
+    claimed = sum(entry.file_size for entry in entries)
+    length = path.stat().st_size
+    if claimed > length or len(entries) > MOST_ENTRIES:
+        raise InputError(
+            f"{path}: claims to hold {claimed} bytes in {len(entries)} entries, the file has "
+            f"{length} bytes; it is damaged or made to fill the memory"
+        )
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise InputError(
+                f"{path}: is compressed, which torch.save never does; "
+                "torch.load it where you trust it, and save it again"
+            )
+        if entry.filename.endswith("data.pkl") and entry.file_size > LARGEST_PICKLE:
+            raise InputError(f"{path}: has {entry.file_size} bytes beside its tensors; too many")
+
+
+def check_names(pickled: bytes, path: Path) -> None:
+    """Raises InputError for the name of a class or a function that no checkpoint needs."""
+    for operation, argument, _ in pickletools.genops(pickled):
+        if operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+            module, _, name = str(argument).partition(" ")
+            raise InputError(
+                f"{path}: holds {module}.{name}, which is code and not a tensor, and is not "
+                "loaded; where you trust the file, torch.load it with weights_only=False and save "
+                "its state dict alone"
+            )
+
+
+def check_tensors(content: Any, path: Path) -> None:
+    """Raises InputError for a tensor that has more values than the file, or is not a dense one."""
+    for value in values_in(content):
+        if not isinstance(value, Tensor) or value.is_meta:
+            continue
+        is_dense = value.layout is torch.strided and not value.is_quantized
+        if not is_dense or value.nbytes > value.untyped_storage().nbytes():
+            raise InputError(
+                f"{path}: holds a tensor of {tuple(value.shape)} that is sparse, quantised or "
+                "has fewer values in the file; save it as .contiguous()"
+            )
+
+
+def values_in(content: Any) -> Iterator[Any]:
+    """All values in dictionaries, lists and tuples within each other, each container once."""
+    unread = [content]
+    seen = set[int]()
+    while unread:
+        value = unread.pop()
+        yield value
+        if not isinstance(value, (dict, list, tuple)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        unread += value.values() if isinstance(value, dict) else value
 
 
 # --- the seal

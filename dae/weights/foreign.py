@@ -34,7 +34,7 @@ from dae.weights.layouts import (
     reorder,
     to_monai,
 )
-from dae.weights.plan import flag
+from dae.weights.plan import check_plan, flag, load_planned
 from dae.weights.transfer import part_of, parts_in
 
 # Options of the network that no tensor's name or shape tells, at the defaults of this package.
@@ -74,7 +74,7 @@ def read_weights(path: Path, quirks: Mapping[str, Any] | None = None) -> Weights
 
 def read_checkpoint(path: Path, quirks: Mapping[str, Any]) -> Weights:
     """The weights of our own checkpoint. Raises InputError where `quirks` contradict its plan."""
-    saved = checkpoint.load(path)
+    saved = load_planned(path)
     plan = saved["plan"]
     for name, value in quirks.items():
         if value != plan["arguments"].get(name, value):
@@ -84,8 +84,8 @@ def read_checkpoint(path: Path, quirks: Mapping[str, Any]) -> Weights:
             )
 
     step = ""
-    if "step" in saved:  # of a run, and not of `convert`
-        step = f", step {saved['step']} of {saved['config']['steps']}"
+    if "step" in saved and "config" in saved:  # of a run, and not of `convert`
+        step = f", step {saved['step']} of {saved['config'].get('steps')}"
     notes = [f"a checkpoint of this package ({plan['method']}{step})"]
 
     if plan["method"] == "scratch":
@@ -115,9 +115,10 @@ def read_foreign(path: Path, quirks: Mapping[str, Any]) -> Weights:
         recognised = recognise(tensors)
         options, options_in_words = quirks_of(recognised, quirks)
         plan = plan_of_foreign(recognised, options)
+        check_plan(plan, recognised.tensors, path)
         check_complete(recognised, plan)
     except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {one_line(error, 300)}") from error
 
     layout = LAYOUTS[recognised.layout]
     what = f"{layout.what}, under {key}" if key else layout.what
@@ -137,11 +138,15 @@ def load_tensors(path: Path) -> dict[str, Any]:
     check_parts(path)
     with torch.serialization.safe_globals(numpy_numbers()):
         try:
+            checkpoint.check_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
+        except InputError:
+            raise
         except Exception as error:  # torch raises a dozen types of error for what it cannot read
             raise InputError(f"{path}: {why_refused(error)}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors")
+    checkpoint.check_tensors(content, path)
     return content
 
 
@@ -205,20 +210,32 @@ def find_state_dict(content: Mapping[Any, Any]) -> tuple[str, Tensors]:
     return first_key, first_tensors
 
 
-def dictionaries_in(
-    content: Mapping[Any, Any], key: str = ""
-) -> Iterator[tuple[str, Mapping[Any, Any]]]:
-    """A dictionary and all that are nested in it, each after the one it is in, with dotted keys."""
-    yield key, content
-    for name, value in content.items():
-        if isinstance(value, dict):
-            yield from dictionaries_in(value, f"{key}.{name}".lstrip("."))
+def dictionaries_in(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[Any, Any]]]:
+    """A dictionary and all that are nested in it, each after the one it is in, with dotted keys.
+
+    Each is given once, under its first key: a file may hold a dictionary that holds itself.
+    """
+    unread: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
+    seen = set[int]()
+    while unread:
+        key, dictionary = unread.pop()
+        if id(dictionary) in seen:
+            continue
+        seen.add(id(dictionary))
+        yield key, dictionary
+
+        inner = []
+        for name, value in dictionary.items():
+            if isinstance(value, dict) and isinstance(name, str | int):
+                inner.append((f"{key}.{str(name)[:100]}".lstrip("."), value))
+        unread += reversed(inner)  # the first is read first
 
 
 def check_values_present(tensors: Tensors, content: Mapping[Any, Any], path: Path) -> None:
     """Raises InputError where a file has no tensors, or one without values."""
     if not tensors:
-        keys = ", ".join(map(str, list(content)[:6])) or "it is empty"
+        names = [key if isinstance(key, str) else type(key).__name__ for key in list(content)[:6]]
+        keys = ", ".join(name[:40] for name in names) or "it is empty"
         raise InputError(f"{path}: holds no tensors ({keys})")
     for name, value in tensors.items():
         if value.is_meta:

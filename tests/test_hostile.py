@@ -980,6 +980,14 @@ def test_a_plan_of_a_huge_network_builds_none(name: str, value: Any, cage: Path)
     assert outcome(lambda path, _: use_weights(path), cage / "last.pt", cage) == "refused"
 
 
+def test_a_network_of_the_users_own_may_have_any_arguments(cage: Path) -> None:
+    """It is built only where the command line names it: what it takes is its author's business."""
+    arguments = {"slope": -0.2, "seed": 10**9, "channels": list(range(100))}
+    plan = {**RUN["plan"], "backbone": "mynet:MyNet", "arguments": arguments}
+    checkpoint.save(cage / "last.pt", {**RUN, "plan": plan, "model": WEIGHTS})
+    assert load_planned(cage / "last.pt")["plan"]["arguments"] == arguments
+
+
 # --- a list stays in its folder
 
 

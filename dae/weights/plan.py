@@ -97,12 +97,12 @@ def check_plan(plan: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
     check_options(plan, path)
     check_flips(plan, path)
     check_seen(plan, path)
-    check_numbers(plan, weights, path)
 
-    # A network of the user's own is no business of this file.
+    # A network of the user's own may take any arguments; only --backbone has it built.
     backbone = BACKBONES.get(plan["backbone"])
     if backbone is None:
         return
+    check_numbers(plan, weights, path)
     try:
         shapes = shapes_of(backbone, plan)
     except Exception as error:  # a constructor raises anything for arguments that are not its own

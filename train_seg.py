@@ -306,18 +306,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     config = with_phantoms(config, ranks, phantoms)
     items = holdout.read_for_segmentation(config)
     classes = dict(sorted(items.labels.items()))
-    notes_on_head: list[str] = []
-    if weights and config.transfer == "all" and not config.from_scratch:
-        theirs = from_plan(weights.plan)
-        check_same(items.regions, theirs, config.data)
-        if [region.labels for region in items.regions] != [region.labels for region in theirs]:
-            raise InputError(
-                f"--transfer all: {config.pretrained} has the regions of {config.data} in another "
-                "order; put them in its order, or take --transfer both"
-            )
-        outputs = len(items.regions) or len(classes)
-        path = Path(config.pretrained)
-        notes_on_head = check_same_classes(weights.plan, classes, path, outputs=outputs)
+    on_head = notes_on_head(items, classes, weights, config)
     flips = flips_for(items, classes, resumed, config)
     config = replace(config, steps=steps_of(items, resumed, config, ranks))
     started_from = plan_started_from(resumed, weights, config)
@@ -366,7 +355,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     notes = [*items.notes, *known_tests, *leaks.known_before(items, validated, seen_before)]
     notes += leaks.pretrained_before(items, validated, started_from)
     if weights and report:
-        notes += notes_on(weights) + notes_on_head
+        notes += notes_on(weights) + on_head
 
     if resumed:
         by_size = items.fingerprint_by_size(labels=True)
@@ -412,6 +401,28 @@ def plan_started_from(
     if weights and not config.from_scratch:
         return weights.plan
     return {}
+
+
+def notes_on_head(
+    items: DataList, classes: dict[int, str], weights: Weights | None, config: SegConfig
+) -> list[str]:
+    """What the user should know of a head that --transfer all takes, if it is taken.
+
+    Raises InputError where it is of another task than the list.
+    """
+    if weights is None or config.transfer != "all" or config.from_scratch:
+        return []
+
+    theirs = from_plan(weights.plan)
+    check_same(items.regions, theirs, config.data)
+    if [region.labels for region in items.regions] != [region.labels for region in theirs]:
+        raise InputError(
+            f"--transfer all: {config.pretrained} has the regions of {config.data} in another "
+            "order; put them in its order, or take --transfer both"
+        )
+    outputs = len(items.regions) or len(classes)
+    path = Path(config.pretrained)
+    return check_same_classes(weights.plan, classes, path, outputs=outputs)
 
 
 def notes_on_tests(

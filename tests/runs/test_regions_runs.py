@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK, events, refusal
+from conftest import NETWORK, events, refusal, same_weights
 
 from dae.config.evaluate import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.config.segment import SegConfig
@@ -236,6 +237,30 @@ def test_an_ensemble_of_regions_and_of_another_order_is_refused(
     assert "its regions differs" in refusal(predict, learned, brats, tmp_path, checkpoint=both)
     twice = (str(learned / "last.pt"), str(learned / "best.pt"))
     assert len(predict(learned, brats, tmp_path / "p", checkpoint=twice)) == 1
+
+
+def test_a_head_of_regions_goes_on_with_the_same_regions_in_their_order_alone(
+    brats: Path, learned: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"from_scratch": False, "transfer": "all", "lr": 0.0, "steps": 1}
+    still = config(brats, out=str(tmp_path / "still"), pretrained=f"{learned}/last.pt", **given)
+    main(still)
+    before = checkpoint.load(learned / "last.pt")["model"]
+    assert same_weights(before, checkpoint.load(tmp_path / "still/last.pt")["model"])
+
+    classes = changed(brats, "a.json", labels={"background": 0, "a": 1, "b": 2, "c": 3})
+    of_classes = replace(still, data=str(classes), out=str(tmp_path / "other"))
+    assert "no regions there" in refusal(main, of_classes)
+
+    # Two regions that lie apart may come in either order, and are other channels then.
+    apart = {"background": 0, "whole": [1, 2, 3], "core": [1], "enhancing": 3}
+    turned = {"background": 0, "whole": [1, 2, 3], "enhancing": 3, "core": [1]}
+    first = changed(brats, "apart.json", labels=apart, regions_class_order=[2, 1, 3])
+    second = changed(brats, "turned.json", labels=turned, regions_class_order=[2, 3, 1])
+    main(config(first, out=str(tmp_path / "apart"), steps=1))
+    weights = str(tmp_path / "apart/last.pt")
+    line = refusal(main, replace(of_classes, data=str(second), pretrained=weights))
+    assert "in another order" in line and not (tmp_path / "other").exists()
 
 
 def test_a_run_of_regions_resumes_bit_for_bit_and_not_with_other_regions(

@@ -51,7 +51,8 @@ class InstanceNorm(nn.Module):
         # On a CPU the backward of `F.instance_norm` is wrong (relative error 1.4, in float64 too)
         # for a batch of one whose gradient arrives in channels_last_3d, whatever the layout of x.
         # Seen in torch 2.11.0 and 2.14.1; right for larger batches and for contiguous gradients.
-        # (Asked in this order, a network that is exported without gradients has no fixed batch.)
+        # `requires_grad` is asked first: torch.export without gradients then meets no condition on
+        # the batch, and does not fix it to that of its example.
         if y.requires_grad and x.device.type == "cpu" and len(x) == 1:
             y = ContiguousGradient.apply(y)
         return y

@@ -7,6 +7,7 @@ import importlib
 import re
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -67,6 +68,7 @@ class Flag(NamedTuple):
     script: str  # in front of it, as "eval.py score"; empty for the script of the section
 
 
+@cache
 def config_classes() -> list[type[Any]]:
     """Every class in dae/config whose fields are flags."""
     classes = []
@@ -76,6 +78,11 @@ def config_classes() -> list[type[Any]]:
             if isinstance(config, type) and is_dataclass(config):
                 classes.append(config)
     return classes
+
+
+@cache
+def hints_of(config: type[Any]) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def fields_of(config: type[Any]) -> Sequence[Field[Any]]:
@@ -103,7 +110,7 @@ def choices_of(flag: Flag, section: str) -> list[set[str]]:
     found = []
     for config in configs:
         for field in fields_of(config):
-            hint = get_type_hints(config)[field.name]
+            hint = hints_of(config)[field.name]
             is_negated = hint is bool and name == f"no_{field.name}"
             if field.name == name or is_negated:
                 found.append(set(get_args(hint)) if get_origin(hint) is Literal else set())

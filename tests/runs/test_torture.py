@@ -620,7 +620,7 @@ def test_from_the_shell_a_cut_checkpoint_is_one_line_and_stays_as_it_is(
 @pytest.mark.parametrize(
     "script, number, rank_0_alone",
     [
-        ("pretrain", signal.SIGUSR1, True),
+        pytest.param("pretrain", signal.SIGUSR1, True, marks=pytest.mark.slow),
         ("seg", signal.SIGTERM, False),
         pytest.param("pretrain", signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param("seg", signal.SIGUSR1, True, marks=pytest.mark.slow),

@@ -126,9 +126,9 @@ def path_of(name: str, root: Root, where: str) -> Path:
 
     if root.bound is not None and not lies_within(path, root.bound):
         raise InputError(
-            f"{where}: {name} lies outside {root.bound}; if the list may read there, add "
-            "--data-root / (any path, from where it starts now), or --data-root FOLDER (its paths "
-            "start from FOLDER and stay in it)"
+            f"{where}: {name} lies outside {root.bound.absolute()}; if the list may read there, "
+            "add --data-root / (any path, from where it starts now), or --data-root FOLDER (its "
+            "paths start from FOLDER and stay in it)"
         )
     return path
 

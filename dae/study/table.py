@@ -26,7 +26,6 @@ from dae.study.results import (
 )
 
 TABLES = ("table.md", "table.csv", "cases.csv", "figure.png")
-MARKERS = ("o", "s", "^", "v")
 
 
 def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
@@ -283,51 +282,47 @@ def cases_of_csv(results: Results) -> list[dict[str, Any]]:
 
 
 def picture(plan: Plan, results: Results) -> bytes:
-    """Left the mean Dice by number of labels, right the difference to the baseline; 95 %."""
-    figure = new_figure(12, 4.5)
-    left, right = figure.subplots(1, 2)
+    """A line for each method, a column for each number of labels; 95 % intervals.
+
+    Above the mean Dice, with that of the baseline as a vertical line; below the difference to it.
+    """
     with_runs = [entry for entry in results.entries if entry.runs]
     names = list(dict.fromkeys(entry.name for entry in with_runs))
-    for number, name in enumerate(names):
-        aside = 0.5 * (number + 0.5) / len(names) - 0.25  # so that intervals lie side by side
-        marker = MARKERS[number // 10 % len(MARKERS)]  # matplotlib has ten colours
-        of_name = [entry for entry in with_runs if entry.name == name]
-        means = [(entry.labels, entry.means["dice"]) for entry in of_name]
-        draw(left, plan, means, name=name, aside=aside, marker=marker)
 
-        differences = []
-        for entry in of_name:
+    columns = len(plan.labels)
+    figure = new_figure(3 + 3 * columns, 2 * (1 + 0.2 * len(names)))
+    axes = figure.subplots(2, columns, squeeze=False, sharex="row", sharey=True)
+    for column, labels in enumerate(plan.labels):
+        above, below = axes[:, column]
+        above.set_title(labels_in_words(labels))
+        for entry in with_runs:
+            if entry.labels != labels:
+                continue
+            line = names.index(entry.name)
+            draw(above, line, entry.means["dice"])
+            if entry.name == plan.baseline:
+                above.axvline(entry.means["dice"].mean, color="black", linewidth=0.8)
             if entry.against:
                 row = entry.against["dice"]
-                interval = Interval(row["difference"], row["low"], row["high"], row["n"])
-                differences.append((entry.labels, interval))
-        draw(right, plan, differences, name=name, aside=aside, marker=marker)
+                draw(below, line, Interval(row["difference"], row["low"], row["high"], row["n"]))
+        below.axvline(0, color="black", linewidth=0.8)
+        above.set_xlabel("mean Dice over cases")
+        below.set_xlabel(f"difference to {plan.baseline}")
 
-    right.axhline(0, color="black", linewidth=0.8)
-    left.set_ylabel("mean Dice over cases")
-    right.set_ylabel(f"difference to {plan.baseline}")
-    for ax in (left, right):
-        ax.set_xticks(range(len(plan.labels)), [labels_in_words(n) for n in plan.labels])
-        ax.set_xlim(-0.5, len(plan.labels) - 0.5)
-    right.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].set_ylim(len(names) - 0.5, -0.5)  # the first method on top
+    for ax in axes.flat:
+        ax.grid(axis="y", alpha=0.3)
     return png(figure)
 
 
-def draw(
-    ax: Any,
-    plan: Plan,
-    points: Sequence[tuple[Labels, Interval]],
-    *,
-    name: str,
-    aside: float,
-    marker: str,
-) -> None:
-    """The points of one method with their intervals. Without a point it only takes its colour."""
-    x = [plan.labels.index(labels) + aside for labels, _ in points]
-    y = [interval.mean for _, interval in points]
-    below = [zero_if_none(interval.mean - interval.low) for _, interval in points]
-    above = [zero_if_none(interval.high - interval.mean) for _, interval in points]
-    ax.errorbar(x, y, [below, above], fmt=marker, markersize=4, capsize=2, label=name)
+def draw(ax: Any, line: int, interval: Interval) -> None:
+    """A point with its interval."""
+    below = zero_if_none(interval.mean - interval.low)
+    above = zero_if_none(interval.high - interval.mean)
+    ax.errorbar(
+        interval.mean, line, xerr=[[below], [above]], fmt="o", color="C0", markersize=4, capsize=2
+    )
 
 
 def zero_if_none(width: float) -> float:

@@ -32,6 +32,7 @@ from dae.study.cells import (
     cell_commands,
     cell_fingerprint,
     cells_of,
+    cells_of_method,
     pretrain_command,
 )
 from dae.study.locks import locked
@@ -159,6 +160,10 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"labels": ["most"]}, '"labels": most'),
         ({"labels": [2, 2]}, '"labels" has a value twice'),
         ({"labels": "all"}, '"labels" is a list'),
+        ({"methods": {"mae": {"labels": "all"}}}, '"mae": "labels" is a list'),
+        ({"methods": {"mae": {"labels": []}}}, '"mae": "labels" is empty'),
+        ({"methods": {"mae": {"labels": [9]}}}, '"mae": "labels": 9 is none of'),
+        ({"methods": {"mae": {"labels": ["all", "all"]}}}, '"mae": "labels" has a value twice'),
         ({"baseline": "scratch"}, '"scratch" is none of the methods'),
         ({"headline": ["dae", "x"]}, '"x" is none of the methods'),
         ({"checkpoint": "step-3.pt"}, "take last.pt or best.pt"),
@@ -334,6 +339,27 @@ def test_scratch_may_have_its_own_learning_rates(here: Path) -> None:
         str(plan_file(here, methods=methods, scratch_lr=[3], finetune={"preset": "btcv"}))
     )
     assert "--lr 0.0012 " in commands_of(preset, "scratch-all-p0-t0-lr3")["finetune"]
+
+
+def test_a_method_with_a_learning_rate_of_its_own_has_no_other(here: Path) -> None:
+    probe = {"method": "scratch", "finetune": {"schedule": "probe", "lr": 0.1}}
+    changes = {"methods": {"scratch": {"method": "scratch"}, "probe": probe}, "labels": ["all"]}
+    plan = read_plan(str(plan_file(here, scratch_lr=[1, 3], seeds={}, **changes)))
+    factors = [(cell.method, cell.factor) for cell in cells_of(plan)]
+    assert factors == [("scratch", 1), ("scratch", 3), ("probe", 1)]
+
+
+def test_a_method_may_take_some_of_the_labels_alone(here: Path) -> None:
+    methods = {
+        "mae": {"method": "mae"},
+        "long": {"method": "mae", "labels": ["all", 2], "finetune": {"steps": 9}},
+    }
+    plan = read_plan(str(plan_file(here, methods=methods, labels=[2, 3, "all"], seeds={})))
+    assert [cell.labels for cell in cells_of_method(plan, "mae")] == [2, 3, "all"]
+    assert [cell.labels for cell in cells_of_method(plan, "long")] == [2, "all"]  # in this order
+
+    # "labels" is no flag of pre-training, so the two share their weights.
+    assert {cell.pretraining.name for cell in cells_of(plan)} == {"mae-p0"}
 
 
 def test_a_number_of_labels_is_typed_as_a_whole_number(here: Path) -> None:

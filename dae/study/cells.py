@@ -138,9 +138,12 @@ def cells_of(plan: Plan) -> list[Cell]:
 
 def cells_of_method(plan: Plan, method: str) -> list[Cell]:
     """The cells of one method: seeds outside, then labels, tunings, folds and learning rates."""
-    factors = plan.scratch_lr if plan.is_scratch(method) else (1.0,)
     axes = product(
-        seeds_of_method(plan, method), plan.labels, plan.tunings, plan.folds or (None,), factors
+        seeds_of_method(plan, method),
+        plan.labels_of(method),
+        plan.tunings,
+        plan.folds or (None,),
+        plan.factors_of(method),
     )
 
     cells = []

@@ -8,7 +8,8 @@ gives to a flag:
                 or "phantoms", flags of python -m dae.demo, in place of the first two
     pretrain    flags of train_pretrain.py for all methods
     methods     name -> the flags that make it, in the order of priority; "finetune" among them
-                holds flags of train_seg.py for this method alone
+                holds flags of train_seg.py for this method alone, and "labels" those of the plan's
+                labels that it is fine-tuned on, if not all
     finetune    flags of train_seg.py for all methods
     tunings     name -> flags of train_seg.py, where several ways of fine-tuning are compared
     labels      how many labelled subjects: whole numbers, shares below 1, or "all"; they nest
@@ -20,7 +21,8 @@ gives to a flag:
     predict     flags of eval.py predict
     score       flags of eval.py score
     baseline    the method that the others are compared with
-    scratch_lr  factors of the learning rate that networks without pre-training may choose from
+    scratch_lr  factors of the learning rate that networks without pre-training may choose from,
+                but for a method that names a rate of its own
     headline    the two methods whose cells come first
     launchers   step -> the words before a script, {"pretrain": ["torchrun", "--nproc_per_node=8"]}
 
@@ -69,6 +71,8 @@ OWN: dict[StepName, tuple[str, ...]] = {
     "score": ("data", "out", "predictions", "labels", "split", "fold"),
 }
 LISTS = ("pretrain", "finetune", "test")
+# What a method has beside flags of train_pretrain.py.
+BESIDE_FLAGS = ("finetune", "labels")
 LONGEST_NAME = 100  # bytes: a folder has the names of a method and of a tuning, and some numbers
 NAME = r"\w[\w.+]{0,99}"  # it becomes the name of a folder
 
@@ -98,13 +102,27 @@ class Plan:
 
     def pretrain_flags(self, method: str) -> dict[str, Any]:
         """Flags of train_pretrain.py that make a method, without those that the study sets."""
-        own = {name: value for name, value in self.methods[method].items() if name != "finetune"}
+        own = dict(self.methods[method])
+        for name in BESIDE_FLAGS:
+            own.pop(name, None)
         return {**self.pretrain, **own}
 
     def finetune_flags(self, method: str, tuning: str) -> dict[str, Any]:
         """Flags of train_seg.py for a method, without those that the study sets."""
         own = self.methods[method].get("finetune", {})
         return {**self.finetune, **self.tunings[tuning], **own}
+
+    def labels_of(self, method: str) -> tuple[Labels, ...]:
+        """The numbers of labels that a method is fine-tuned on, in the order of the plan."""
+        own = self.methods[method].get("labels", self.labels)
+        return tuple(labels for labels in self.labels if labels in own)
+
+    def factors_of(self, method: str) -> tuple[float, ...]:
+        """Factors of the learning rate of fine-tuning, which scratch may choose from."""
+        rate_of_its_own = "lr" in self.methods[method].get("finetune", {})
+        if rate_of_its_own or not self.is_scratch(method):
+            return (1.0,)
+        return self.scratch_lr
 
     def is_scratch(self, method: str) -> bool:
         """Whether the method's weights are untrained, so that it may choose a learning rate."""
@@ -228,6 +246,8 @@ def check_plan(plan: Plan, path: Path) -> None:
     check_names([name for name in plan.tunings if name], path)
     for labels in plan.labels:
         check_labels(labels, path)
+    for method, flags in plan.methods.items():
+        check_labels_of(plan, flags.get("labels", plan.labels), f'{path}: "{method}": "labels"')
     if plan.folds and plan.split == "test" and "test" not in plan.data:
         raise InputError(f'{path}: "folds" hold out what is scored: "split" must be "validation"')
     check_seeds(plan, path)
@@ -265,6 +285,7 @@ def check_shapes(plan: Plan, path: Path) -> None:
             check_object(flags, f'{path}: "{key}": "{name}"', " of flags")
     for method, flags in plan.methods.items():
         check_object(flags.get("finetune", {}), f'{path}: "{method}": "finetune"', " of flags")
+        check_list(flags.get("labels", plan.labels), f'{path}: "{method}": "labels"')
 
     check_lists(plan, path)
     for key in ("labels", "folds", "tunings", "scratch_lr"):
@@ -288,12 +309,7 @@ def check_lists(plan: Plan, path: Path) -> None:
         values = getattr(plan, key)
         if key == "folds" and values is None:
             continue
-        if not isinstance(values, tuple):
-            raise InputError(f'{path}: "{key}" is a list, [...]')
-        if any(isinstance(value, (list, dict)) for value in values):
-            raise InputError(f'{path}: "{key}" is a list of values, without lists and objects')
-        if len(set(values)) < len(values):
-            raise InputError(f'{path}: "{key}" has a value twice')
+        check_list(values, f'{path}: "{key}"')
 
     for fold in plan.folds or ():
         if not is_whole(fold) or fold < 0:
@@ -302,6 +318,16 @@ def check_lists(plan: Plan, path: Path) -> None:
         is_number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
         if not is_number or not 0 < factor < math.inf:
             raise InputError(f'{path}: "scratch_lr": {factor}: factors are numbers above 0')
+
+
+def check_list(values: Any, where: str) -> None:
+    """Raises InputError for what is no list of different values."""
+    if not isinstance(values, (list, tuple)):
+        raise InputError(f"{where} is a list, [...]")
+    if any(isinstance(value, (list, dict)) for value in values):
+        raise InputError(f"{where} is a list of values, without lists and objects")
+    if len(set(values)) < len(values):
+        raise InputError(f"{where} has a value twice")
 
 
 def check_object(value: Any, where: str, kind: str = "") -> None:
@@ -328,6 +354,15 @@ def check_labels(labels: Any, path: Path) -> None:
         raise InputError(
             f'{path}: "labels": {labels}: give a number of subjects, a share below 1, or "all"'
         )
+
+
+def check_labels_of(plan: Plan, labels: Collection[Any], where: str) -> None:
+    """A method takes some of the plan's labels: those are the columns of the table."""
+    if not labels:
+        raise InputError(f"{where} is empty; leave it out")
+    for value in labels:
+        if value not in plan.labels:
+            raise InputError(f'{where}: {value} is none of the "labels" of the plan')
 
 
 def check_seeds(plan: Plan, path: Path) -> None:

@@ -93,7 +93,7 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     notes += launched_otherwise(list(finished.values()))
     entries: list[Entry] = []
     for method, tuning in in_order(cells, lambda cell: (cell.method, cell.tuning)):
-        for labels in plan.labels:
+        for labels in plan.labels_of(method):
             group = []
             for cell in cells:
                 if (cell.method, cell.tuning, cell.labels) == (method, tuning, labels):

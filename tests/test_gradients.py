@@ -375,7 +375,7 @@ def test_the_check_of_a_machine_takes_nan_for_wrong(
 
 
 def torch_is_wrong_at_batch_1() -> bool:
-    """Whether this torch still has the fault; once it is gone, so may be ContiguousGradient."""
+    """Whether this torch still has the fault; Standardise is without it."""
     x = torch.randn(1, 4, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     gradient = torch.randn_like(x).contiguous(memory_format=torch.channels_last_3d)
     (found,) = torch.autograd.grad(F.instance_norm(x), x, gradient)

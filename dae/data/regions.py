@@ -10,7 +10,7 @@ background: region-based training, Isensee et al. 2021 (nnU-Net for Brain Tumor 
 prediction is written as one label map. Region after region, each voxel that is predicted as the
 region gets the label of "regions_class_order" at its place, over what was written before.
 
-That is only right if nothing is lost between a label map and its regions, which is checked here.
+That is only right if no region is lost on the way, which is checked here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -132,18 +132,20 @@ def with_order(regions: Sequence[Region], order: Any, path: Path | str) -> list[
 
 
 def check_round_trip(regions: Sequence[Region], path: Path | str) -> None:
-    """Raises InputError unless each label is itself again after label map, regions, label map.
+    """Raises InputError unless a label map has the same regions again once it was written of them.
 
-    A label is written as the last of its regions says.
+    A label is written as the last of its regions says. That may be another label, if it is in the
+    same regions: what {"thing": [1, 2]} writes as 1 is the thing again.
     """
     written = {label: region.written for region in regions for label in region.labels}
     for label, becomes in sorted(written.items()):
-        if becomes != label:
-            last = [region.name for region in regions if label in region.labels][-1]
+        its_regions = [region.name for region in regions if label in region.labels]
+        if its_regions != [region.name for region in regions if becomes in region.labels]:
             raise InputError(
-                f'{path}: "regions_class_order" does not give the label map back: label {label} '
-                f"would become {becomes}, as the last of its regions is {last!r}; name larger "
-                "regions first, and write each as the label that is in no later one"
+                f'{path}: "regions_class_order" does not give the regions back: label {label} '
+                f"would become {becomes}, as the last of its regions is {its_regions[-1]!r}, and "
+                f"{becomes} is not in the same regions; name larger regions first, and write each "
+                "as a label that is in no later one"
             )
 
 

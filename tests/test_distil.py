@@ -306,6 +306,7 @@ class Pooled(UNet):
         return super().tokenize(self.smooth(x))
 
 
+@torch.no_grad()
 def test_a_teacher_keeps_the_parts_without_weights() -> None:
     network: Any = Pooled(**SMALL["unet"])
     net: Any = pretext_of(network, PretextConfig(method="smit", mask_block=4))

@@ -76,6 +76,7 @@ def arrays(ax: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("method", METHODS)
+@torch.no_grad()  # as the figure is drawn: the norm then has another kernel than in training
 def test_the_tokens_that_are_shown_are_those_that_forward_reconstructs_from(method: str) -> None:
     pretext = network(method, recon="output")
     x = a_crop()
@@ -265,6 +266,7 @@ def mae(pretrained: Path) -> Path:
     return out / "last.pt"
 
 
+@torch.no_grad()
 def test_a_column_is_what_the_checkpoint_makes_of_the_crop(
     pretrained: Path, mae: Path, tmp_path: Path, drawn: list[Any]
 ) -> None:

@@ -7,6 +7,7 @@ last of repeated steps.
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -25,10 +26,16 @@ from dae.files import json_lines
 
 
 class Log:
-    """log.jsonl and the progress line, on rank 0. On the other ranks it does nothing."""
+    """log.jsonl and the progress line, on rank 0. On the other ranks it does nothing.
 
-    def __init__(self, path: Path, *, steps: int, start: int, main: bool) -> None:
+    held: the lock of the run's folder, which is freed when the log is closed.
+    """
+
+    def __init__(
+        self, path: Path, *, steps: int, start: int, main: bool, held: int | None = None
+    ) -> None:
         self.path = path
+        self.held = held
         self.main = main
         self.bar: Any = None
         if not main:
@@ -73,6 +80,9 @@ class Log:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+        if self.held is not None:
+            os.close(self.held)
+            self.held = None
 
     def _append(self, text: str) -> None:
         try:

@@ -1,5 +1,6 @@
 """The folder of a run, and what a resumed run must have in common with the run it continues."""
 
+import fcntl
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ RUN_FILES = (
 SIGNS_OF_A_RUN = ("log.jsonl", "last.pt")
 
 
+# Held by the process that writes into the folder. It stays there, and means nothing by itself.
+LOCK = "run.lock"
+
 # Flags that say how long a run is. It may become longer.
 LENGTH = ("steps", "epochs")
 
@@ -47,12 +51,15 @@ def check_out_folder(
 
     may_replace: an earlier run may be replaced.
     inputs: files that the run reads, which no run may replace.
-    Raises InputError.
+    Raises InputError, also where a run is at work in it.
     """
     # --out may be some levels below what exists so far.
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--out {out}: {existing} is not a folder that can be written to")
+
+    if (out / LOCK).exists():
+        os.close(lock(out, fcntl.LOCK_SH))
 
     present = [name for name in RUN_FILES if (out / name).exists()]
     if present and not resume and not may_replace:
@@ -73,6 +80,31 @@ def check_out_folder(
                 raise InputError(
                     f"--out {out}: {path} is read and would be replaced; name another folder"
                 )
+
+
+def hold(out: Path) -> int:
+    """Keep other runs out of the folder while this process lives. Raises InputError if one is in.
+
+    It is a lock of the process itself (POSIX), which those that it starts do not share. So it is
+    gone with a killed run, even where a process that reads ahead lives some seconds longer.
+    -> the descriptor of its file, which frees the lock when it is closed.
+    """
+    return lock(out, fcntl.LOCK_EX)
+
+
+def lock(out: Path, kind: int) -> int:
+    """The lock of a folder, alone (LOCK_EX) or beside others that look (LOCK_SH)."""
+    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(descriptor)
+        raise InputError(
+            f"--out {out}: another run is writing into it; wait for its end, or name another folder"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
 
 
 def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:

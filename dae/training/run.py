@@ -180,13 +180,15 @@ def restore(
 
 
 def open_log(config: Config, ranks: Ranks, step: int) -> Log:
-    """Make the run folder, write config.json, open log.jsonl."""
+    """Make the run folder, hold it, write config.json, open log.jsonl. Raises InputError."""
     out = Path(config.out)
+    held = None
     if ranks.is_main:
         (out / "figures").mkdir(parents=True, exist_ok=True)
+        held = resume.hold(out)
         content = json.dumps(to_json(config), indent=1) + "\n"
         write_bytes(out / "config.json", content.encode())
-    return Log(out / "log.jsonl", steps=config.steps, start=step, main=ranks.is_main)
+    return Log(out / "log.jsonl", steps=config.steps, start=step, main=ranks.is_main, held=held)
 
 
 def log_start(

@@ -51,7 +51,7 @@ def test_a_run_leaves_its_folder_as_promised(tiny: Config) -> None:
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     pictures = {"figures/reconstruction.png", "figures/loss.png"}
     kept = {"step-2.pt", "step-4.pt", "step-6.pt"}
-    assert files == {"config.json", "log.jsonl", "last.pt", "best.pt", *pictures, *kept}
+    assert files == {"config.json", "log.jsonl", "run.lock", "last.pt", "best.pt", *pictures, *kept}
     assert [e["step"] for e in events(config, "validation")] == [0, 3, 6]
     assert [e["step"] for e in events(config, "train")] == [1, 2, 3, 4, 5, 6]
     first = read_log(out / "log.jsonl")[0]
@@ -458,6 +458,32 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tiny: Config) -> None:
     main(config)
     with pytest.raises(InputError, match="holds a run already; add --resume"):
         main(config)
+
+
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tiny: Config) -> None:
+    """And not for a moment longer, though its processes that read ahead outlive it."""
+    config = tiny(steps=100_000, workers=2, save_every=5, resume=True)
+    first = Script(command(config))
+    wait_for_step(config, 6, first)
+    log = Path(config.out) / "log.jsonl"
+
+    done = train(config)
+    assert done.returncode == 2 and "another run is writing into it" in done.stderr
+    starts = [e for e in read_log(log) if e["event"] in ("start", "resume")]
+    assert len(starts) == 1 and first.poll() is None
+
+    os.kill(first.pid, signal.SIGKILL)  # that process alone, and not its group
+    assert first.wait(10) == -signal.SIGKILL
+    done = train(replace(config, stop_after=12))
+    assert done.returncode == 0, done.stderr
+
+
+def test_of_runs_that_start_in_one_folder_at_once_one_goes_on(tiny: Config) -> None:
+    config = tiny(steps=400, stop_after=300)
+    scripts = [Script(command(config)) for _ in range(3)]
+    done = [script.done(60) for script in scripts]
+    assert sorted(run.returncode for run in done) == [0, 2, 2]
+    assert len(events(config, "start")) == 1
 
 
 def test_labels_in_the_list_change_nothing(tiny: Config, volumes: Path, tmp_path: Path) -> None:

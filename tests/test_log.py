@@ -47,8 +47,34 @@ def test_a_torn_line_is_left_out_and_of_repeated_steps_the_last_one_counts(tmp_p
     resumed.event("resume", step=1)
     resumed.event("train", step=2, loss=5.0)
     events = read_log(path)
-    assert [e["event"] for e in events] == ["start", "train", "train", "resume"]
-    assert [e.get("loss") for e in events] == [None, 1.0, 5.0, None]
+    assert [e["event"] for e in events] == ["start", "train", "resume", "train"]
+    assert [e.get("loss") for e in events] == [None, 1.0, None, 5.0]
+
+
+def test_steps_that_no_checkpoint_holds_are_undone_by_the_run_that_goes_on(tmp_path: Path) -> None:
+    """As after a kill, and a resumed run that logs more rarely, or other flags from the start."""
+    path = tmp_path / "log.jsonl"
+    log = log_at(path)
+
+    def run(begins: str, step: int, *steps: int) -> list[tuple[str, int]]:
+        log.event(begins, step=step)
+        for trained in steps:
+            log.event("train", step=trained)
+        log.event("validation", step=steps[-1])
+        return [(event["event"], event["step"]) for event in read_log(path)]
+
+    run("start", 0, 1, 2, 3, 4)
+    assert run("resume", 2, 6) == [
+        ("start", 0),
+        ("train", 1),
+        ("train", 2),
+        ("resume", 2),
+        ("train", 6),
+        ("validation", 6),
+    ]
+    begun_anew = run("start", 0, 1)
+    assert begun_anew[-3:] == [("start", 0), ("train", 1), ("validation", 1)]
+    assert all(event in ("start", "resume") for event, _ in begun_anew[:-2])
 
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:

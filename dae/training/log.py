@@ -1,8 +1,7 @@
 """What a run leaves and shows: log.jsonl for machines, a progress line for people, and its speed.
 
-log.jsonl has one JSON object per line. A killed run may leave half a line at its end, and a resumed
-run repeats the steps since the last checkpoint. `read_log` leaves out the half line, and keeps the
-last of repeated steps.
+log.jsonl has one JSON object per line. A killed run may leave half a line at its end, and steps
+after its last checkpoint, which the resumed run takes again. `read_log` leaves out both.
 """
 
 import json
@@ -12,7 +11,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -104,15 +103,34 @@ def finite(value: Any) -> Any:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """Events of a log.jsonl, in order. Of the events of one name and step, the last one counts."""
+    """Events of a log.jsonl, in order, as one run that was never stopped.
+
+    A run that starts or is resumed at a step undoes the train and validation events of later steps:
+    no checkpoint holds them. Of the events of one name and step, the last one counts.
+    """
     events: dict[Any, dict[str, Any]] = {}
     for number, event in enumerate(json_lines(path)):
         name = event.get("event")
-        if name in ("train", "validation") and isinstance(event.get("step"), int):
+        if is_of_a_step(event):
             events[name, event["step"]] = event
-        elif isinstance(name, str):
+            continue
+
+        if name in ("start", "resume") and isinstance(event.get("step"), int):
+            kept = [key for key in events if not is_undone(events[key], event["step"])]
+            events = {key: events[key] for key in kept}
+        if isinstance(name, str):
             events[number] = event
     return list(events.values())
+
+
+def is_of_a_step(event: Mapping[str, Any]) -> bool:
+    """Whether a resumed run may log it again."""
+    return event.get("event") in ("train", "validation") and isinstance(event.get("step"), int)
+
+
+def is_undone(event: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that goes on from this step has not made what the event tells of."""
+    return is_of_a_step(event) and int(event["step"]) > step
 
 
 class Clock:

@@ -1,6 +1,10 @@
-"""dae/training/distributed.py: a wrong launch, a lost rank and a lost worker are one line."""
+"""dae/training/distributed.py: a wrong launch, a lost rank and a lost worker are one line.
+
+And stop signals.
+"""
 
 import os
+import signal
 import socket
 from datetime import timedelta
 
@@ -10,7 +14,16 @@ import torch.distributed as dist
 
 from dae.errors import InputError
 from dae.training import distributed
-from dae.training.distributed import LAUNCH, Ranks, joined, share, start
+from dae.training.distributed import (
+    LAUNCH,
+    STOPS,
+    Ranks,
+    Stopped,
+    StopSignal,
+    joined,
+    share,
+    start,
+)
 
 WHOLE = {
     "LOCAL_RANK": "0",
@@ -155,3 +168,47 @@ def test_ranks_that_torchrun_starts_again_share_all_of_the_work(
         with joined("cpu") as ranks:
             assert ranks.store is not None
             assert list(share(4, ranks)) == [0, 1, 2, 3]
+
+            # Ranks that were asked to stop do not stop the ones after them.
+            StopSignal(ranks.store).check()
+            ranks.store.add(STOPS, 1)
+
+
+# --- stop signals
+
+
+def test_what_one_rank_was_asked_stops_every_rank_at_its_next_check() -> None:
+    store = dist.HashStore()
+    first, second = StopSignal(store), StopSignal(store)
+    first.check()
+    with second:
+        os.kill(os.getpid(), signal.SIGTERM)
+    for rank in (second, first, first):
+        with pytest.raises(Stopped):
+            rank.check()
+
+
+def test_without_other_ranks_a_check_stops_by_its_own_signal() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        with StopSignal() as stop:
+            stop.check()
+            os.kill(os.getpid(), number)
+            with pytest.raises(Stopped):
+                stop.check()
+
+
+def test_a_second_sigint_stops_at_once_and_no_other_signal_does() -> None:
+    with StopSignal() as stop:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_after_its_block_signals_do_what_they_did_before() -> None:
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with StopSignal():
+        assert [signal.getsignal(number) for number in numbers] != before
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -22,6 +22,7 @@ from dae.model.probe import Probe
 from dae.pretext.baselines import BASELINES, pretext_of
 from dae.pretext.contrast import cmcl, gather
 from dae.pretext.methods import Pretext
+from dae.training.distributed import Stopped, all_or_none
 from dae.weights import checkpoint
 from train_pretrain import main
 
@@ -70,6 +71,17 @@ def gradients_of_probe(
     return found | {name: y for name, y in probe.named_buffers() if name.endswith("sums")}
 
 
+def gives_up(where: str, rank: int) -> bool:
+    """Whether this rank goes without the result where work is given up on one."""
+    try:
+        with all_or_none():
+            if where == f"on rank {rank}":
+                raise Stopped
+    except Stopped:
+        return True
+    return False
+
+
 def as_a_rank(out: Path) -> None:
     """What each of two processes does when this file is run under torchrun."""
     dist.init_process_group("gloo")
@@ -94,6 +106,7 @@ def as_a_rank(out: Path) -> None:
         "z_gradient": mine.grad,
     }
     facts["weights"] = trained(slice(2 * rank, 2 * rank + 2))
+    facts["stopped"] = [gives_up(where, rank) for where in ("nowhere", "on rank 0", "on rank 1")]
     torch.save(facts, out / f"rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -142,6 +155,11 @@ def test_a_probe_standardises_over_both_ranks(ranks: list[dict[str, Any]]) -> No
 
 def test_weights_of_two_ranks_stay_identical(ranks: list[dict[str, Any]]) -> None:
     assert same_weights(ranks[0]["weights"], ranks[1]["weights"])
+
+
+def test_what_one_rank_gives_up_all_ranks_give_up(ranks: list[dict[str, Any]]) -> None:
+    """Also the rank whose own part is done by then."""
+    assert [rank["stopped"] for rank in ranks] == [[False, True, True]] * 2
 
 
 def test_the_contrast_sees_all_ranks_and_its_gradient_is_whole(ranks: list[dict[str, Any]]) -> None:

@@ -105,12 +105,13 @@ def main(config: PretrainConfig) -> dict[str, Any]:
     with joined(config.device) as ranks:
         # A signal ends the setup at once, which is safe: prepared volumes are written atomically.
         run = setup(config, ranks)
-        if config.method == "scratch":
-            return leave_untrained(run)
+        with closing(run.log):
+            if config.method == "scratch":
+                return leave_untrained(run)
 
-        ahead = read_ahead(run.crops, config, ranks, step=run.state["step"])
-        with StopSignal(ranks.store) as signal, closing(ahead) as batches:
-            return loop(run, batches, signal)
+            ahead = read_ahead(run.crops, config, ranks, step=run.state["step"])
+            with StopSignal(ranks.store) as signal, closing(ahead) as batches:
+                return loop(run, batches, signal)
 
 
 # --------------------------------------------------------------------------------------------------

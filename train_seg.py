@@ -118,7 +118,7 @@ def main(config: SegConfig) -> dict[str, Any]:
         ahead = read_ahead(
             run.crops, run.config, ranks, step=run.state["step"], gather=collate_labelled
         )
-        with StopSignal(ranks.store) as signal, closing(ahead) as batches:
+        with closing(run.log), StopSignal(ranks.store) as signal, closing(ahead) as batches:
             return loop(run, batches, signal)
 
 

@@ -493,7 +493,7 @@ def phantoms_in(out: str) -> Path:
 
 def picture_in(out: str, name: str) -> Written:
     """The folder of the picture. Raises InputError where that would replace a file of another."""
-    check_out_folder(Path(out), resume=True)
+    check_out_folder(Path(out), resume=True, may_replace=True)
     written = Written(Path(out))
     written.check([name])
     return written

@@ -1,6 +1,8 @@
 """dae/training/resume.py: what a run may write over, and whether it is the same run."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,14 +70,31 @@ def test_another_number_of_threads_is_said() -> None:
 def test_a_file_that_is_not_a_runs_is_not_replaced_by_one(name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match=f"holds {name}, which a run would replace"):
-        resume.check_out_folder(tmp_path, resume=False)
+    for goes_on in (False, True):
+        with pytest.raises(InputError, match=f"holds {name}, which a run would replace"):
+            resume.check_out_folder(tmp_path, resume=goes_on)
+
+    # Beside a lock they are a run's: a killed one may have no log yet.
+    (tmp_path / "run.lock").touch()
+    resume.check_out_folder(tmp_path, resume=True)
+
+
+def test_a_file_system_without_locks_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", no_locks)
+    os.close(resume.hold(tmp_path))
+    resume.check_out_folder(tmp_path, resume=True)
 
 
 def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_path: Path) -> None:
     """Weights or a data list in the run folder, under a name of the run's own, or a link to one."""
     (tmp_path / "config.json").write_text("a data list")
     (tmp_path / "link.json").symlink_to(tmp_path / "config.json")
+    (tmp_path / "log.jsonl").touch()
     for name in ("config.json", "link.json"):
         inputs = ("", str(tmp_path / name))
         with pytest.raises(InputError, match=f"{name} is read and would be replaced"):

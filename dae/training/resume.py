@@ -30,12 +30,12 @@ RUN_FILES = (
     "figures/overlay.png",
 )
 
-# The files among them that show that a run was here, and not only a user's file of the same name.
-SIGNS_OF_A_RUN = ("log.jsonl", "last.pt")
-
-
-# Held by the process that writes into the folder. It stays there, and means nothing by itself.
+# Held by the process that writes into the folder; the file stays there.
 LOCK = "run.lock"
+
+# The files that show that a run was here, and not only a user's file of the name of one of a run's.
+# The lock is the first file that a run makes.
+SIGNS_OF_A_RUN = ("log.jsonl", "last.pt", LOCK)
 
 # Flags that say how long a run is. It may become longer.
 LENGTH = ("steps", "epochs")
@@ -62,12 +62,13 @@ def check_out_folder(
         os.close(lock(out, fcntl.LOCK_SH))
 
     present = [name for name in RUN_FILES if (out / name).exists()]
-    if present and not resume and not may_replace:
-        if present[0] in SIGNS_OF_A_RUN:
-            raise InputError(
-                f"--out {out}: holds a run already; add --resume to go on with it, "
-                "or name another folder"
-            )
+    is_run = any((out / name).exists() for name in SIGNS_OF_A_RUN)
+    if present and is_run and not resume and not may_replace:
+        raise InputError(
+            f"--out {out}: holds a run already; add --resume to go on with it, "
+            "or name another folder"
+        )
+    if present and not is_run and not may_replace:
         raise InputError(
             f"--out {out}: holds {present[0]}, which a run would replace; name another folder"
         )

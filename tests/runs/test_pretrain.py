@@ -22,6 +22,7 @@ from processes import Script, run_script
 
 import train_pretrain
 from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
 from dae.demo.phantom import Lists
 from dae.errors import InputError
 from dae.pretext.methods import METHODS
@@ -460,15 +461,20 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tiny: Config) -> None:
         main(config)
 
 
-def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(tiny: Config) -> None:
+def test_a_second_run_in_a_folder_is_refused_while_the_first_one_lives(
+    tiny: Config, tiny_seg: Callable[..., SegConfig]
+) -> None:
     """And not for a moment longer, though its processes that read ahead outlive it."""
     config = tiny(steps=100_000, workers=2, save_every=5, resume=True)
     first = Script(command(config))
     wait_for_step(config, 6, first)
     log = Path(config.out) / "log.jsonl"
+    written = (Path(config.out) / "config.json").read_bytes()
 
-    done = train(config)
-    assert done.returncode == 2 and "another run is writing into it" in done.stderr
+    for other in (replace(config, log_every=2), tiny_seg(out=config.out, resume=True)):
+        done = train(other)
+        assert done.returncode == 2 and "another run is writing into it" in done.stderr
+    assert (Path(config.out) / "config.json").read_bytes() == written
     starts = [e for e in read_log(log) if e["event"] in ("start", "resume")]
     assert len(starts) == 1 and first.poll() is None
 

@@ -30,6 +30,7 @@ from processes import Script, environment, run_ranks, run_script, start_ranks
 from test_goldens import SMALL, monai_weights
 from torch.utils.data import Dataset
 
+import dae.training.reconstruction
 import train_pretrain
 import train_seg
 from dae.config.pretrain import PretrainConfig
@@ -665,6 +666,62 @@ def test_a_validation_is_given_up_for_a_stop_signal_and_made_up_for_by_the_resum
     assert run_ranks(line, line, cwd=folder).returncode == 0
     _, whole = survive(config, tmp_path / "whole", kills=0, seed=0)
     check_same(left_by(folder / "run"), whole)
+
+
+@pytest.mark.parametrize("script", ["pretrain", "seg"])
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_validation_that_is_given_up_is_saved_as_such_and_made_up_for_once(
+    tiny: Config,
+    tiny_seg: SegConfigs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    at_the_end: bool,
+) -> None:
+    """In one process, asked by a signal to itself in the second crop or batch of windows."""
+    common: dict[str, Any] = {"validate_every": 2, "save_every": 4, "resume": True}
+    steps = 2 if at_the_end else 4
+    straight: RunConfig
+    main: Callable[[Any], object]
+    if script == "pretrain":
+        straight = tiny(out=str(tmp_path / "straight/run"), steps=steps, **common)
+        main, target = train_pretrain.main, "dae.training.reconstruction.output_of"
+        work = dae.training.reconstruction.output_of
+        asked_at = 3 + 2  # after the three crops of step 0
+    else:
+        straight = tiny_seg(out=str(tmp_path / "straight/run"), steps=steps, **common)
+        main, target = train_seg.main, "train_seg.predict"
+        work = train_seg.predict
+        asked_at = 2
+    main(straight)
+
+    calls = itertools.count(1)
+
+    def asked_to_stop(*arguments: Any, **keys: Any) -> Any:
+        if next(calls) == asked_at:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return work(*arguments, **keys)
+
+    monkeypatch.setattr(target, asked_to_stop)
+    broken = replace(straight, out=str(tmp_path / "broken/run"))
+    main(broken)
+    saved = checkpoint.load(Path(broken.out) / "last.pt")
+    assert saved["step"] == 2 and saved["unvalidated"]
+    assert events(broken, "end")[-1]["reason"] == "stopped"
+    assert not [e for e in events(broken, "validation") if e["step"] == 2]
+    assert next(calls) == asked_at + 1  # nothing was begun after it
+
+    main(broken)
+    for key in ("events", "names"):
+        assert left_by(Path(broken.out))[key] == left_by(Path(straight.out))[key]
+    for name in ("last.pt", "best.pt"):
+        ends = [checkpoint.load(Path(run.out) / name) for run in (broken, straight)]
+        for end in ends:
+            end["config"].pop("out")
+        assert bits_of(ends[0]) == bits_of(ends[1])
+
+    main(broken)  # a finished run is validated once more, and is as it was
+    assert not checkpoint.load(Path(broken.out) / "last.pt")["unvalidated"]
 
 
 def wait_until(met: Callable[[], bool], ranks: list[Script]) -> None:

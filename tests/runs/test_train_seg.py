@@ -437,11 +437,22 @@ def test_weights_say_their_step_and_those_of_standardised_crops_are_warned_of(
     assert "--recon scaled" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "schedule, stop_after",
+    [
+        ("plain", 2),
+        ("frozen-encoder", 2),
+        ("probe", 2),
+        ("decoder-first", 1),  # the encoder has not moved yet, and AdamW has nothing of it
+        ("decoder-first", 2),
+        ("decoder-first", 3),
+    ],
+)
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
-    tiny_seg: Config, tmp_path: Path
+    tiny_seg: Config, tmp_path: Path, schedule: str, stop_after: int
 ) -> None:
-    straight = tiny_seg()
-    broken = tiny_seg(out=str(tmp_path / "broken"), stop_after=2)
+    straight = tiny_seg(schedule=schedule)
+    broken = replace(straight, out=str(tmp_path / "broken"), stop_after=stop_after)
     main(straight)
     main(broken)
     main(replace(broken, stop_after=0, resume=True))

@@ -688,6 +688,7 @@ class Record:
     trained: set[str]  # cases known so far, grows with each that is found
     predicted: list[str] = field(default_factory=list)  # cases, by this process
     is_shared: bool = False  # other ranks write it, too
+    unlabelled: leaks.Seen = field(default_factory=dict)  # what they have seen without a label
 
     def write(self) -> None:
         """Add what is known to what the file says of other cases."""
@@ -730,6 +731,7 @@ class Ready(Case):
 
     source: Mapping[str, Any]  # what its label map is made from
     trained: bool  # the networks were trained on these very voxels
+    pretrained: bool  # they have seen them without a label
     prepared: Prepared
     shape: tuple[int, ...]  # (d, h, w) of the image's own grid
     spacing: tuple[float, float, float]  # mm, of that grid
@@ -741,6 +743,7 @@ class Predicted(Case):
 
     source: Mapping[str, Any]
     trained: bool
+    pretrained: bool
     labels: Labels  # (d, h, w), on the image's own grid
     spacing: tuple[float, float, float]
 
@@ -752,6 +755,7 @@ class Outcome:
     number: int  # of the case
     kept: bool = False  # the label map is there from an earlier run
     trained: bool = False  # the networks were trained on it
+    pretrained: bool = False  # they have seen it without a label
     failed: str = ""
 
 
@@ -789,7 +793,10 @@ def plan_prediction(config: PredictConfig, ranks: Ranks) -> Job:
     written = Written(out)
     check_targets(written, dict(zip(names, items)), model.settings)
     written.check([leaks.PREDICTED])
-    record = Record(written, config, seen, trained, is_shared=ranks.world > 1)
+    unlabelled = leaks.seen_unlabelled([state["plan"] for state in saved])
+    record = Record(
+        written, config, seen, trained, is_shared=ranks.world > 1, unlabelled=unlabelled
+    )
     print(
         f"{counted(len(items), 'image')}, {counted(len(networks), 'checkpoint')}, "
         f"{averaging(config, model.plan)}"
@@ -831,6 +838,8 @@ def carry_out(job: Job, ranks: Ranks) -> list[Path]:
     print(f"{counted(len(label_maps), 'label map')} in {folder}{from_before}")
     if job.model.config.images:
         warn(about_trained(trained))
+    pretrained = [job.cases[outcome.number].name for outcome in outcomes if outcome.pretrained]
+    warn(about_pretrained(pretrained))
     if failed:
         raise InputError(
             f"{len(failed)} of {len(job.cases)} cases could not be predicted: {'; '.join(failed)}"
@@ -879,13 +888,16 @@ def read_case(job: Job, case: Case) -> Ready | Outcome:
     source = source_of(case.item)
     # A run that was stopped goes on where it was.
     if is_finished(written, case.file, source):
-        trained = bool(written.last(case.file).get("trained"))
-        return Outcome(case.number, kept=True, trained=trained)
+        line = written.last(case.file)
+        trained = bool(line.get("trained"))
+        pretrained = bool(line.get("pretrained"))
+        return Outcome(case.number, kept=True, trained=trained, pretrained=pretrained)
 
     # Its subject or its path may be new, and its voxels those of a training image.
     volume = read_channels(case.item.image)
     config = job.model.config
-    trained = leaks.is_trained(volume.data, job.record.seen)
+    hashes = leaks.hashes_of(volume.data)
+    trained = leaks.is_among(hashes, job.record.seen)
     if trained and not config.images and not config.allow_trained:
         leaks.refuse_trained([case.name], str(case.item.image[0]), "predict")
 
@@ -893,6 +905,7 @@ def read_case(job: Job, case: Case) -> Ready | Outcome:
         **vars(case),
         source=source,
         trained=trained or case.name in job.record.trained,
+        pretrained=leaks.is_among(hashes, job.record.unlabelled),
         prepared=prepare_image(case.item, volume, job.model.plan),
         shape=volume.data.shape[1:],
         spacing=volume.spacing,
@@ -920,7 +933,14 @@ def predict_case(model: Model, case: Ready) -> Predicted:
     """A case with its label map, and without its image."""
     labels = predict_image(case.prepared, case.shape, model)
     return Predicted(
-        case.number, case.item, case.name, case.source, case.trained, labels, case.spacing
+        case.number,
+        case.item,
+        case.name,
+        source=case.source,
+        trained=case.trained,
+        pretrained=case.pretrained,
+        labels=labels,
+        spacing=case.spacing,
     )
 
 
@@ -967,6 +987,7 @@ def write_case(job: Job, case: Predicted) -> Outcome:
         settings=job.model.settings,
         source=case.source,
         trained=case.trained,
+        pretrained=case.pretrained,
     )
     record.predicted.append(case.name)
 
@@ -974,7 +995,7 @@ def write_case(job: Job, case: Predicted) -> Outcome:
     if case.trained:
         record.trained.add(case.name)
         record.write()
-    return Outcome(case.number, trained=case.trained)
+    return Outcome(case.number, trained=case.trained, pretrained=case.pretrained)
 
 
 def source_of(item: Item) -> dict[str, Any]:
@@ -1013,6 +1034,16 @@ def about_trained(trained: set[str]) -> str:
     return (
         f"warning: the network was trained on {counted(len(trained), 'image')} of these, "
         f"as {min(trained)}; score refuses them"
+    )
+
+
+def about_pretrained(names: Sequence[str]) -> str:
+    """A warning, or nothing, on images that pre-training saw."""
+    if not names:
+        return ""
+    return (
+        f"warning: the network was pre-trained on {counted(len(names), 'image')} of these, "
+        f"as {names[0]}, without their labels: their scores may flatter"
     )
 
 

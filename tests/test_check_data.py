@@ -22,6 +22,7 @@ from nibabel.orientations import axcodes2ornt
 from numpy.typing import NDArray
 
 from dae.config.check import CheckConfig
+from dae.config.evaluate import PredictConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data import content, overlaps
@@ -38,6 +39,7 @@ from dae.data.regions import Region
 from dae.demo.phantom import write_phantoms
 from dae.model import SwinUNETR
 from dae.weights import checkpoint
+from eval import predict
 from train_pretrain import main as pretrain
 from train_seg import main as fine_tune
 
@@ -676,6 +678,45 @@ def test_a_run_that_is_resumed_keeps_what_its_weights_know(
     assert after == before and "renamed.nii" in after["leak"][0]
     line = refusal(fine_tune, replace(config, stop_after=0, resume=True, allow_leak=False))
     assert "--allow-leak" in line
+
+
+def test_a_prediction_says_which_images_pretraining_has_seen(
+    tiny_seg: Callable[..., SegConfig],
+    pretrained: Path,
+    leaking: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By any name, also where fine-tuning had another list; also when it is carried on."""
+    parts = json.loads(Path(leaking).read_text())
+    clean = write_list(tmp_path / "clean.json", **{**parts, "test": []})
+    config = tiny_seg(data=clean, steps=1)
+    fine_tune(config)
+    labelled = tiny_seg(data=leaking, steps=1, out=str(tmp_path / "b"), from_scratch=True)
+    fine_tune(labelled)
+    capsys.readouterr()
+
+    def told(config: SegConfig, *items: dict[str, Any]) -> str:
+        data = write_list(tmp_path / "t.json", **{**parts, "test": list(items)})
+        predict(
+            PredictConfig(
+                checkpoint=(f"{config.out}/last.pt",),
+                data=data,
+                data_root="/",
+                split="test",
+                out=str(tmp_path / f"p{Path(config.out).name}"),
+                device="cpu",
+                amp="off",
+            )
+        )
+        lines = "".join(capsys.readouterr()).splitlines()
+        return "".join(line for line in lines if line.startswith("warning"))
+
+    stranger = parts["test"][0]
+    line = "warning: the network was pre-trained on 1 image of these, as renamed, without their"
+    for _ in range(2):
+        assert told(config, stranger).startswith(line)
+    assert told(labelled, stranger) == ""  # from scratch
 
 
 def test_test_images_that_cannot_be_read_do_not_stop_a_run(

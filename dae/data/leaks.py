@@ -265,9 +265,9 @@ def trained_among(items: Sequence[Item], seen: Seen) -> list[int]:
     return [n for n, item in enumerate(items) if name_of(item.subject) in names]
 
 
-def is_trained(image: NDArray[np.float32], seen: Seen) -> bool:
-    """Whether a checkpoint was trained on these voxels (c, d, h, w), by whatever name."""
-    return not set(seen.get("voxels", ())).isdisjoint(hashes_of(image))
+def is_among(hashes: Sequence[str], seen: Seen) -> bool:
+    """Whether an image with these `hashes_of` its channels was seen, by whatever name."""
+    return not set(seen.get("voxels", ())).isdisjoint(hashes)
 
 
 # --- what pre-training has seen
@@ -306,6 +306,16 @@ def subjects_known(plan: Plan) -> set[str]:
     """Hashes of the names of their subjects."""
     pretrained = plan.get("pretrained_on", {})
     return {*pretrained.get("subjects", ()), *plan.get("seen", {}).get("trained", ())}
+
+
+def seen_unlabelled(plans: Sequence[Plan]) -> dict[str, list[str]]:
+    """What some checkpoints were pre-trained on, and none of them trained on with its label."""
+    pretrained: set[str] = set()
+    trained: set[str] = set()
+    for plan in plans:
+        pretrained.update(plan.get("pretrained_on", {}).get("voxels", ()))
+        trained.update(plan.get("seen", {}).get("voxels", ()))
+    return {"voxels": sorted(pretrained - trained)}
 
 
 def hashes_in_files(item: Item) -> tuple[str, ...]:

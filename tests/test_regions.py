@@ -102,6 +102,14 @@ def test_one_list_of_one_label_makes_a_task_of_regions(loaded: Load) -> None:
     assert [region.labels for region in items.regions] == [(1,), (2,)]
 
 
+def test_a_region_may_have_a_number_for_a_name(loaded: Load) -> None:
+    numbered = {"0": "background", "1": [1, 2, 3], "2": [3]}
+    assert loaded(numbered, [1, 3]).regions == (Region("1", (1, 2, 3), 1), Region("2", (3,), 3))
+    (one,) = loaded({"background": 0, "4": [1, 2]}, [2], tolerance_mm={"4": 3}).regions
+    assert one == Region("4", (1, 2), 2)
+    assert "gives '1' 'liver'" in refusal(loaded, {"0": "background", "1": ["liver"]}, [1])
+
+
 def test_a_list_of_classes_has_no_regions_whatever_its_order_says(loaded: Load) -> None:
     for labels in ({"0": "background", "1": "liver"}, {"background": 0, "liver": 1}):
         items = loaded(labels, [1])
@@ -190,6 +198,9 @@ def test_a_list_of_other_regions_than_the_networks_is_refused() -> None:
     other = [BRATS[0], BRATS[1]._replace(labels=(1,)), BRATS[2]]
     line = refusal(check_same, other, BRATS, "x.json")
     assert "x.json" in line and "tumour core (1)," in line and "tumour core (1, 3)" in line
+    two = (Region("Core", (1, 3), 1), Region("core", (3,), 3))
+    check_same(two[::-1], two, "x.json")
+    assert "Core (1)" in refusal(check_same, (Region("Core", (1,), 1), two[1]), two, "x.json")
     assert "no regions" in refusal(check_same, (), BRATS, "x.json")
     assert "no regions" in refusal(check_same, BRATS, (), "x.json")
 

@@ -517,7 +517,9 @@ def entries_of(labels: Mapping[str, Any]) -> list[tuple[str, Any]]:
     entries: list[tuple[str, Any]] = []
     for key, value in labels.items():
         # Whichever of the two is the number: the key in Decathlon lists, the value in nnU-Net's.
-        number, name = (key, value) if is_whole(key) else (value, key)
+        # A list is that of a region, whose name may be a number as well.
+        is_decathlon = is_whole(key) and not isinstance(value, list)
+        number, name = (key, value) if is_decathlon else (value, key)
         entries.append((str(name), int(number) if is_whole(number) else number))
     return entries
 

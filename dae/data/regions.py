@@ -164,8 +164,9 @@ def check_same(own: Sequence[Region], known: Sequence[Region], data: str) -> Non
 
     own: of the list `data`. known: of the network; none where it has classes.
     """
-    ours = {region.name.casefold(): region.labels for region in own}
-    theirs = {region.name.casefold(): region.labels for region in known}
+    # Pairs and no dict: two names may be one but for capitals.
+    ours = sorted((region.name.casefold(), region.labels) for region in own)
+    theirs = sorted((region.name.casefold(), region.labels) for region in known)
     if ours != theirs:
         raise InputError(
             f"--data {data}: has {all_in_words(own)} there and {all_in_words(known)} in the "

@@ -477,7 +477,13 @@ def flips_for(
     """Which axes are flipped: by the names of the classes, and the `swap` of the list."""
     mirrored(items.regions, items.swap or (), config.data)  # so that --tta can mirror regions
     turned = config.rotate > 0 and config.crop[0] == config.crop[1]
-    flips = choose_flips(classes, items.swap, chance=config.flip, turned=turned)
+    flips = choose_flips(
+        classes,
+        items.swap,
+        chance=config.flip,
+        turned=turned,
+        regions=[region.name for region in items.regions],
+    )
     if not resumed:
         return flips
     before = flips_of(resumed["plan"], resumed["config"])

@@ -252,3 +252,29 @@ def test_names_are_read_alike_in_every_unicode_form(left: str, right: str) -> No
         names = {1: unicodedata.normalize(form, left), 2: unicodedata.normalize(form, right)}
         assert likely_pairs(names) == [(1, 2)], form
     assert likely_pairs({1: "ＬＥＦＴ kidney", 2: "ＲＩＧＨＴ kidney"}) == [(1, 2)]
+
+
+# --- regions
+
+
+def test_labels_of_one_region_are_no_pair_and_two_regions_may_be_one() -> None:
+    """Labels have the name of their region, so that several may have the same."""
+    both = choose_flips({0: "background", 1: "kidneys", 2: "kidneys"}, None)
+    assert both.axes == (0, 1, 2)
+    nested = choose_flips({0: "background", 1: "tumour", 2: "core", 3: "core"}, None)
+    assert nested.axes == (0, 1, 2)
+
+    apart = choose_flips({0: "background", 1: "kidney 1", 2: "kidney 1", 3: "kidney 2"}, None)
+    assert apart.axes == (1, 2) and "[[1, 3]]" in apart.reason
+    sides = choose_flips(dict(enumerate(["", "left lung", "left lung", "right lung"])), None)
+    assert sides.axes == (1, 2)
+
+
+def test_a_region_that_names_a_side_counts_where_all_its_labels_have_smaller_regions() -> None:
+    """Left lung 1 and 2, right lung 3 and 4, and each label a region of its own within."""
+    labels = dict(enumerate(["background", "apex", "base", "hilum", "cyst"]))
+    regions = ["left lung", "right lung", "apex", "base", "hilum", "cyst"]
+    assert choose_flips(labels, None).axes == (0, 1, 2)
+    flips = choose_flips(labels, None, regions=regions)
+    assert flips.axes == (1, 2) and "'left lung' names a side" in flips.reason
+    assert choose_flips(labels, (), regions=regions).axes == (0, 1, 2)

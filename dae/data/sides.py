@@ -66,13 +66,19 @@ class Flips(NamedTuple):
 
 
 def choose_flips(
-    classes: Mapping[int, str], swap: Pairs | None, *, chance: float = 1.0, turned: bool = False
+    classes: Mapping[int, str],
+    swap: Pairs | None,
+    *,
+    chance: float = 1.0,
+    turned: bool = False,
+    regions: Sequence[str] = (),
 ) -> Flips:
     """The axes that may be flipped, for the classes {label: name} of a list and its `swap`.
 
     `swap` is None where the list has none. `chance` is that of a flip. `turned` says that crops are
     also rotated by 180 degrees in the axial plane. Then a front-back flip can end as a left-right
-    one, so that both are off together, and swap together.
+    one, so that both are off together, and swap together. `regions` are the names of regions, which
+    need not all be names of `classes`.
 
     Raises InputError where `swap` names what is no class, or a class twice.
     """
@@ -95,7 +101,7 @@ def choose_flips(
         return Flips(ALL_AXES, (), (), reason)
 
     # The list does not say: names decide whether left and right are flipped.
-    doubt = doubt_of(organs, pairs)
+    doubt = doubt_of(organs, pairs, regions)
     if not doubt:
         reason = "no two classes can be the left and the right one of a pair"
         return Flips(ALL_AXES, (), (), reason)
@@ -132,7 +138,7 @@ def reason_of_swap(swap: Pairs, pairs: Pairs, organs: Mapping[int, str]) -> str:
     return reason
 
 
-def doubt_of(organs: Mapping[int, str], pairs: Pairs) -> str:
+def doubt_of(organs: Mapping[int, str], pairs: Pairs, regions: Sequence[str] = ()) -> str:
     """Why a left-right flip may be wrong, with what to add to the list; "" where nothing is."""
     if not pairs:
         pairs = indistinct(organs)
@@ -144,7 +150,7 @@ def doubt_of(organs: Mapping[int, str], pairs: Pairs) -> str:
             'image of the other, or "swap": [] if left and right may be flipped as they are'
         )
 
-    for name in organs.values():
+    for name in (*organs.values(), *regions):
         if side_of(name):
             return (
                 f'{name!r} names a side; add "swap" to the list with the pairs of labels that '
@@ -248,11 +254,14 @@ def indistinct(organs: Mapping[int, str]) -> list[tuple[int, int]]:
     """The first two classes that may be a pair as far as their names tell, or none.
 
     Either the names tell nothing ("1", "class 2"), or a number alone tells the only two of a kind
-    apart ("kidney 1", "kidney 2").
+    apart ("kidney 1", "kidney 2"). Labels of one name are one region, and no pair.
     """
     labels_of: dict[tuple[str, ...], list[int]] = {}
+    known = set[str]()
     for label, name in organs.items():
-        labels_of.setdefault(telling_words(name), []).append(label)
+        if name not in known or not name:  # labels without a name are no region
+            labels_of.setdefault(telling_words(name), []).append(label)
+        known.add(name)
 
     for words, labels in labels_of.items():
         if len(labels) == 2 or (len(labels) > 2 and not words):

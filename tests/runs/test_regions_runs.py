@@ -14,11 +14,12 @@ from conftest import NETWORK, events, refusal, same_weights
 
 from dae.config.evaluate import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.config.segment import SegConfig
+from dae.data.datalist import load
 from dae.data.regions import from_plan
 from dae.evaluation.cases import read_scores
 from dae.training.losses import LOSSES
 from dae.weights import checkpoint
-from train_seg import loss_of, main
+from train_seg import flips_for, loss_of, main
 
 evaluate = importlib.import_module("eval")
 
@@ -292,6 +293,18 @@ def test_postprocessing_is_refused_in_one_line(brats: Path, learned: Path, tmp_p
         predict, learned, brats, tmp_path / "q", postprocess=str(tmp_path / "steps.json")
     )
     assert "--postprocess" in line and "regions" in line
+
+
+def test_left_and_right_are_flipped_by_the_names_of_all_regions(brats: Path) -> None:
+    halves: dict[str, Any] = {"background": 0, "left lung": [1, 2], "right lung": [3, 4]}
+    parts = {"apex": 1, "base": 2, "hilum": 3, "cyst": 4}
+    sided = changed(
+        brats, "sided.json", labels=halves | parts, regions_class_order=[1, 3, 1, 2, 3, 4]
+    )
+    merged = changed(brats, "merged.json", labels={"both": [1, 2]}, regions_class_order=[1])
+    for data, axes in ((sided, (1, 2)), (merged, (0, 1, 2))):
+        items = load(str(data))
+        assert flips_for(items, items.labels, None, config(data, rotate=0.0)).axes == axes
 
 
 def test_labels_that_change_places_must_leave_regions(brats: Path, tmp_path: Path) -> None:

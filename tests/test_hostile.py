@@ -1019,6 +1019,29 @@ def test_a_path_within_the_folder_is_allowed_however_it_is_written(cage: Path) -
         (item,) = datalist.load("list.json").training  # from the folder itself
 
 
+def test_links_are_followed_whatever_the_way_to_the_list(
+    cage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ".." that the user writes is not one of the list."""
+    for name in ("data", "far", "work"):
+        (cage / name).mkdir()
+    (cage / "far/a.nii").touch()
+    (cage / "data/a.nii").symlink_to(cage / "far/a.nii")
+    (cage / "data/link").symlink_to(cage / "far")
+    monkeypatch.chdir(cage / "work")
+
+    path = Path("../data/list.json")
+    for name in ("a.nii", "link/a.nii", "./a.nii"):
+        path.write_text(json.dumps({"training": [{"image": name, "modality": "ct"}]}))
+        for root in ("", "../data"):
+            (item,) = datalist.load(str(path), root=root).training
+            assert item.image[0].is_file()
+    for name in ("link/../work/a.nii", "../data/a.nii", "../far/a.nii", "../data/../far/a.nii"):
+        path.write_text(json.dumps({"training": [{"image": name, "modality": "ct"}]}))
+        for root in ("", "../data"):
+            assert "lies outside" in refusal(datalist.load, str(path), root=root)
+
+
 def test_a_data_root_is_where_paths_start_and_stay(cage: Path) -> None:
     (cage / "lists").mkdir()
     path = cage / "lists/list.json"

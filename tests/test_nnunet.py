@@ -65,6 +65,13 @@ def test_a_raw_folder_loads_by_its_path(raw: Folder) -> None:
     assert items.test == () and items.splits == ()
 
 
+def test_a_data_root_is_of_lists_and_moves_no_raw_folder(raw: Folder, tmp_path: Path) -> None:
+    """A check of a list and a raw folder has one flag for both."""
+    folder = raw("a")
+    for root in (str(tmp_path), "/", "nowhere"):
+        assert load(str(folder), root=root) == load(str(folder))
+
+
 def test_hidden_files_are_no_volumes(raw: Folder) -> None:
     """A Mac leaves "._name" beside each file that it copies to another disk."""
     folder = raw(

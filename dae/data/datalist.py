@@ -272,8 +272,9 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     is_nnunet = path.is_dir()
     content = nnunet.content_of(path) if is_nnunet else content_of_list(path)
 
-    own = path if is_nnunet else path.parent
-    head = head_of(content, path, root=root_of(root, own), modality=modality)
+    # The files of a raw folder are those that lie in it, wherever the paths of lists start.
+    own = Root(path, path) if is_nnunet else root_of(root, path.parent)
+    head = head_of(content, path, root=own, modality=modality)
 
     training = items_of(content, "training", path, head)
     validation = items_of(content, "validation", path, head)

@@ -152,7 +152,9 @@ def lies_within(path: Path, folder: Path) -> bool:
     plain = os.path.normpath(path.absolute())
     if not is_below(plain, os.path.normpath(folder.absolute())) and not is_below(plain, real):
         return False
-    return ".." not in path.parts or is_below(os.path.realpath(path), real)
+    # The user's own ".." in --data or --data-root is not of the list.
+    beyond = path.relative_to(folder) if path.is_relative_to(folder) else path
+    return ".." not in beyond.parts or is_below(os.path.realpath(path), real)
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -980,6 +980,38 @@ def test_a_plan_of_a_huge_network_builds_none(name: str, value: Any, cage: Path)
     assert outcome(lambda path, _: use_weights(path), cage / "last.pt", cage) == "refused"
 
 
+@pytest.mark.parametrize(
+    "regions, order",
+    [
+        (5, [1]),
+        ({"a": 1, "b": [2], "c": [1, 2]}, [1, 2, 1]),
+        ({"a": [1], "b": ["2"], "c": [1, 2]}, [1, 2, 1]),
+        ({3: [1], "b": [2], "c": [1, 2]}, [1, 2, 1]),
+        ({"c": [1, 2], "a": [1], "b\n": [2]}, [1, 1, 2]),
+        ({"c": [1, 2], "a": [1], "b": [2]}, [1, 1]),
+        ({"c": [1, 2], "a": [1], "b": [2]}, 2),
+        ({"c": [1, 2], "a": [1], "b": [2]}, [1, 1, 9]),
+        ({"a": [1], "b": [2], "c": [1, 2]}, [1, 2, 1]),  # the larger one last
+        ({"c": [1, 2, 3], "a": [1, 3], "b": [2]}, [2, 1, 2]),  # 3 is no label of the plan
+        ({"c": [1, 2], "a": [1]}, [2, 1]),  # two for three outputs
+    ],
+)
+def test_regions_of_a_plan_are_such_as_a_list_may_have(
+    regions: Any, order: Any, cage: Path
+) -> None:
+    wrong = {**RUN["plan"], "regions": regions, "regions_class_order": order}
+    checkpoint.save(cage / "last.pt", {**RUN, "plan": wrong, "model": WEIGHTS})
+    line = refusal(load_planned, cage / "last.pt")
+    assert line.startswith(str(cage / "last.pt")) and "\n" not in line
+
+
+def test_right_regions_of_a_plan_are_taken(cage: Path) -> None:
+    order = {"regions": {"c": [1, 2], "a": [1], "b": [2]}, "regions_class_order": [1, 1, 2]}
+    plan = {**RUN["plan"], **order}
+    checkpoint.save(cage / "last.pt", {**RUN, "plan": plan, "model": WEIGHTS})
+    assert load_planned(cage / "last.pt")["plan"] == plan
+
+
 def test_a_network_of_the_users_own_may_have_any_arguments(cage: Path) -> None:
     """It is built only where the command line names it: what it takes is its author's business."""
     arguments = {"slope": -0.2, "seed": 10**9, "channels": list(range(100))}

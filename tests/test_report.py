@@ -449,7 +449,8 @@ def test_scores_that_do_not_tell_how_they_were_made_are_named_in_one_line(tmp_pa
 
     with pytest.raises(InputError, match="--definition"):
         check_terms([("old", {**without_labels, "definition": "medpy"}), known])
-    for content in ("{", "[]", '{"cases": 2}'):
+    damaged = [{**known[1], "regions": regions} for regions in ([1], 5, {"a": 1})]
+    for content in ("{", "[]", '{"cases": 2}', *map(json.dumps, damaged)):
         (tmp_path / "summary.json").write_text(content)
         assert terms_of(tmp_path / "scores.csv") == {}
 

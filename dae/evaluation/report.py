@@ -74,12 +74,14 @@ def terms_of(scores: Path) -> dict[str, Any]:
 
 def are_terms(summary: Mapping[str, Any]) -> bool:
     """Whether what is compared has the kinds of values that eval.py score writes."""
-    for key in ("classes", "labels", "diagonals_mm"):
+    for key in ("classes", "labels", "diagonals_mm", "regions"):
         if not isinstance(summary.get(key, {}), dict):
             return False
     for scores in summary.get("classes", {}).values():
         if not isinstance(scores, dict) or not isinstance(scores.get("name", ""), str):
             return False
+    if not all(isinstance(labels, list) for labels in summary.get("regions", {}).values()):
+        return False
     lengths = summary.get("diagonals_mm", {}).values()
     return all(isinstance(mm, int | float | None) for mm in lengths)
 

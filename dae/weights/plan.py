@@ -19,6 +19,7 @@ from dae.config.evaluate import FeaturesConfig, PredictConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import NetworkConfig
 from dae.data.listfile import check_name
+from dae.data.regions import regions_of
 from dae.errors import InputError, one_line
 from dae.model import BACKBONES, arguments_of, backbone_named
 from dae.model.probe import Probe
@@ -33,6 +34,8 @@ REQUIRED = {
     "classes": dict,
 }
 OPTIONAL = {
+    "regions": dict,
+    "regions_class_order": list,
     "method": str,
     "crop": list,
     "spacing": list,
@@ -94,6 +97,7 @@ def check_plan(plan: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
         if not isinstance(label, str) or not isinstance(name, str) or not label.isdecimal():
             raise InputError(f'{path}: "classes" of its plan are not names of labels')
         check_name(name, f"{path}: the class")
+    check_regions(plan, path)
     check_options(plan, path)
     check_flips(plan, path)
     check_seen(plan, path)
@@ -117,6 +121,26 @@ def check_plan(plan: Mapping[str, Any], weights: Mapping[str, Tensor], path: Pat
             )
     if not any(name in shapes for name in weights):
         raise InputError(f"{path}: has no tensor of the {plan['backbone']} that its plan names")
+
+
+def check_regions(plan: Mapping[str, Any], path: Path) -> None:
+    """Raises InputError where regions are none that a list may have, or not of this network."""
+    named = plan.get("regions", {})
+    if not named:
+        return
+    for name, labels in named.items():
+        if not isinstance(name, str) or not isinstance(labels, list):
+            raise InputError(f'{path}: "regions" of its plan are not lists of labels by name')
+        check_name(name, f"{path}: the region")
+
+    regions = regions_of(list(named.items()), plan.get("regions_class_order", []), path)
+    labels = {0}.union(*(region.labels for region in regions))
+    if labels != {int(label) for label in plan["classes"]}:
+        raise InputError(f'{path}: "regions" and "classes" of its plan have not the same labels')
+    if len(regions) != plan["out_channels"]:
+        raise InputError(
+            f"{path}: its plan has {len(regions)} regions and {plan['out_channels']} outputs"
+        )
 
 
 def check_options(plan: Mapping[str, Any], path: Path) -> None:

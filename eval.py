@@ -421,6 +421,12 @@ def check_agreement(
             raise InputError(
                 f"--checkpoint {name}: its {key} differs from that of {config.checkpoint[0]}"
             )
+    # Equal dicts may be in two orders, and the channels of a network are in that of its regions.
+    if list(plan.get("regions", ())) != list(first.get("regions", ())):
+        raise InputError(
+            f"--checkpoint {name}: its regions are in another order than those of "
+            f"{config.checkpoint[0]}"
+        )
 
 
 def network_of(

@@ -15,7 +15,7 @@ from conftest import NETWORK, events, refusal, same_weights
 from dae.config.evaluate import CompareConfig, PredictConfig, ScoreConfig, TuneConfig
 from dae.config.segment import SegConfig
 from dae.data.datalist import load
-from dae.data.regions import from_plan
+from dae.data.regions import from_plan, to_plan
 from dae.evaluation.cases import read_scores
 from dae.training.losses import LOSSES
 from dae.weights import checkpoint
@@ -238,6 +238,23 @@ def test_an_ensemble_of_regions_and_of_another_order_is_refused(
     assert "its regions differs" in refusal(predict, learned, brats, tmp_path, checkpoint=both)
     twice = (str(learned / "last.pt"), str(learned / "best.pt"))
     assert len(predict(learned, brats, tmp_path / "p", checkpoint=twice)) == 1
+
+
+def test_an_ensemble_of_the_same_regions_in_two_orders_is_refused(brats: Path) -> None:
+    """Both orders are right and have the same labels in "regions_class_order": [1, 1, 2]."""
+    both: dict[str, Any] = {"background": 0, "both": [1, 2], "a": [1], "b": [2]}
+    turned: dict[str, Any] = {"background": 0, "a": [1], "both": [1, 2], "b": [2]}
+    plans = []
+    for name, labels in (("both.json", both), ("turned.json", turned)):
+        data = changed(brats, name, labels=labels, regions_class_order=[1, 1, 2])
+        plans.append(to_plan(load(str(data)).regions))
+    first, second = plans
+    assert first == second  # as dicts
+
+    flags = PredictConfig(checkpoint=("a.pt", "b.pt"))
+    evaluate.check_agreement(first, first, "a.pt", flags)
+    line = refusal(evaluate.check_agreement, second, first, "b.pt", flags)
+    assert line.startswith("--checkpoint b.pt") and "another order than those of a.pt" in line
 
 
 def test_a_head_of_regions_goes_on_with_the_same_regions_in_their_order_alone(

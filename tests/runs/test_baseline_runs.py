@@ -105,7 +105,7 @@ def test_a_run_leaves_its_folder_and_its_terms_as_promised(
     out = Path(config.out)
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     pictures = {"figures/reconstruction.png", "figures/loss.png"}
-    assert files == {"config.json", "log.jsonl", "last.pt", "best.pt", *pictures}
+    assert files == {"config.json", "log.jsonl", "run.lock", "last.pt", "best.pt", *pictures}
 
     baseline = BASELINES[method]
     for event in (*events(config, "train"), *events(config, "validation")):

@@ -496,7 +496,7 @@ def steps_of(
     """--steps, or the steps of --epochs. A resumed run is as long as it was when it started."""
     if config.steps:
         return config.steps
-    if resumed and resumed["config"]["epochs"] == config.epochs:
+    if resumed and (resumed["config"]["epochs"] == config.epochs or not was_set(config, "epochs")):
         steps: int = resumed["config"]["steps"]
         return steps
     samples = config.epochs * len(items.training)

@@ -60,6 +60,15 @@ def test_a_run_may_become_longer_which_is_said_and_not_shorter() -> None:
         resume.check_same_flags(path, saved, replace(longer, lr=1.0))
 
 
+def test_a_run_becomes_longer_only_where_a_flag_says_so() -> None:
+    """--resume without the --steps of the start would else go on to the 20,000 of the default."""
+    saved = {**saved_on_two_ranks(), "config": to_json(PretrainConfig(steps=100)), "step": 100}
+    with pytest.raises(InputError, match=r"^--steps 20000: .* started with 100"):
+        resume.check_same_flags(Path("last.pt"), saved, PretrainConfig())
+    said = PretrainConfig(set_flags=("steps",))
+    resume.check_same_flags(Path("last.pt"), saved, said)
+
+
 def test_another_number_of_threads_is_said() -> None:
     saved = saved_on_two_ranks() | {"threads": torch.get_num_threads() + 1}
     (note,) = resume.changes_in_words(saved, BATCH, world=2)

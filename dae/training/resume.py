@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dae.config.command_line import to_json
+from dae.config.command_line import to_json, was_set
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import OptimConfig, differences
@@ -135,7 +135,8 @@ def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
 def check_same_flags(path: Path, saved: Mapping[str, Any], config: Config) -> None:
     """Raises InputError, with the flag's name, where the checkpoint `path` is of another run."""
     changed = differences(config, saved["config"])
-    if is_longer(saved, config):
+    # A length that was only forgotten, so that it is the default, makes no run longer.
+    if is_longer(saved, config) and was_set(config, "steps"):
         changed = [name for name in changed if name not in LENGTH]
     if not changed:
         return

@@ -264,6 +264,12 @@ def test_a_finished_run_goes_on_for_more_epochs(tiny_seg: Config) -> None:
     assert [event["step"] for event in events(config, "train")] == [1, 2, 3, 4, 5, 6]
     assert "3 steps before, 6 now" in " ".join(events(config, "resume")[0]["notes"])
 
+    # A forgotten --epochs is the default of 600, which nobody has asked for.
+    with pytest.raises(InputError, match=r"^--epochs 600: .* started with 4"):
+        main(replace(config, epochs=600, resume=True))
+    main(replace(config, steps=7, resume=True))
+    assert checkpoint.load(Path(config.out) / "last.pt")["step"] == 7
+
 
 def test_stop_after_means_the_same_step_however_often_it_is_passed(
     tiny_seg: Config, capsys: pytest.CaptureFixture[str]

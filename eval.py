@@ -191,7 +191,7 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     dice = summary["mean_of_cases"]["dice"]
     scored = f"{len(truths.classes)} classes"
     if truths.regions:
-        scored = f"{len(truths.regions)} regions"
+        scored = counted(len(truths.regions), "region")
     print(f"mean Dice {dice['mean']:.4f} over {counted(dice['n'], 'case')}, {scored}; see {page}")
     return summary
 

@@ -39,9 +39,9 @@ from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.datalist import DataList
 from dae.data.preprocess import Recipe
-from dae.data.regions import Region, check_same, from_plan, membership, mirrored, to_plan
+from dae.data.regions import Region, check_same, from_plan, membership, to_plan
 from dae.data.sides import Flips, choose_flips, continued, flips_of
-from dae.errors import InputError
+from dae.errors import InputError, counted
 from dae.evaluation.validation import dice_of_volumes
 from dae.figures import overlay_sheet, seg_curve
 from dae.model.probe import Probe
@@ -475,7 +475,6 @@ def flips_for(
     config: SegConfig,
 ) -> Flips:
     """Which axes are flipped: by the names of the classes, and the `swap` of the list."""
-    mirrored(items.regions, items.swap or (), config.data)  # so that --tta can mirror regions
     turned = config.rotate > 0 and config.crop[0] == config.crop[1]
     flips = choose_flips(
         classes,
@@ -652,7 +651,7 @@ def say_start(run: Run) -> None:
     faster = advice(config.amp, run.dtype, run.ranks.device, compiled=config.compile)
     scored = f"{len(run.classes) - 1} classes"
     if run.regions:
-        scored = f"{len(run.regions)} regions"
+        scored = counted(len(run.regions), "region")
     run.log.say(
         f"{scored} on {volumes} volumes, {config.steps} steps of "
         f"{run.crops.global_batch}{faster}; {begins}"

@@ -205,6 +205,13 @@ def test_a_list_of_other_regions_than_the_networks_is_refused() -> None:
     assert "no regions" in refusal(check_same, BRATS, (), "x.json")
 
 
+def test_a_swap_that_leaves_no_regions_is_known_before_a_run(loaded: Load) -> None:
+    line = refusal(check_all_labelled, loaded(swap=[[1, 2]]), "list.json")
+    assert line.startswith("list.json") and "'tumour core' into labels 2, 3" in line
+    apart = loaded({"background": 0, "l": [1], "r": 2, "m": 3}, [1, 2, 3], swap=[[1, 2]])
+    check_all_labelled(apart, "list.json")
+
+
 # --- there and back
 
 

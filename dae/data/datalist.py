@@ -49,7 +49,14 @@ from dae.data.listfile import (
     strings,
 )
 from dae.data.nnunet import Split
-from dae.data.regions import Region, check_order, names_of_labels, numbered, regions_of
+from dae.data.regions import (
+    Region,
+    check_order,
+    mirrored,
+    names_of_labels,
+    numbered,
+    regions_of,
+)
 from dae.errors import InputError
 
 # Each modality and the way its intensities are normalised (preprocess.py); a list may declare
@@ -331,6 +338,7 @@ def check_all_labelled(items: DataList, data: str) -> None:
             "name single labels, or lists of them"
         )
     check_order(items.regions, data)
+    mirrored(items.regions, items.swap or (), data)  # a flip turns every region into one
     if len(items.labels) < 2 or min(items.labels) != 0 or max(items.labels) > 255:
         raise InputError(
             f'{data}: "labels" must name the background, 0, and at least one class, none above 255'

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 
 import dae.quiet  # noqa: F401 - before torch
-from dae.config.command_line import from_command_line, run_or_explain
+from dae.config.command_line import from_command_line, is_out_of_memory, run_or_explain
 from dae.config.evaluate import (
     CkaConfig,
     CompareConfig,
@@ -26,7 +26,7 @@ from dae.config.evaluate import (
     ScoreConfig,
     TuneConfig,
 )
-from dae.errors import InputError, counted
+from dae.errors import InputError, counted, one_line
 
 CONFIGS = {
     "predict": PredictConfig,
@@ -1029,6 +1029,8 @@ def is_finished(written: Written, file: str, source: Mapping[str, Any]) -> bool:
 def failure_in_words(error: Exception, item: Item) -> str:
     """Why a case could not be predicted, on one line that names its file."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    if is_out_of_memory(error):
+        reason = f"out of memory ({one_line(error)}); {NEEDS_LESS['predict']}"
     file = str(item.image[0])
     return reason if file in reason else f"{file}: {reason}"
 

@@ -255,9 +255,13 @@ def more_than_numpy_gets() -> None:
     np.empty(2**60, dtype=np.uint8)
 
 
+def more_than_cublas_gets() -> None:
+    broken("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
 @pytest.mark.parametrize(
     "ask",
-    [more_than_a_gpu_has, more_than_torch_gets, more_than_numpy_gets],
+    [more_than_a_gpu_has, more_than_cublas_gets, more_than_torch_gets, more_than_numpy_gets],
     ids=lambda f: f.__name__,
 )
 def test_what_does_not_fit_into_memory_is_one_line_that_names_what_helps(

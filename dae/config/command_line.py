@@ -49,6 +49,16 @@ DATA_ROOT = (
 )
 
 
+# What errors of torch say that have no type of their own: of a CPU, and of what works on a GPU
+# beside torch's own memory.
+NO_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def opt(default: Any, help: str, *, low: float | None = None, high: float | None = None) -> Any:
     """A field with a flag. Its type says what the flag takes; `low` and `high` bound a number."""
     return field(default=default, metadata={"help": help, "low": low, "high": high})
@@ -94,8 +104,9 @@ def run_or_explain(main: Callable[[], T], prog: str, *, needs_less: str = "") ->
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of a GPU, of a CPU by torch, or by NumPy. torch is not imported to ask for its error."""
-    of_cpu = "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or of_cpu
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return any(text in str(error) for text in NO_MEMORY)
 
 
 def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> C:

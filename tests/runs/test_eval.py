@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dae.config.command_line import run_or_explain
 from dae.config.evaluate import CompareConfig, FoldsConfig, PredictConfig, ScoreConfig, TuneConfig
+from dae.data.datalist import Item
 from dae.errors import InputError
 from dae.evaluation.cases import COLUMNS, read_scores, write_scores
 from dae.evaluation.metrics import score_labels
@@ -536,6 +537,17 @@ def test_a_bad_file_does_not_keep_the_others_from_prediction(
         assert reason in line
     label_maps = {"a.nii.gz", "z.nii.gz"}
     assert names_in(tmp_path / "out") == label_maps | {"predicted.json", "written.jsonl"}
+
+
+def test_a_case_that_does_not_fit_into_memory_names_the_flags_that_need_less() -> None:
+    item = Item((Path("large.nii"),), ("ct",), ("window",), "s1")
+    error = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+    words = evaluate.failure_in_words(error, item)
+    assert words.startswith("large.nii: out of memory (CUDA out of memory. Tried")
+    assert "--batch" in words and "--device cpu" in words
+    assert evaluate.failure_in_words(InputError("large.nii: cut short"), item) == (
+        "large.nii: cut short"
+    )
 
 
 def test_an_item_without_its_file_does_not_keep_the_others_from_prediction(

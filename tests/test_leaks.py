@@ -93,6 +93,27 @@ def test_a_copy_under_another_name_is_refused_by_both_names() -> None:
     leaks.check_voxels(items[:3], contents[:3], trained=2)
 
 
+def test_a_test_case_whose_subject_the_weights_know_by_name_alone_is_said_and_goes_on() -> None:
+    """Of pre-training or of fine-tuning. A case that is known by its voxels is refused."""
+    known = leaks.name_of("s1")
+    in_files = replace(item("s1", "s1"), subject_named=False)  # a path that is no name of a patient
+    tested = [item("a.nii", "s1"), item("b.nii", "s1"), item("c.nii", "s2"), in_files]
+    hashes = [("a",), ("b",), ("c",), ("d",)]
+    for plan in (
+        {"pretrained_on": {"subjects": [known], "voxels": ["x"]}},
+        {"seen": {"trained": [known], "voxels": ["x"]}},
+    ):
+        (line,) = leaks.check_tested(tested, hashes, plan, allow_leak=False)
+        assert "trained on a subject s1" in line and "(1 such names)" in line
+        assert leaks.check_tested(tested[2:], hashes[2:], plan, allow_leak=False) == []
+
+    both = {"pretrained_on": {"subjects": [known], "voxels": ["a"]}}
+    line = refusal(leaks.check_tested, tested[:1], hashes[:1], both, allow_leak=False)
+    assert "1 of the test cases, as a.nii" in line and "--allow-leak" in line
+    (line,) = leaks.check_tested(tested[:1], hashes[:1], both, allow_leak=True)
+    assert "1 of the test cases, as a.nii" in line and "subject" not in line
+
+
 @pytest.mark.parametrize(
     "trained, validated, alike",
     [

@@ -32,6 +32,7 @@ from dae.data.content import DIFFERENCE, alike, same_voxels, scaled, signature_o
 from dae.data.datalist import Item, load
 from dae.data.examine import Examined
 from dae.data.fingerprint import DIVISOR, regions_in
+from dae.data.holdout import read_for_pretraining
 from dae.data.nifti import read_image
 from dae.data.overlaps import Listed, Part, Place, judge
 from dae.data.preprocess import Recipe
@@ -124,6 +125,13 @@ def by_slope(path: Path, x: Voxels) -> None:
     path.write_bytes(gzip.compress(whole) if path.suffix == ".gz" else whole)
 
 
+def by_slope_of_minus_1(path: Path, x: Voxels) -> None:
+    """Equal values, but that each 0 is read as -0, which has a hash of its own."""
+    whole = bytearray(nib.Nifti1Image(-x, AFFINE).to_bytes())
+    whole[112:120] = np.array([-1, 0], dtype="<f4").tobytes()  # scl_slope, scl_inter
+    path.write_bytes(whole)
+
+
 def other_units(path: Path, x: Voxels) -> None:
     save(path, (x * 0.37 + 1024).astype(np.float32))
 
@@ -138,7 +146,7 @@ def wrong_header(path: Path, x: Voxels) -> None:
 
 
 EQUAL = [plain_copy, other_axes, as_float64, by_slope]
-OTHER = [other_units, in_256_levels, wrong_header]
+OTHER = [by_slope_of_minus_1, other_units, in_256_levels, wrong_header]
 
 
 @pytest.mark.parametrize("copy", EQUAL + OTHER, ids=lambda copy: copy.__name__)
@@ -323,6 +331,75 @@ def test_one_subject_in_two_lists_is_said_and_stops_nothing(good: str, tmp_path:
     code, report = checked(pre, good, out=tmp_path / "out")
     assert code == 0 and len(report["warnings"]) == 1
     assert "1 subject of the test" in report["warnings"][0] and "as t:" in report["warnings"][0]
+
+
+def test_a_subject_that_validates_in_another_list_is_said_where_it_is_named(
+    good: str, tmp_path: Path
+) -> None:
+    name = save(tmp_path / "t2_of_v.nii.gz", head(77))
+    more = save(tmp_path / "more.nii.gz", head(78))
+    for n, subject in enumerate(({"subject": "v"}, {})):
+        items = [{"image": name, "modality": "t2", **subject}]
+        held = [{"image": more, "modality": "t2", "subject": "m"}]
+        pre = write_list(tmp_path / f"{n}.json", training=items, validation=held)
+        code, report = checked(pre, good, out=tmp_path / f"out{n}")
+        said = [line for line in report["warnings"] if "1 subject of the validation" in line]
+        assert code == 0 and len(said) == bool(subject)
+
+
+def test_a_test_case_is_found_in_another_list_that_names_the_same_file(
+    good: str, tmp_path: Path
+) -> None:
+    more = save(tmp_path / "more.nii.gz", head(78))
+    items = [{"image": "t.nii.gz", "modality": "mr"}]  # without its subject, in another intensity
+    items_as_ct = [{"image": "t.nii.gz", "modality": "ct"}]
+    held = [{"image": more, "modality": "ct", "subject": "m"}]
+    for n, training in enumerate((items, items_as_ct)):
+        pre = write_list(tmp_path / f"{n}.json", training=training, validation=held)
+        code, report = checked(pre, good, out=tmp_path / f"out{n}")
+        assert code == 2 and len(report["errors"]) == 1
+        line = report["errors"][0]
+        assert line.count("t.nii.gz") == 2 and "a test case would be trained on" in line
+        assert ("are one file" in line) == (training is items_as_ct)
+
+
+def test_a_copy_in_a_list_to_pretrain_on_is_an_error_where_the_share_held_out_divides_the_two(
+    tmp_path: Path,
+) -> None:
+    """Which of them validates is what a run says."""
+    items = []
+    for n in range(5):
+        image = save(tmp_path / f"s{n}.nii.gz", head(n))
+        items.append({"image": image, "modality": "mr", "subject": f"s{n}"})
+    twins = []
+    for n in range(5):
+        copy = save(tmp_path / f"copy_of_s{n}.nii.gz", head(n))
+        twins.append({"image": copy, "modality": "mr", "subject": f"s{(n + 1) % 5}"})
+
+    verdicts = []
+    for n, twin in enumerate(twins):
+        path = write_list(tmp_path / f"{n}.json", training=[*items, twin])
+        code, report = checked(path, out=tmp_path / f"out{n}")
+        run = read_for_pretraining(PretrainConfig(data=path))
+        (held,) = {item.subject for item in run.validation}
+        is_divided = held in (f"s{n}", twin["subject"])
+        assert code == (2 if is_divided else 0)
+        line = report["errors" if is_divided else "warnings"][0]
+        assert f"copy_of_s{n}" in line and ("both sides" in line) == is_divided
+        verdicts.append(is_divided)
+    assert sum(verdicts) == 2
+
+
+def test_a_file_that_is_gone_before_it_is_compared_is_no_copy(tmp_path: Path) -> None:
+    """A check of hours does not end in a traceback for one file that someone has moved."""
+    items = []
+    for name, x in (("a", head(1)), ("b", head(1) * 2)):
+        path = tmp_path / save(tmp_path / f"{name}.nii", x)
+        items.append(Item((path,), ("mr",), ("zscore",), name))
+    pair = overlaps.Pair(items[0], items[1], (0, 0), [content.AS_IT_IS])
+    assert overlaps.compare(pair) == content.AS_IT_IS
+    (tmp_path / "b.nii").unlink()
+    assert overlaps.compare(pair) is None
 
 
 # --- what is wrong with a file

@@ -88,6 +88,12 @@ def test_a_file_that_is_not_a_runs_is_not_replaced_by_one(name: str, tmp_path: P
     resume.check_out_folder(tmp_path, resume=True)
 
 
+def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run.lock").mkdir()
+    with pytest.raises(InputError, match=r"run\.lock could not be opened \(Is a directory\)"):
+        resume.check_out_folder(tmp_path, resume=True)
+
+
 def test_a_file_system_without_locks_stops_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

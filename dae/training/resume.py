@@ -95,7 +95,13 @@ def hold(out: Path) -> int:
 
 def lock(out: Path, kind: int) -> int:
     """The lock of a folder, alone (LOCK_EX) or beside others that look (LOCK_SH)."""
-    descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        descriptor = os.open(out / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:  # a folder, or a file of another user's
+        raise InputError(
+            f"--out {out}: {LOCK} could not be opened ({error.strerror}); make it a file that you "
+            "may write, or name another folder"
+        ) from error
     try:
         fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

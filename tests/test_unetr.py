@@ -28,6 +28,21 @@ def test_the_gradient_of_instance_norm_is_that_of_finite_differences(batch: int)
         assert torch.autograd.gradcheck(norm, x.contiguous(memory_format=layout).requires_grad_())
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_weights_of_a_norm_are_trained_behind_layers_that_are_not(batch: int) -> None:
+    """torch's own norm gives them wrong gradients at batch 1."""
+    norm = InstanceNorm(4, affine=True).double()
+    x = torch.randn(batch, 4, 3, 4, 5, dtype=torch.float64)
+    gradient = torch.randn_like(x).contiguous(memory_format=torch.channels_last_3d)
+    found = torch.autograd.grad(norm(x), list(norm.parameters()), gradient)
+
+    standard = (x - x.mean((2, 3, 4), keepdim=True)) / (
+        x.var((2, 3, 4), correction=0, keepdim=True) + 1e-5
+    ).sqrt()
+    assert torch.allclose(found[0], (gradient * standard).sum((0, 2, 3, 4)))
+    assert torch.allclose(found[1], gradient.sum((0, 2, 3, 4)))
+
+
 def test_instance_norm_in_bf16_computes_in_float32() -> None:
     """Its mean over a crop of 32^3 voxels would be off by a percent of 30 in bf16."""
     x = torch.randn(1, 3, 32, 32, 32) + 30

@@ -91,7 +91,7 @@ def test_a_file_that_is_not_a_runs_is_not_replaced_by_one(name: str, tmp_path: P
 def test_a_lock_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run.lock").mkdir()
     with pytest.raises(InputError, match=r"run\.lock could not be opened \(Is a directory\)"):
-        resume.check_out_folder(tmp_path, resume=True)
+        resume.check_free(tmp_path)
 
 
 def test_a_file_system_without_locks_stops_no_run(
@@ -102,7 +102,7 @@ def test_a_file_system_without_locks_stops_no_run(
 
     monkeypatch.setattr("fcntl.lockf", no_locks)
     os.close(resume.hold(tmp_path))
-    resume.check_out_folder(tmp_path, resume=True)
+    resume.check_free(tmp_path)
 
 
 def test_a_file_that_a_run_reads_is_not_replaced_by_it_even_when_it_goes_on(tmp_path: Path) -> None:

@@ -51,15 +51,12 @@ def check_out_folder(
 
     may_replace: an earlier run may be replaced.
     inputs: files that the run reads, which no run may replace.
-    Raises InputError, also where a run is at work in it.
+    Raises InputError.
     """
     # --out may be some levels below what exists so far.
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise InputError(f"--out {out}: {existing} is not a folder that can be written to")
-
-    if (out / LOCK).exists():
-        os.close(lock(out, fcntl.LOCK_SH))
 
     present = [name for name in RUN_FILES if (out / name).exists()]
     is_run = any((out / name).exists() for name in SIGNS_OF_A_RUN)
@@ -81,6 +78,14 @@ def check_out_folder(
                 raise InputError(
                     f"--out {out}: {path} is read and would be replaced; name another folder"
                 )
+
+
+def check_free(out: Path) -> None:
+    """Raises InputError where a run is at work in the folder. A process that holds it must not ask:
+    to close any descriptor of the file frees the lock.
+    """
+    if (out / LOCK).exists():
+        os.close(lock(out, fcntl.LOCK_SH))
 
 
 def hold(out: Path) -> int:

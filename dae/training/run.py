@@ -55,6 +55,7 @@ def how_to_start(
         inputs=(path, config.data),
     )
 
+    resume.check_free(out)
     resumed = resume.saved_run(out, resume=config.resume, script=script)
     steps = gather_objects(resumed["step"] if resumed else 0)
     if len(set(steps)) > 1:  # as on nodes that do not share --out

@@ -132,10 +132,10 @@ def with_order(regions: Sequence[Region], order: Any, path: Path | str) -> list[
 
 
 def check_round_trip(regions: Sequence[Region], path: Path | str) -> None:
-    """Raises InputError unless a label map has the same regions again once it was written of them.
+    """Raises InputError unless every label is written as a label of the same regions.
 
-    A label is written as the last of its regions says. That may be another label, if it is in the
-    same regions: what {"thing": [1, 2]} writes as 1 is the thing again.
+    A label is written as the last of its regions says. Of {"thing": [1, 2]} both labels may be
+    written as 1.
     """
     written = {label: region.written for region in regions for label in region.labels}
     for label, becomes in sorted(written.items()):

@@ -257,7 +257,7 @@ def indistinct(organs: Mapping[int, str]) -> list[tuple[int, int]]:
     apart ("kidney 1", "kidney 2"). Labels of one name are one region, and no pair.
     """
     labels_of: dict[tuple[str, ...], list[int]] = {}
-    known = set[str]()
+    known: set[str] = set()
     for label, name in organs.items():
         if name not in known or not name:  # labels without a name are no region
             labels_of.setdefault(telling_words(name), []).append(label)

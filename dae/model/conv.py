@@ -42,12 +42,12 @@ class Standardise(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> Any:  # type: ignore[override]
-        """What moves the mean or the variance is taken out of the gradient."""
+        """The gradient without its mean and without its part along y, over the deviation."""
         y, scale = context.saved_tensors
         exact = gradient.to(scale.dtype)
         along_y = (exact * y).mean(1, keepdim=True)
-        moving = exact - exact.mean(1, keepdim=True)
-        return moving.sub_(y * along_y).mul_(scale).to(gradient.dtype), None
+        centred = exact - exact.mean(1, keepdim=True)
+        return centred.sub_(y * along_y).mul_(scale).to(gradient.dtype), None
 
 
 class InstanceNorm(nn.Module):

@@ -116,8 +116,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             continue
 
         if name in ("start", "resume") and isinstance(event.get("step"), int):
-            kept = [key for key in events if not is_undone(events[key], event["step"])]
-            events = {key: events[key] for key in kept}
+            events = {key: e for key, e in events.items() if not is_undone(e, event["step"])}
         if isinstance(name, str):
             events[number] = event
     return list(events.values())

@@ -413,16 +413,16 @@ def notes_on_head(
     if weights is None or config.transfer != "all" or config.from_scratch:
         return []
 
-    theirs = from_plan(weights.plan)
-    check_same(items.regions, theirs, config.data)
-    if [region.labels for region in items.regions] != [region.labels for region in theirs]:
-        raise InputError(
-            f"--transfer all: {config.pretrained} has the regions of {config.data} in another "
-            "order; put them in its order, or take --transfer both"
-        )
-    outputs = len(items.regions) or len(classes)
+    if weights.plan["classes"]:  # those of other programs name none
+        theirs = from_plan(weights.plan)
+        check_same(items.regions, theirs, config.data)
+        if [region.labels for region in items.regions] != [region.labels for region in theirs]:
+            raise InputError(
+                f"--transfer all: {config.pretrained} has the regions of {config.data} in another "
+                "order; put them in its order, or take --transfer both"
+            )
     path = Path(config.pretrained)
-    return check_same_classes(weights.plan, classes, path, outputs=outputs)
+    return check_same_classes(weights.plan, classes, path, regions=items.regions)
 
 
 def notes_on_tests(

@@ -243,6 +243,19 @@ def test_a_refusal_becomes_one_line_and_exit_code_2_or_under_dae_debug_a_traceba
         run_or_explain(refuse, "train_pretrain.py")
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_becomes_one_line_and_the_exit_code_of_shells(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run_or_explain(interrupt, "train_seg.py")
+    assert stopped.value.code == 130
+    assert capsys.readouterr() == ("", "train_seg.py: interrupted\n")
+
+
 def more_than_a_gpu_has() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 

@@ -54,6 +54,7 @@ from dae.config.study import StudyConfig
 from dae.data import datalist, holdout, leaks, listfile, make_list
 from dae.data.check import main as check
 from dae.data.nifti import read_channels, read_grid, read_image, read_labels
+from dae.data.sides import choose_flips
 from dae.errors import InputError
 from dae.evaluation import cases, postprocess, report
 from dae.evaluation.features import encoder_of
@@ -327,9 +328,16 @@ LIST = {
 }
 
 
-def read_list(case: Text, folder: Path) -> None:
+OF_REGIONS = {  # as BraTS has them
+    **{key: value for key, value in LIST.items() if key not in ("swap", "tolerance_mm")},
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [1, 3], "enhancing": 3, "ignore": 4},
+    "regions_class_order": [2, 1, 3],
+}
+
+
+def read_list(content: dict[str, Any], case: Text, folder: Path) -> None:
     path = folder / "list.json"
-    path.write_bytes(case.of(LIST))
+    path.write_bytes(case.of(content))
     items = datalist.load(str(path))
     every = (*items.training, *items.validation, *items.test)
     for item in every:
@@ -339,10 +347,11 @@ def read_list(case: Text, folder: Path) -> None:
         for name in (item.subject, item.modality_name):
             assert len(name.splitlines()) < 2
             leaks.name_of(name)
-    for name in items.labels.values():
+    for name in (*items.labels.values(), *(region.name for region in items.regions)):
         assert len(name.splitlines()) < 2
 
     items.modalities()
+    choose_flips(items.labels, items.swap, regions=[region.name for region in items.regions])
     items.fingerprint_by_size(labels=True)
     cases.case_names([item.image[0] for item in every])
     datalist.split_channels(items)
@@ -493,6 +502,14 @@ RUN: dict[str, Any] = {  # a checkpoint, but for its weights
         "swap_axes": [],
     },
 }
+RUN_OF_REGIONS: dict[str, Any] = {
+    **RUN,
+    "plan": {
+        **RUN["plan"],
+        "regions": {"whole": [1, 2], "left core": [1], "right core": [2]},
+        "regions_class_order": [1, 1, 2],
+    },
+}
 ODD_TENSORS = st.sampled_from(
     [
         torch.zeros(3),
@@ -511,9 +528,9 @@ STATES = st.tuples(
 )
 
 
-def read_checkpoint(case: Any, folder: Path) -> None:
+def read_checkpoint(run: dict[str, Any], case: Any, folder: Path) -> None:
     edits, tensors, flips = case
-    state = {"model": dict(WEIGHTS), **edited(RUN, edits)}
+    state = {"model": dict(WEIGHTS), **edited(run, edits)}
     for where, value in tensors:
         state["model"] = {**WEIGHTS, list(WEIGHTS)[where % len(WEIGHTS)]: value}
     path = folder / "last.pt"
@@ -716,11 +733,13 @@ class Area(NamedTuple):
 
 AREAS = {
     "nifti": Area(NIFTIS, read_nifti, 70, 2000),
-    "lists": Area(TEXTS, read_list, 60, 2500),
+    "lists": Area(TEXTS, partial(read_list, LIST), 50, 1700),
+    "lists of regions": Area(TEXTS, partial(read_list, OF_REGIONS), 30, 800),
     "nnunet": Area(st.tuples(TEXTS, TEXTS), read_nnunet, 30, 900),
     "command lines": Area(COMMANDS, read_command_line, 40, 1700),
     "plans": Area(TEXTS, read_study, 20, 700),
-    "checkpoints": Area(STATES, read_checkpoint, 12, 250),
+    "checkpoints": Area(STATES, partial(read_checkpoint, RUN), 10, 170),
+    "checkpoints of regions": Area(STATES, partial(read_checkpoint, RUN_OF_REGIONS), 10, 80),
     "foreign weights": Area(FOREIGN, read_foreign, 8, 250),
     "scores": Area(TABLES, compare_scores, 12, 400),
     "post-processing": Area(TEXTS, read_steps, 20, 500),

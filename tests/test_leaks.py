@@ -1,5 +1,6 @@
 """dae/data/leaks.py: nobody is on both sides of a split, and checkpoints know whom they saw."""
 
+import hashlib
 import importlib
 import json
 import os
@@ -319,6 +320,18 @@ def test_a_trained_image_stays_known_when_prediction_stops_after_it(
     assert json.loads((tmp_path / "p/predicted.json").read_text())["trained"] == [name]
     evaluate.predict(PredictConfig(images=(image, other), **common))
     assert name in json.loads((tmp_path / "p/predicted.json").read_text())["trained"]
+
+
+def test_an_image_with_minus_zeros_is_the_image_with_zeros() -> None:
+    """A slope below 0 makes them of the 0 of a stored integer."""
+    x = np.random.default_rng(0).integers(-2, 3, (2, 3, 4, 5)).astype(np.float32)
+    minus = np.where(x == 0, np.float32(-0.0), x)
+    assert np.signbit(minus).sum() > np.signbit(x).sum()
+    assert leaks.hashes_of(minus) == leaks.hashes_of(x)
+    plain = [hashlib.sha256(b"((3, 4, 5), '<f4')" + y.tobytes()).hexdigest()[:20] for y in x]
+    assert leaks.hashes_of(x) == tuple(plain)  # as checkpoints of before have them
+    labels = x[0].astype(np.int16)
+    assert leaks.hash_of(labels) != leaks.hash_of(labels + 1)
 
 
 def test_checkpoints_of_several_folds_hold_out_what_none_of_them_has_seen(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 from conftest import NETWORK
 
-from dae.config.command_line import to_json
+from dae.config.command_line import parse, to_json
 from dae.config.pretrain import PretrainConfig
+from dae.config.segment import SegConfig
 from dae.config.shared import OptimConfig
 from dae.errors import InputError
 from dae.model import SwinUNETR
@@ -67,6 +69,35 @@ def test_a_run_becomes_longer_only_where_a_flag_says_so() -> None:
         resume.check_same_flags(Path("last.pt"), saved, PretrainConfig())
     said = PretrainConfig(set_flags=("steps",))
     resume.check_same_flags(Path("last.pt"), saved, said)
+
+
+@pytest.mark.parametrize("cls", [PretrainConfig, SegConfig])
+def test_a_preset_makes_no_run_longer_until_a_flag_does(
+    cls: type[PretrainConfig | SegConfig],
+) -> None:
+    """A demo that was started with --steps 50 is not as long as the preset once it is resumed."""
+    of = partial(parse, cls, prog="x", description="")
+    started = of(["--preset", "demo", "--steps", "50"])
+    saved = {**saved_on_two_ranks(), "config": to_json(started), "step": 50}
+    path = Path("last.pt")
+
+    resumed = of(["--preset", "demo", "--resume"])
+    assert resumed.steps > 50
+    with pytest.raises(InputError, match=rf"^--steps {resumed.steps}: .* started with 50"):
+        resume.check_same_flags(path, saved, resumed)
+
+    for flags in (["--steps", str(resumed.steps)], ["--steps", "60"]):
+        resume.check_same_flags(path, saved, of(["--preset", "demo", "--resume", *flags]))
+
+
+def test_epochs_of_a_preset_make_no_run_longer() -> None:
+    """The steps of --epochs stand in the configuration by the time it is compared."""
+    started = SegConfig(preset="btcv", epochs=5, steps=50)
+    saved = {**saved_on_two_ranks(), "config": to_json(started), "step": 50}
+    forgotten = SegConfig(preset="btcv", epochs=600, steps=6000)
+    with pytest.raises(InputError, match=r"^--steps 6000: .* started with 50"):
+        resume.check_same_flags(Path("last.pt"), saved, forgotten)
+    resume.check_same_flags(Path("last.pt"), saved, replace(forgotten, set_flags=("epochs",)))
 
 
 def test_another_number_of_threads_is_said() -> None:

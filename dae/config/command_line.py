@@ -42,6 +42,8 @@ Size3 = tuple[int, int, int]  # along d h w
 Presets = dict[str, dict[str, Any]]  # name -> the values that it sets
 
 
+INTERRUPTED = 130  # exit code of a process that Ctrl-C ends, as shells have it
+
 # What the paths of a data list may lead to; one sentence for every command that reads lists.
 DATA_ROOT = (
     "folder that the list's paths start from, and that none of them may leave; "
@@ -87,9 +89,13 @@ def run_or_explain(main: Callable[[], T], prog: str, *, needs_less: str = "") ->
 
     A mistake is an InputError, a file that cannot be read or written, or work that does not fit
     into memory. needs_less: the flags with which it needs less. DAE_DEBUG=1 shows the traceback.
+    Ctrl-C is one line too.
     """
     try:
         return main()
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except (InputError, OSError, RuntimeError, MemoryError) as error:
         mistake = isinstance(error, (InputError, OSError))
         if os.environ.get("DAE_DEBUG") == "1" or not (mistake or is_out_of_memory(error)):
@@ -124,7 +130,7 @@ def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> 
 
     values = {**presets.get(flags.get("preset", ""), {}), **flags}
     if any(f.name == "set_flags" for f in fields(cls)):
-        values["set_flags"] = tuple(values)
+        values["set_flags"] = tuple(flags)
     config = cls(**values)
     check_values(config)
     return config
@@ -267,7 +273,14 @@ def was_set(config: "DataclassInstance", name: str) -> bool:
     What nobody has set may come from a checkpoint instead.
     """
     default = next(f.default for f in fields(config) if f.name == name)
-    return name in getattr(config, "set_flags", ()) or getattr(config, name) != default
+    is_flag = name in getattr(config, "set_flags", ())
+    return is_flag or name in of_preset(config) or getattr(config, name) != default
+
+
+def of_preset(config: "DataclassInstance") -> dict[str, Any]:
+    """What the preset of the configuration sets, by name."""
+    presets: Presets = getattr(config, "presets", {})
+    return presets.get(getattr(config, "preset", ""), {})
 
 
 def value_if_set(config: "DataclassInstance", name: str) -> Any:

@@ -157,8 +157,7 @@ class RunConfig:
     compile: bool = opt(False, "torch.compile the network: minutes at the start, faster steps")
     dry_run: bool = opt(False, "print the resolved configuration and stop")
 
-    # Names that a preset or a flag has set. The values of all others may come from a checkpoint.
-    # It has no flag of its own.
+    # Names that a flag has set; it has no flag of its own. See command_line.py, was_set.
     set_flags: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
 

@@ -40,7 +40,8 @@ def hash_of(array: NDArray[Any]) -> str:
     """Of size and values, plane by plane, so that no copy of the whole array is made."""
     digest = hashlib.sha256(str((array.shape, array.dtype.str)).encode())
     for plane in array:
-        digest.update(np.ascontiguousarray(plane).tobytes())
+        # The bits of -0 are not those of 0; their sum is 0.
+        digest.update(np.ascontiguousarray(plane + array.dtype.type(0)).tobytes())
     return digest.hexdigest()[:20]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dae.config.command_line import to_json, was_set
+from dae.config.command_line import of_preset, to_json, was_set
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.config.shared import OptimConfig, differences
@@ -146,8 +146,9 @@ def saved_run(out: Path, *, resume: bool, script: str) -> dict[str, Any] | None:
 def check_same_flags(path: Path, saved: Mapping[str, Any], config: Config) -> None:
     """Raises InputError, with the flag's name, where the checkpoint `path` is of another run."""
     changed = differences(config, saved["config"])
-    # A length that was only forgotten, so that it is the default, makes no run longer.
-    if is_longer(saved, config) and was_set(config, "steps"):
+    # A length that was only forgotten, so that it is the preset's or the default, makes no run
+    # longer.
+    if is_longer(saved, config) and asks_for_length(config):
         changed = [name for name in changed if name not in LENGTH]
     if not changed:
         return
@@ -168,6 +169,13 @@ def is_longer(saved: Mapping[str, Any], config: OptimConfig) -> bool:
     the number of steps that --epochs gives.
     """
     return config.steps > int(saved["config"]["steps"])
+
+
+def asks_for_length(config: Config) -> bool:
+    """Whether it was asked for a number of steps or epochs, by more than the name of a preset."""
+    if not set(LENGTH).isdisjoint(config.set_flags):
+        return True
+    return set(LENGTH).isdisjoint(of_preset(config)) and was_set(config, "steps")
 
 
 def check_same_batch(

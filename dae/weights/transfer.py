@@ -14,6 +14,7 @@ from einops import reduce, repeat
 from torch import Tensor, nn
 
 from dae.config.pretrain import Method
+from dae.data.regions import Region
 from dae.errors import InputError
 
 PARTS = ("encoder", "decoder", "head")
@@ -91,12 +92,15 @@ def parts_to_transfer(choice: str, weights: Mapping[str, Tensor], path: Path) ->
 
 
 def check_same_classes(
-    weights: Mapping[str, Any], classes: Mapping[int, str], path: Path, *, outputs: int
+    weights: Mapping[str, Any],
+    classes: Mapping[int, str],
+    path: Path,
+    *,
+    regions: Sequence[Region] = (),
 ) -> list[str]:
-    """For --transfer all: the head is of the classes of the list.
+    """For --transfer all: the head is of the classes of the list, or of its regions if it has any.
 
-    weights: their plan. outputs: channels of the list's task, a class or a region each.
-    Returns what the user should know of it. Raises InputError.
+    weights: their plan. Returns what the user should know of the head. Raises InputError.
     """
     take_both = "take --transfer both"
     if weights["method"] in get_args(Method):
@@ -109,6 +113,7 @@ def check_same_classes(
             f"--transfer all: {path} is of the classes {in_words(known)}, "
             f"the list has {in_words(listed)}; {take_both}"
         )
+    outputs = len(regions) or len(classes)
     if weights["out_channels"] != outputs:
         raise InputError(
             f"--transfer all: {path} has {weights['out_channels']} outputs, "
@@ -116,7 +121,8 @@ def check_same_classes(
         )
     if known:
         return []
-    return [f"{path} names no classes: its outputs are taken for {in_words(listed)}, in this order"]
+    meant = ", ".join(region.name for region in regions) or in_words(listed)
+    return [f"{path} names no classes: its outputs are taken for {meant}, in this order"]
 
 
 def in_words(classes: Mapping[str, str]) -> str:

@@ -17,8 +17,10 @@ from dae.config.segment import SegConfig
 from dae.data.datalist import load
 from dae.data.regions import from_plan, to_plan
 from dae.evaluation.cases import read_scores
+from dae.model import SwinUNETR
 from dae.training.losses import LOSSES
 from dae.weights import checkpoint
+from dae.weights.layouts import to_monai
 from train_seg import flips_for, loss_of, main
 
 evaluate = importlib.import_module("eval")
@@ -279,6 +281,34 @@ def test_a_head_of_regions_goes_on_with_the_same_regions_in_their_order_alone(
     weights = str(tmp_path / "apart/last.pt")
     line = refusal(main, replace(of_classes, data=str(second), pretrained=weights))
     assert "in another order" in line and not (tmp_path / "other").exists()
+
+
+def test_a_head_of_others_is_taken_for_the_regions_in_the_order_of_the_list(
+    brats: Path, tmp_path: Path
+) -> None:
+    """As MONAI's networks for BraTS, whose files name neither classes nor regions."""
+    torch.manual_seed(7)
+    four_stages = {
+        "depths": (1, 1, 1, 1),
+        "heads": (1, 1, 1, 1),
+        "feature_size": 12,
+        "window": (7, 7, 7),
+    }
+    theirs = SwinUNETR(1, 3, **four_stages)
+    torch.save({"state_dict": to_monai(theirs.state_dict())}, tmp_path / "theirs.pt")
+    flags = {"out": str(tmp_path / "run"), "pretrained": str(tmp_path / "theirs.pt")}
+    flags |= {**four_stages, "from_scratch": False, "transfer": "all", "crop": (64, 32, 32)}
+    main(config(brats, **flags, lr=0.0, steps=1, batch_size=1))
+
+    (start,) = events(SegConfig(out=flags["out"]), "start")
+    assert start["weights"]["new"] == []
+    order = "its outputs are taken for whole tumour, tumour core, enhancing, in this order"
+    assert any(note.endswith(order) for note in start["notes"])
+
+    two = changed(brats, "two.json", labels={"background": 0, "a": [1, 2, 3], "b": [2, 3]})
+    flags["out"] = str(tmp_path / "other")
+    line = refusal(main, config(changed(two, "two.json", regions_class_order=[1, 2]), **flags))
+    assert "has 3 outputs, the list needs 2" in line and not (tmp_path / "other").exists()
 
 
 def test_a_run_of_regions_resumes_bit_for_bit_and_not_with_other_regions(

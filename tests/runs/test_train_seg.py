@@ -218,10 +218,10 @@ def test_a_head_whose_file_names_no_classes_is_taken_in_the_order_of_the_list(
     plan = {"method": "monai", "classes": {}, "out_channels": 3}
     path = tmp_path / "w.pt"
     three = {0: "background", 1: "liver", 2: "spleen"}
-    notes = check_same_classes(plan, three, path, outputs=3)
+    notes = check_same_classes(plan, three, path)
     assert "0 background, 1 liver, 2 spleen, in this order" in notes[0]
     with pytest.raises(InputError, match="has 3 outputs, the list needs 2"):
-        check_same_classes(plan, {0: "background", 1: "liver"}, path, outputs=2)
+        check_same_classes(plan, {0: "background", 1: "liver"}, path)
 
 
 @pytest.mark.parametrize("schedule", ["plain", "warmup", "frozen-encoder", "decoder-first"])

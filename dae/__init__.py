@@ -108,6 +108,7 @@ AROUND IT: what a run needs
     study/plan.py                a plan: what is compared, on which labels, with which flags
     study/cells.py               its cells in their order, and the commands of each
     study/lists.py               what its lists have, asked before hours of training
+    study/networks.py            and whether its networks can be built
     study/locks.py               one unit of work, one process
     study/times.py               how long steps took, and what is left
     study/runner.py              the cells that are not there yet, after any stop

@@ -889,6 +889,25 @@ def test_a_volume_of_pre_training_that_is_gone_is_said_at_the_start(here: Path) 
     assert run_all(study_in(here / "out")) == []
 
 
+@pytest.mark.parametrize(
+    "method, words",
+    [
+        ({"method": "mae", "heads": [3, 5, 12, 24]}, "do not split into 5 heads"),
+        ({"method": "mae", "backbone": "nowhere:Net"}, "--backbone nowhere:Net"),
+        ({"method": "mae", "crop": [24, 24, 20]}, "20"),
+        ({"method": "mae", "finetune": {"crop": [24, 24, 20]}}, "20"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_said_at_the_start(
+    method: dict[str, Any], words: str, here: Path
+) -> None:
+    """It is that of the last method, which would be reached after all others."""
+    methods = {"dae": {"method": "dae"}, "other": method}
+    with pytest.raises(InputError, match=rf'^plan "small": method "other": .*{words}'):
+        run_all(study_in(here / "out", methods=methods))
+    assert not ran(here, "start")
+
+
 def test_folds_and_numbers_that_a_list_has_are_run(here: Path) -> None:
     write_list(here / "labelled.json", validation=0, test=0)  # five folds are drawn
     plan: dict[str, Any] = {**IN_FOLDS, "labels": [4, 0.5], "methods": {"dae": {}}, "seeds": {}}

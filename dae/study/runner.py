@@ -86,6 +86,10 @@ def run_all(study: Study) -> list[str]:
     say(f"{counted(len(study.chosen), 'cell')}, {len(study.remaining)} of them to do")
     if study.remaining:
         check_lists(study.plan, study.folders, study.remaining)
+        # Imported here: it brings timm along, and --report need not wait for it.
+        from dae.study.networks import check_networks
+
+        check_networks(study.plan, study.folders, study.remaining)
 
     waiting = False
     while study.remaining:

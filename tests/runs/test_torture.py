@@ -870,16 +870,20 @@ def test_a_run_that_changes_its_ranks_ends_in_the_same_weights_but_for_rounding(
     # Ranks add the same gradients in another order: they differ by some 1e-7 of their size.
     for a, b in zip(events(straight, "train"), events(config, "train"), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5), a["step"]
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3), a["step"]
 
-    # AdamW divides a gradient by its own size, so where one is zero but for rounding a weight may
-    # go either way: by the rate at most, in each step. All others agree to a thousandth of it.
+    # Two things make more of that. AdamW divides a gradient by its own size, so where one is zero
+    # but for rounding a weight may go either way: by the rate at most, in each step. And a value
+    # that is zero but for rounding may be on either side of the bend of a leaky ReLU: in the
+    # bottleneck, of 2^3 voxels, that is a hundredth of the gradient of a whole kernel. All others
+    # agree to a tenth of the rate. (.998 of them did; .08 with an optimiser that was not restored.)
     alike = []
     last = [checkpoint.load(Path(run.out) / "last.pt")["model"] for run in (straight, config)]
     for name, value in last[0].items():
         difference = (value - last[1][name]).abs().flatten()
         assert float(difference.max()) <= 2 * lr * 8, name
-        alike.append(difference < 1e-3 * lr)
-    assert torch.cat(alike).float().mean() > 0.99
+        alike.append(difference < 0.1 * lr)
+    assert torch.cat(alike).float().mean() > 0.95
 
 
 def all_starts(config: RunConfig) -> list[dict[str, Any]]:

@@ -852,11 +852,16 @@ def on_ranks(config: PretrainConfig, world: int, *, until: int = 0) -> None:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [(1, 2, 3, 4), pytest.param((4, 3, 1, 2), marks=pytest.mark.slow)],
+    "path, alike_to, share",  # of the rate, and of the weights
+    [
+        ((1, 2, 3, 4), 1e-3, 0.99),
+        # From the first step on: rounding has longer to grow, see below. Of the weights .08 are
+        # alike where the optimiser is not restored, .05 where the ranks do not average.
+        pytest.param((4, 3, 1, 2), 0.1, 0.99, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_that_changes_its_ranks_ends_in_the_same_weights_but_for_rounding(
-    tiny: Config, tmp_path: Path, path: tuple[int, ...]
+    tiny: Config, tmp_path: Path, path: tuple[int, ...], alike_to: float, share: float
 ) -> None:
     """With CMCL, which compares the 12 samples of all ranks with each other."""
     lr = 1e-3
@@ -875,15 +880,14 @@ def test_a_run_that_changes_its_ranks_ends_in_the_same_weights_but_for_rounding(
     # Two things make more of that. AdamW divides a gradient by its own size, so where one is zero
     # but for rounding a weight may go either way: by the rate at most, in each step. And a value
     # that is zero but for rounding may be on either side of the bend of a leaky ReLU: in the
-    # bottleneck, of 2^3 voxels, that is a hundredth of the gradient of a whole kernel. All others
-    # agree to a tenth of the rate. (.998 of them did; .08 with an optimiser that was not restored.)
+    # bottleneck, of 2^3 voxels, that is a hundredth of the gradient of a whole kernel.
     alike = []
     last = [checkpoint.load(Path(run.out) / "last.pt")["model"] for run in (straight, config)]
     for name, value in last[0].items():
         difference = (value - last[1][name]).abs().flatten()
         assert float(difference.max()) <= 2 * lr * 8, name
-        alike.append(difference < 0.1 * lr)
-    assert torch.cat(alike).float().mean() > 0.95
+        alike.append(difference < alike_to * lr)
+    assert torch.cat(alike).float().mean() > share
 
 
 def all_starts(config: RunConfig) -> list[dict[str, Any]]:

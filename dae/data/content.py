@@ -3,8 +3,7 @@
 Two hashes are equal where two files hold equal values in RAS order (`leaks.hash_of`). Neither
 name, format, compression, nor the order of the axes in the file changes them, nor a type and a
 slope that give the same values. A copy in other units, rounded to fewer levels, or saved with a
-wrong header has another hash. So has one whose zeros are read as -0, as with a negative slope or
-where HU below 0 were multiplied by a mask. This file finds such copies too:
+wrong header has another hash. This file finds such copies too:
 
     Two volumes hold the same voxels if, for one of the 48 ways to turn and flip axes, no voxel of
     one differs by more than `DIFFERENCE` from the same voxel of the other, when each is clipped to

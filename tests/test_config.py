@@ -248,12 +248,17 @@ def interrupt() -> None:
 
 
 def test_ctrl_c_becomes_one_line_and_the_exit_code_of_shells(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delenv("DAE_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stopped:
         run_or_explain(interrupt, "train_seg.py")
     assert stopped.value.code == 130
     assert capsys.readouterr() == ("", "train_seg.py: interrupted\n")
+
+    monkeypatch.setenv("DAE_DEBUG", "1")
+    with pytest.raises(KeyboardInterrupt):
+        run_or_explain(interrupt, "train_seg.py")
 
 
 def more_than_a_gpu_has() -> None:

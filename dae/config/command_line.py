@@ -88,12 +88,14 @@ def run_or_explain(main: Callable[[], T], prog: str, *, needs_less: str = "") ->
     """What `main` returns. A mistake of the user becomes one line on stderr and exit code 2.
 
     A mistake is an InputError, a file that cannot be read or written, or work that does not fit
-    into memory. needs_less: the flags with which it needs less. DAE_DEBUG=1 shows the traceback.
-    Ctrl-C is one line too.
+    into memory. needs_less: the flags with which it needs less. Ctrl-C is one line too, and exit
+    code 130. DAE_DEBUG=1 shows the traceback of each.
     """
     try:
         return main()
     except KeyboardInterrupt:
+        if os.environ.get("DAE_DEBUG") == "1":  # where does it hang?
+            raise
         print(f"{prog}: interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
     except (InputError, OSError, RuntimeError, MemoryError) as error:

@@ -8,19 +8,30 @@ from conftest import NETWORK
 from torch import Tensor
 from torch.nn import functional as F
 
-from dae.model import SwinUNETR, check_size
+from dae.model import SwinUNETR, check_size, conv
 from dae.model.conv import InstanceNorm, ResidualBlock, convolve
 
 
+pieces_of_a_map = pytest.mark.parametrize("at_once", [10, conv.AT_ONCE])  # many of them, and one
+
+
+@pieces_of_a_map
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
 @pytest.mark.parametrize("trained", [False, True])
-def test_instance_norm_is_torchs(trained: bool, layout: torch.memory_format) -> None:
+def test_instance_norm_is_torchs(
+    trained: bool, layout: torch.memory_format, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "AT_ONCE", 7 * at_once)
     x = (torch.randn(2, 5, 4, 3, 6) + 3).contiguous(memory_format=layout).requires_grad_(trained)
     assert torch.allclose(InstanceNorm(5)(x), F.instance_norm(x), atol=1e-6)
 
 
+@pieces_of_a_map
 @pytest.mark.parametrize("batch", [1, 2])
-def test_the_gradient_of_instance_norm_is_that_of_finite_differences(batch: int) -> None:
+def test_the_gradient_of_instance_norm_is_that_of_finite_differences(
+    batch: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conv, "AT_ONCE", at_once)
     norm = InstanceNorm(2, affine=True).double()
     torch.nn.init.normal_(norm.weight)  # type: ignore[arg-type]
     x = torch.randn(batch, 2, 2, 3, 2, dtype=torch.float64)

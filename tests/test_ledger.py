@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -277,6 +278,31 @@ def preset(name: str) -> SegConfig:
 def test_fine_tuning_has_the_rate_of_the_text_and_official_that_of_the_code() -> None:
     assert SegConfig().lr == preset("btcv").lr == preset("feta").lr == 4e-4
     assert preset("official-btcv").lr == 8e-4
+
+
+def test_official_pre_training_is_the_column_of_the_code_in_numbers() -> None:
+    """Its README's: 1000 epochs, 4 of warm-up, of 9,513 volumes, two on each of eight GPUs."""
+    config = parse(
+        PretrainConfig, ["--preset", "official"], prog="train_pretrain.py", description=""
+    )
+    epoch = ceil(9513 / (8 * 2))
+    assert (config.steps, config.warmup) == (1000 * epoch, 4 * epoch)
+    assert config.batch_size == 2
+    assert (config.lr, config.lr_min, config.weight_decay) == (1e-4, 1e-5, 0.05)
+
+    assert config.noise_std**2 == pytest.approx(0.1)
+    planes = 48
+    assert config.mask_ratio[0] * planes == pytest.approx(int(0.6 * planes))
+    assert (config.alpha, config.temperature) == (0.03, 0.5)
+
+
+def test_official_fine_tuning_is_the_column_of_the_code_in_numbers() -> None:
+    """1000 epochs, 50 of warm-up, of 24 volumes with four crops each, 16 crops in a step."""
+    config = preset("official-btcv")
+    epoch = 24 * 4 // (4 * config.batch_size)
+    assert (config.steps, config.warmup) == (1000 * epoch, 50 * epoch)
+    assert (config.flip, config.rotate, config.brightness) == (0.2, 0.2, 0.1)
+    assert (config.zoom, config.contrast, config.noise) == (0, 0, 0)
 
 
 def test_feta_keeps_the_spacing_of_its_files() -> None:

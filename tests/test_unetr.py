@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from dae.model import SwinUNETR, check_size, conv
 from dae.model.conv import InstanceNorm, ResidualBlock, convolve
 
-
 pieces_of_a_map = pytest.mark.parametrize("at_once", [10, conv.AT_ONCE])  # many of them, and one
 
 

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-
 AT_ONCE = 2**18  # numbers of a map that are computed together: they fit in a core's cache
 
 

@@ -4,7 +4,7 @@ Read the files in this order; each imports only what stands above it.
 
 THE METHOD: what an auditor reads, with train_pretrain.py at its end
 
-    quiet.py                     threads that wait for work sleep
+    quiet.py                     threads that wait for work soon sleep
     errors.py                    the one error that a user can mend
     config/command_line.py       a frozen dataclass in, a command line out
     config/shared.py             options of the network, the data, the optimiser and the run

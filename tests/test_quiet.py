@@ -1,4 +1,4 @@
-"""dae/quiet.py: threads that wait for work sleep, unless the user says otherwise."""
+"""dae/quiet.py: threads that wait for work soon sleep, unless the user says otherwise."""
 
 import ast
 import os
@@ -9,17 +9,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHOW = "import os, dae.quiet; print(os.environ['OMP_WAIT_POLICY'])"
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+SHOW = "import os, dae.quiet; print(os.environ.get('GOMP_SPINCOUNT'))"
 
 
-@pytest.mark.parametrize("before, after", [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_the_policy_is_passive_or_the_users_own(before: str | None, after: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if before:
-        environment["OMP_WAIT_POLICY"] = before
+@pytest.mark.parametrize(
+    "own, expected",
+    [
+        ({}, "1000"),
+        ({"GOMP_SPINCOUNT": "5"}, "5"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ({"OMP_WAIT_POLICY": "PASSIVE"}, "None"),
+    ],
+)
+def test_threads_soon_sleep_unless_the_user_says_how_they_wait(
+    own: dict[str, str], expected: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name not in WAITING}
     line = [sys.executable, "-c", SHOW]
-    done = subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
-    assert done.stdout.strip() == after
+    done = subprocess.run(
+        line, capture_output=True, text=True, env={**environment, **own}, cwd=ROOT
+    )
+    assert done.stdout.strip() == expected
 
 
 @pytest.mark.parametrize(

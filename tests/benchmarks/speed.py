@@ -81,6 +81,7 @@ def command_line() -> argparse.Namespace:
     add("--crop", type=int, default=96)
     add("--batch-size", type=int, default=2)
     add("--classes", type=int, default=14, help="with the background")
+    add("--overlap", type=float, default=0.5, help="of the sliding windows")
     add("--volume", type=int, default=160, help="side of the volumes of the last three rows")
     add("--rounds", type=int, default=9)
     return parser.parse_args()

@@ -31,7 +31,7 @@ SPACING = (1.5, 1.5, 2.0)  # mm
 
 
 def window(options: Any, device: torch.device, dtype: torch.dtype | None) -> Candidates:
-    """A label map of a whole volume: windows that overlap by half, Gaussian weights."""
+    """A label map of a whole volume: windows that overlap, Gaussian weights."""
     volume = np.random.default_rng(0).standard_normal([1, *[options.volume] * 3], dtype=np.float32)
     size = (options.crop, options.crop, options.crop)
 
@@ -53,7 +53,7 @@ def window(options: Any, device: torch.device, dtype: torch.dtype | None) -> Can
             our_network,
             window=size,
             classes=options.classes,
-            overlap=0.5,
+            overlap=options.overlap,
             batch=options.batch_size,
             device=device,
             background=[0.0],
@@ -76,7 +76,7 @@ def window(options: Any, device: torch.device, dtype: torch.dtype | None) -> Can
             size,
             options.batch_size,
             their_network,
-            overlap=0.5,
+            overlap=options.overlap,
             mode="gaussian",
             sw_device=device,
             device=torch.device("cpu"),

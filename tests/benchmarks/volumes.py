@@ -18,7 +18,7 @@ from dae.data.batches import LabelledBatch, LabelledCrops, collate_labelled
 from dae.data.cache import Cached
 from dae.data.sides import Flips
 from dae.evaluation.metrics import score_labels
-from dae.evaluation.windows import sliding_window
+from dae.evaluation.windows import likeliest, sliding_window
 from dae.training.precision import autocast
 
 Run = Callable[[], object]
@@ -58,7 +58,7 @@ def window(options: Any, device: torch.device, dtype: torch.dtype | None) -> Can
             device=device,
             background=[0.0],
         )
-        return torch.cat([slab.argmax(dim=0).cpu() for slab in slabs])
+        return torch.cat([likeliest(slab).to(torch.uint8).cpu() for slab in slabs])
 
     candidates: Candidates = {"ours": ours}
     if options.no_monai:
@@ -81,7 +81,7 @@ def window(options: Any, device: torch.device, dtype: torch.dtype | None) -> Can
             sw_device=device,
             device=torch.device("cpu"),
         )
-        return y[0].argmax(dim=0)  # type: ignore[no-any-return,union-attr,index]
+        return y[0].argmax(dim=0).to(torch.uint8)  # type: ignore[no-any-return,union-attr,index]
 
     return {**candidates, "MONAI": theirs}
 

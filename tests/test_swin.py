@@ -10,6 +10,7 @@ from einops import rearrange
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
+from dae.model import swin
 from dae.model.swin import (
     MERGE_ORDER,
     ClippedBias,
@@ -184,6 +185,17 @@ def test_both_paths_of_attention_and_their_gradients_equal_the_formula(
     expected_gradients = torch.autograd.grad(expected, inputs, d_out)
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert torch.allclose(gradient, expected_gradient, atol=1e-12)
+
+
+@pytest.mark.parametrize("windows, shift", SHIFTS)
+def test_windows_attend_a_few_at_a_time_as_they_do_together(
+    windows: Size3, shift: Size3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = attention_inputs(5, windows, dtype=torch.float32)
+    together = recomputed(*inputs, shift)
+    bias = inputs[3]
+    monkeypatch.setattr(swin, "BIASES_AT_ONCE", 2 * bias.numel())
+    assert torch.equal(recomputed(*inputs, shift), together)
 
 
 @pytest.mark.parametrize("windows, shift", SHIFTS[:2])

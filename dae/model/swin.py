@@ -186,6 +186,11 @@ def fused_attention(
     return rearrange(out, f"{folded} -> {PER_HEAD}", b=b, nd=nd, nh=nh, nw=nw, heads=heads)
 
 
+# torch's fused kernel copies the bias for every window that it is given. This many numbers at once:
+# 16 MB in float32, where all windows of the first stage would be 484 MB at 96^3.
+BIASES_AT_ONCE = 2**22
+
+
 class RecomputedAttention(torch.autograd.Function):
     """The formula for a CPU: forward by a fused kernel, backward recomputed.
 
@@ -204,14 +209,16 @@ class RecomputedAttention(torch.autograd.Function):
         out = torch.empty_like(q)
 
         biases = masked_biases(bias, window, shift)
+        windows_at_once = max(1, BIASES_AT_ONCE // bias.numel())
         for region, masked_bias in zip(regions_of_one_mask(shift), biases):
-            q_part, k_part, v_part = (fold_windows(t[:, *region]) for t in (q, k, v))
+            folded = (fold_windows(t[:, *region]) for t in (q, k, v))
+            parts = []
+            for q_w, k_w, v_w in zip(*(t.split(windows_at_once) for t in folded)):
+                # A bias of four axes: with five torch takes the formula instead.
+                bias_w = masked_bias.expand(len(q_w), -1, -1, -1)
+                parts.append(F.scaled_dot_product_attention(q_w, k_w, v_w, attn_mask=bias_w))
 
-            # A bias of four axes: with five torch takes the formula instead.
-            masked_bias = masked_bias.expand(len(q_part), -1, -1, -1)
-            part = F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=masked_bias)
-
-            out[:, *region] = unfold_windows(part, q[:, *region].shape)
+            out[:, *region] = unfold_windows(torch.cat(parts), q[:, *region].shape)
 
         context.save_for_backward(q, k, v, bias, out)
         context.window, context.shift = window, shift

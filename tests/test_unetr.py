@@ -38,6 +38,23 @@ def test_the_gradient_of_instance_norm_is_that_of_finite_differences(
         assert torch.autograd.gradcheck(norm, x.contiguous(memory_format=layout).requires_grad_())
 
 
+def test_the_norm_of_a_sample_does_not_depend_on_the_others_of_its_batch() -> None:
+    """To the last bit, so that ranks may share a batch in any way."""
+    x = torch.randn(3, 5, 32, 32, 33)
+    d_y = torch.randn_like(x)
+
+    def norm_and_gradient(x: Tensor, d_y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+        y = InstanceNorm(5)(x)
+        return y, torch.autograd.grad(y, x, d_y)[0]
+
+    y, d_x = norm_and_gradient(x, d_y)
+    for n in range(3):
+        y_alone, d_x_alone = norm_and_gradient(x[n : n + 1], d_y[n : n + 1])
+        assert torch.equal(y_alone[0], y[n])
+        assert torch.equal(d_x_alone[0], d_x[n])
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_weights_of_a_norm_are_trained_behind_layers_that_are_not(batch: int) -> None:
     """torch's own norm gives them wrong gradients at batch 1."""

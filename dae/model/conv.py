@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-AT_ONCE = 2**18  # numbers of a map that are computed together: they fit in a core's cache
+AT_ONCE = 2**17  # numbers of a sample that are computed together: they fit in a core's cache
 
 
 class Standardise(torch.autograd.Function):
@@ -67,9 +67,12 @@ class Standardise(torch.autograd.Function):
 
 
 def pieces(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few voxels of each map (b, n, c), then the next ones. One piece for a compiler."""
-    b, n, c = maps[0].shape
-    at_once = n if torch.compiler.is_compiling() else max(1, AT_ONCE // (b * c))
+    """The same few voxels of each map (b, n, c), then the next ones. One piece for a compiler.
+
+    How many does not depend on the batch: a sample is rounded alike on any number of ranks.
+    """
+    _, n, c = maps[0].shape
+    at_once = n if torch.compiler.is_compiling() else max(1, AT_ONCE // c)
     return zip(*(x.split(at_once, dim=1) for x in maps))
 
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from dae.model import MONAI, SwinUNETR, UNet
 from dae.model.swin import MergeOrder, relative_position_index
 from dae.weights import checkpoint
 from dae.weights.__main__ import ConvertConfig, convert
-from dae.weights.foreign import Weights, find_state_dict, for_monai, read_weights
+from dae.weights.foreign import Weights, find_state_dict, for_monai, load_tensors, read_weights
 from dae.weights.layouts import reads_twice, reorder, to_monai
 
 Tensors = dict[str, Tensor]
@@ -537,6 +538,33 @@ def test_what_torch_has_not_saved_is_refused_in_one_line(content: bytes, tmp_pat
     (tmp_path / "file.pt").write_bytes(content)
     with pytest.raises(InputError, match="not a whole file"):
         read_weights(tmp_path / "file.pt")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_LZMA])
+def test_a_directory_of_an_archive_with_any_bit_flipped_is_refused_in_one_line_or_read_as_it_was(
+    compression: int, tmp_path: Path
+) -> None:
+    """By the bit, zipfile raises eight types of error, EOFError and LZMAError among them."""
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.arange(6.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+        directory = archive.fp.tell() if archive.fp else 0
+
+    whole = path.read_bytes()
+    for bit in range(8 * directory, 8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            content = load_tensors(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path}: ")
+        else:
+            assert torch.equal(content["weight"], torch.arange(6.0))
 
 
 def test_a_damaged_checkpoint_of_ours_is_not_taken_for_a_file_of_others(tmp_path: Path) -> None:

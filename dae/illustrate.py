@@ -324,9 +324,10 @@ def trained(name: str, backbone_name: str) -> Network:
     named = NetworkConfig(backbone=backbone_name or NetworkConfig().backbone)
     backbone = backbone_of(plan, named, path)
     network = backbone(plan["in_channels"], plan["out_channels"], **with_tuples(plan["arguments"]))
-    checkpoint.load_weights(network, saved["model"], path)
 
+    # In this order: --recon residual starts from a head of zeros.
     pretext = pretext_of(network, config.method, config)
+    checkpoint.load_weights(network, saved["model"], path)
     pretext.load_own_state(saved["pretext"])
     return Network(
         name, plan["in_channels"], pretext, config, f"{config.method} after {saved['step']} steps"

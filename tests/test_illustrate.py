@@ -30,6 +30,7 @@ from dae.config.illustrate import (
 from dae.config.pretrain import PretextConfig, PretrainConfig
 from dae.figures import Display, Tokens, montage
 from dae.pretext.methods import METHODS, Pretext
+from dae.weights import checkpoint
 from tests.conftest import NETWORK, ROOT, refusal
 from train_pretrain import main
 
@@ -244,19 +245,16 @@ def test_each_strength_has_its_own_picture_and_l1(
 # --- Figure 2
 
 
-@pytest.fixture(scope="module")
-def mae(pretrained: Path) -> Path:
-    """A checkpoint of masked image modelling beside that of `pretrained`."""
-    out = pretrained / "mae"
+def another_of(pretrained: Path, name: str, **flags: Any) -> Path:
+    """A checkpoint of other flags beside that of `pretrained`."""
+    out = pretrained / name
     main(
         PretrainConfig(
             data=str(pretrained / "phantoms/pretrain.json"),
             out=str(out),
             cache_dir=str(pretrained / "cache"),
             **SMALL,
-            method="mae",
-            mask_block=4,
-            steps=1,
+            **flags,
             workers=0,
             device="cpu",
             amp="off",
@@ -264,6 +262,23 @@ def mae(pretrained: Path) -> Path:
         )
     )
     return out / "last.pt"
+
+
+@pytest.fixture(scope="module")
+def mae(pretrained: Path) -> Path:
+    """A checkpoint of masked image modelling beside that of `pretrained`."""
+    return another_of(pretrained, "mae", method="mae", mask_block=4, steps=1)
+
+
+@pytest.mark.parametrize("recon", ["plain", "residual"])
+def test_a_picture_is_made_with_the_weights_of_the_checkpoint(pretrained: Path, recon: Any) -> None:
+    """A residual network begins with a head of zeros: the picture needs the one it has learned."""
+    path = another_of(pretrained, f"of_{recon}", recon=recon, steps=2)
+    saved = checkpoint.load(path)["model"]
+    drawn = illustrate.trained(str(path), "").pretext.backbone.state_dict()
+    assert drawn.keys() == saved.keys()
+    assert all(torch.equal(drawn[name], saved[name]) for name in saved)
+    assert any(saved[name].any() for name in saved if name.startswith("head."))
 
 
 @torch.no_grad()

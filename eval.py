@@ -121,7 +121,7 @@ from dae.training.distributed import (
 from dae.training.kernels import choose_kernels, lay_out
 from dae.training.precision import autocast, autocast_type
 from dae.weights import checkpoint, foreign
-from dae.weights.plan import load_planned, network_of_plan
+from dae.weights.plan import about_intensities, load_planned, network_of_plan
 
 # --- the commands
 
@@ -268,6 +268,8 @@ def cka(config: CkaConfig) -> list[dict[str, Any]]:
     before = foreign.read_weights(path_before)
     after = foreign.read_weights(path_after)
     features.check_same_network(before, after, config)
+    warn_of_intensities(before, config.before)
+    warn_of_intensities(after, config.after)
     network_before = features.encoder_of(before, path_before, config, device, plan=after.plan)
     network_after = features.encoder_of(after, path_after, config, device)
 
@@ -287,6 +289,11 @@ def cka(config: CkaConfig) -> list[dict[str, Any]]:
     return rows
 
 
+def warn_of_intensities(weights: foreign.Weights, name: str) -> None:
+    for warning in about_intensities(weights.plan):
+        print(f"{name}: {warning}")
+
+
 def embed(config: EmbedConfig) -> dict[str, Any]:
     """features.npz, embedding.json and figures/embedding.png: a vector for each volume. Returns
     what embedding.json says.
@@ -298,6 +305,7 @@ def embed(config: EmbedConfig) -> dict[str, Any]:
     path = weights_file(config.checkpoint, "--checkpoint")
     weights = foreign.read_weights(path)
     network = features.encoder_of(weights, path, config, device)
+    warn_of_intensities(weights, config.checkpoint)
 
     names = ("features.npz", "embedding.json", "figures/embedding.png")
     written.check(names, [Path(config.data)])

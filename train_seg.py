@@ -78,7 +78,7 @@ from dae.training.run import (
 )
 from dae.weights import checkpoint
 from dae.weights.foreign import Weights
-from dae.weights.plan import with_plan
+from dae.weights.plan import about_intensities, with_plan
 from dae.weights.transfer import Report, check_same_classes, parts_to_transfer, transfer
 
 
@@ -355,7 +355,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     notes = [*items.notes, *known_tests, *leaks.known_before(items, validated, seen_before)]
     notes += leaks.pretrained_before(items, validated, started_from)
     if weights and report:
-        notes += notes_on(weights) + on_head
+        notes += about_intensities(weights.plan) + on_head
 
     if resumed:
         by_size = items.fingerprint_by_size(labels=True)
@@ -603,17 +603,6 @@ def plan_of(
         "method": "segmentation",
         "recon": "plain",
     }
-
-
-def notes_on(weights: Weights) -> list[str]:
-    """What a run that starts from these weights should say about them."""
-    if weights.plan.get("recon") != "scaled":
-        return []
-    warning = (
-        "warning: the weights were pre-trained with --recon scaled, on crops at mean 0 and std 1; "
-        "fine-tuning feeds the intensities as prepared, which they have not seen"
-    )
-    return [warning]
 
 
 # --- what the loop calls by name

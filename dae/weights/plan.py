@@ -333,3 +333,14 @@ def flag(name: str, value: Any) -> str:
     if isinstance(value, (list, tuple)):
         value = " ".join(map(str, value))
     return f"--{dashed} {value}"
+
+
+def about_intensities(plan: Mapping[str, Any]) -> list[str]:
+    """A warning, where an encoder that is fed the intensities as prepared has not seen such."""
+    if plan.get("recon") != "scaled":
+        return []
+    warning = (
+        "warning: the weights were pre-trained with --recon scaled, on crops at mean 0 and std 1; "
+        "they are fed the intensities as prepared, which they have not seen"
+    )
+    return [warning]

@@ -267,6 +267,25 @@ def test_each_volume_has_a_vector_whatever_the_list(
     assert list(second["case"]) == list(first["case"][:1:-1])
 
 
+def test_weights_that_have_seen_other_intensities_are_named_by_both(
+    common: dict[str, Any], pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = pretrained / "pre/last.pt"
+    scaled = tmp_path / "scaled.pt"
+    saved = checkpoint.load(plain)
+    saved["plan"]["recon"] = "scaled"
+    checkpoint.save(scaled, saved)
+    told = f"{scaled}: warning: the weights were pre-trained with --recon scaled, on crops at mean"
+
+    flags = {**common, "crops": 4}
+    evaluate.cka(CkaConfig(before=str(scaled), after=str(plain), **flags))
+    assert capsys.readouterr().out.count(told) == 1
+    evaluate.embed(EmbedConfig(checkpoint=str(scaled), **flags))
+    assert capsys.readouterr().out.count(told) == 1
+    evaluate.embed(EmbedConfig(checkpoint=str(plain), **flags | {"out": str(tmp_path / "b")}))
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_the_same_command_again_writes_the_same_files_and_no_others(
     pretrained: Path, common: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,7 +36,7 @@ from dae.errors import InputError
 from dae.figures import loss_curve, reconstruction_sheet, terms_curve, views_sheet
 from dae.pretext.baselines import BASELINES, AnyPretext, pretext_of
 from dae.pretext.contrast import effective_rank
-from dae.pretext.methods import Output
+from dae.pretext.methods import ALL_READ, METHODS, READS, Output
 from dae.training import resume
 from dae.training.distributed import (
     Ranks,
@@ -512,17 +512,18 @@ def plan_of_method(config: PretrainConfig) -> dict[str, Any]:
 
 
 def unused_flags(config: PretrainConfig) -> str:
-    """In one line which flags of the method a preset or the user has set for nothing, or nothing.
-
-    Of the rows of Table 4 alone.
-    """
-    baseline = BASELINES.get(config.method)
-    if baseline is None:
-        return ""
+    """In one line which flags a preset or the user has set that the method does not read."""
+    if config.method in BASELINES:
+        uses = BASELINES[config.method].uses
+    else:
+        of_volume, of_tokens = METHODS[config.method]
+        if not {of_volume, of_tokens} <= READS.keys():  # a row that somebody has added
+            return ""
+        uses = (*ALL_READ, *READS[of_volume], *READS[of_tokens])
 
     unused = []
     for option in fields(PretextConfig):
-        needless = option.name != "method" and option.name not in baseline.uses
+        needless = option.name != "method" and option.name not in uses
         if needless and was_set(config, option.name):
             unused.append(f"--{option.name.replace('_', '-')}")
     if not unused:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from dae.pretext import disrupt
 from dae.pretext.disrupt import (
+    check_cubes,
     downsample,
     draw_channels,
     draw_cubes,
@@ -170,6 +171,21 @@ def test_a_range_of_ratios_is_drawn_evenly_between_its_ends() -> None:
 
 def test_a_ratio_of_thousand_entries_is_exact() -> None:
     assert masked_share((1000,), 0, (0.6,), generators(1)[0]).sum() == 600
+
+
+@pytest.mark.parametrize("grid", [(4, 4, 4), (8, 8, 8), (5, 9, 7), (2, 2, 16)])
+@pytest.mark.parametrize("ratio", [(0.0,), (0.02,), (0.3,), (0.6,), (0.0, 0.6), (0.0, 0.04)])
+@pytest.mark.parametrize("block", [1, 3, 4, 8])
+def test_blocks_of_which_none_is_ever_masked_are_refused(
+    grid: tuple[int, ...], ratio: tuple[float, ...], block: int
+) -> None:
+    most = (ratio[-1],)
+    masks_some = bool(draw_cubes(grid, generators(1), ratio=most, block=block).any())
+    if masks_some or ratio[-1] == 0:
+        check_cubes(grid, ratio=ratio, block=block)
+        return
+    with pytest.raises(ValueError, match=f"^--mask-block {2 * block}: a crop of {2 * grid[0]} "):
+        check_cubes(grid, ratio=ratio, block=block, voxels=2)
 
 
 def test_gradients_flow_through_the_channels_that_are_left() -> None:

@@ -121,14 +121,14 @@ def test_a_mean_over_what_is_masked_is_of_each_sample_and_0_where_nothing_is() -
     [
         ("swin_unetr", 4, 4),
         ("swin_unetr", 8, 8),
-        ("swin_unetr", 7, 4),  # three tokens, 6 voxels
+        ("swin_unetr", 7, 2),  # three tokens: cells of 4 voxels would lie across the border
         ("swin_unetr", 1, 2),  # at least a token
         ("unet", 2, 2),
         ("unet", 16, 4),  # the bottleneck
         ("vit_unetr", 4, 8),  # a patch
     ],
 )
-def test_the_deepest_state_with_cells_within_a_block_is_distilled(
+def test_the_deepest_state_whose_cells_make_up_a_block_is_distilled(
     backbone: str, block: int, cell: int
 ) -> None:
     net = smit(backbone, mask_block=block)
@@ -136,9 +136,13 @@ def test_the_deepest_state_with_cells_within_a_block_is_distilled(
     cells = net.backbone.encode(net.backbone.tokenize(x))[net.level]
     assert 48 // cells.shape[-1] == cell
 
+    mask = net.draw(x, [0])
+    share = distil.mask_of_cells(mask, cells.shape[2:]).float().mean()
+    assert share == mask.float().mean()  # what is masked is whole cells
 
-def test_blocks_that_cover_no_cell_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"^--mask-block: blocks of 4 voxels .* take 8 or more$"):
+
+def test_blocks_that_no_cells_make_up_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^--mask-block: .* blocks of 4 .* a multiple of 8$"):
         distil.deepest_within([8, 16], 4)
 
 

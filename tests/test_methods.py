@@ -1,6 +1,7 @@
 """dae/pretext/methods.py: forward, the rows of Table 5, and the forms of x_rec."""
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any, get_args
 
 import pytest
@@ -15,7 +16,7 @@ from dae.model import SwinUNETR
 from dae.model.swin import MERGE_ORDER, STEMS, ClippedBias, MergeOrder, Stem
 from dae.pretext.baselines import BASELINES
 from dae.pretext.contrast import FORMS
-from dae.pretext.methods import METHODS, RECON, Output, Pretext, l1_of, std
+from dae.pretext.methods import ALL_READ, METHODS, READS, RECON, Output, Pretext, l1_of, std
 
 X = torch.rand(2, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)) * 3 - 1
 MODALITY = torch.tensor([0, 1])
@@ -179,6 +180,46 @@ def test_scaled_sees_each_crop_standardised_and_so_undoes_any_scaling_exactly() 
 def test_residual_is_refused_where_x_hat_is_the_target(method: str) -> None:
     with pytest.raises(ValueError, match=f"residual.*{method}"):
         pretext(method, recon="residual")
+
+
+@pytest.mark.parametrize(
+    "method, strengths, is_zero",
+    [
+        ("noise", {"noise_std": 0.0}, True),
+        ("noise", {"noise_std": 0.0, "noise_mean": 0.1}, False),
+        ("downsample", {"downsample_factor": 1.0}, True),
+        ("dae", {"downsample_factor": 1.0}, False),
+        ("dae", {"noise_std": 0.0}, False),
+        ("dae", {"noise_std": 0.0, "downsample_factor": 1.0}, True),
+    ],
+)
+def test_a_disruption_of_no_strength_does_not_leak_the_target_either(
+    method: str, strengths: dict[str, float], is_zero: bool
+) -> None:
+    net = pretext(method, **strengths)
+    assert net.skip_is_zero == is_zero
+    assert torch.equal(step(net).x_hat, X) == is_zero
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_options_of_a_row_are_those_that_it_reads(method: str) -> None:
+    read: set[str] = set()
+
+    class Watched(PretextConfig):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+    torch.manual_seed(0)
+    net = Pretext(SwinUNETR(1, 1, **NETWORK), method, Watched(mask_block=8))
+    when_built = {"recon", "skip", "l1_units"}
+    assert when_built <= read
+    read.clear()  # of some, the checks of every row have asked
+    step(net)
+
+    of_volume, of_tokens = METHODS[method]
+    own = read & {field.name for field in fields(PretextConfig)}
+    assert own | when_built == {*ALL_READ, *READS[of_volume], *READS[of_tokens]}
 
 
 @pytest.mark.parametrize("skip, is_zero", [("auto", True), ("zeros", True), ("input", False)])

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dae.config.pretrain import PretextConfig
 from dae.model import Backbone
 from dae.pretext.contrast import embed, gather_one, nt_xent
-from dae.pretext.disrupt import draw_cubes, sample_generators, token_mask
+from dae.pretext.disrupt import check_cubes, draw_cubes, sample_generators, token_mask
 from dae.pretext.distil import (
     Heads,
     Teacher,
@@ -41,6 +41,8 @@ from dae.pretext.methods import (
     RECON,
     Method,
     Pretext,
+    block_of,
+    check_blocks,
     check_options,
     draw_cube_mask,
     is_in_crop_units,
@@ -204,6 +206,7 @@ class SwinUNETRPretext(Baseline):
 
     def check_crop(self, crop: Sequence[int]) -> None:
         check_turns(crop, self.turns)
+        check_cubes(crop, ratio=(self.options.cutout_ratio,), block=self.options.mask_block)
 
     def draw(self, x: Tensor, seeds: Sequence[int]) -> tuple[Cut, Cut]:
         generators = sample_generators(seeds, x.device)
@@ -264,13 +267,15 @@ class SMIT(Baseline):
 
         states = rehearse(backbone)
         cells = [2 * backbone.divisor // state.shape[-1] for state in states]
-        block = max(1, options.mask_block // backbone.stride) * backbone.stride
-        self.level = deepest_within(cells, block)
+        self.level = deepest_within(cells, block_of(self) * backbone.stride)
 
         self.heads = Heads(states[self.level].shape[1], states[-1].shape[1])
         self.mask_token = nn.Parameter(torch.zeros(backbone.embed_dim))
         trunc_normal_(self.mask_token, std=0.02)
         self.teacher = Teacher(self.backbone, self.heads)
+
+    def check_crop(self, crop: Sequence[int]) -> None:
+        check_blocks(self, crop)
 
     def draw(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
         return draw_cube_mask(self, x, sample_generators(seeds, x.device))

@@ -7,12 +7,15 @@ disruptions themselves are pure functions of tensors, which torch.compile takes 
 Axis letters: b batch, c channels, d h w grid.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from einops import rearrange, repeat
 from torch import Generator, Tensor
 from torch.nn import functional as F
+
+from dae.errors import counted
 
 
 def sample_generators(seeds: Sequence[int], device: torch.device) -> list[Generator]:
@@ -103,6 +106,23 @@ def random_order(shape: Sequence[int], dim: int, generator: Generator) -> Tensor
 
     # The inverse of that permutation: where each entry stands among the sorted scores.
     return order.argsort(dim)
+
+
+def check_cubes(
+    grid: Sequence[int], *, ratio: Sequence[float], block: int, voxels: int = 1
+) -> None:
+    """Raises ValueError where `draw_cubes` would never mask anything: no method means that.
+
+    voxels: the side of an entry of the grid, for the words.
+    """
+    cubes = math.prod(-(-n // block) for n in grid)
+    most = min(round(max(ratio) * cubes), cubes - 1)
+    if max(ratio) > 0 and not most:
+        crop = " ".join(str(n * voxels) for n in grid)
+        raise ValueError(
+            f"--mask-block {block * voxels}: a crop of {crop} has {counted(cubes, 'block')}, of "
+            f"which a share of {max(ratio):g} is none; take smaller blocks or a larger crop"
+        )
 
 
 # --- what is done with it

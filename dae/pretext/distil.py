@@ -190,15 +190,15 @@ def mean_where(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def deepest_within(cells: Sequence[int], block: int) -> int:
-    """Which state is distilled: the deepest whose cells a masked block covers.
+    """Which state is distilled: the deepest of whose cells a masked block is made.
 
-    cells: the side of a cell of each state, block: that of a masked block, in voxels. In states
-    below it every cell mixes what is masked with what is seen. Raises ValueError on no such state.
+    cells: the side of a cell of each state, block: that of a masked block, in voxels. In any deeper
+    state some cells mix what is masked with what is seen. Raises ValueError on no such state.
     """
-    fitting = [n for n, cell in enumerate(cells) if cell <= block]
+    fitting = [n for n, cell in enumerate(cells) if block % cell == 0]
     if not fitting:
         raise ValueError(
-            f"--mask-block: blocks of {block} voxels cover no cell of the network's states; "
-            f"take {min(cells)} or more"
+            f"--mask-block: no state of the network has cells that make up blocks of {block} "
+            f"voxels; take a multiple of {min(cells)}"
         )
     return fitting[-1]

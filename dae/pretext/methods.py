@@ -23,6 +23,7 @@ from dae.model import Backbone
 from dae.pretext.contrast import cmcl, embed, gather
 from dae.pretext.disrupt import (
     add_noise,
+    check_cubes,
     downsample,
     draw_channels,
     draw_cubes,
@@ -100,6 +101,18 @@ METHODS: dict[str, tuple[Transform, Transform]] = {
     "local_mask": (unchanged, some_channels),
     "mae": (unchanged, some_tokens),
 }
+
+
+# The options that each transform reads, and those that every row has.
+READS: dict[Transform, tuple[str, ...]] = {
+    unchanged: (),
+    noise_and_coarse: ("noise_std", "noise_mean", "downsample_factor", "downsample_mode", "order"),
+    noise_alone: ("noise_std", "noise_mean"),
+    coarse_alone: ("downsample_factor", "downsample_mode"),
+    some_channels: ("mask_ratio", "mask_scope", "mask_along"),
+    some_tokens: ("mask_ratio", "mask_block"),
+}
+ALL_READ = ("recon", "skip", "l1_units", "alpha", "cmcl", "temperature", "z")
 
 
 # --- the forms of x_rec
@@ -190,7 +203,7 @@ class Pretext(Method):
             trunc_normal_(self.mask_token, std=0.02)
 
         # Where x_hat is the target, the skip at full resolution would hand it to the last layers.
-        input_is_target = self.disrupt is unchanged
+        input_is_target = leaves_x(self.disrupt, options)
         zero_by_itself = options.skip == "auto" and input_is_target
         self.skip_is_zero = options.skip == "zeros" or zero_by_itself
 
@@ -203,6 +216,10 @@ class Pretext(Method):
                     "take plain, scaled or output"
                 )
             start_from_x_hat(backbone)
+
+    def check_crop(self, crop: Sequence[int]) -> None:
+        if self.mask is some_tokens:
+            check_blocks(self, crop)
 
     def forward(self, x: Tensor, modality: Tensor, drawn: Drawn) -> Output:
         """Figure 1. x (b, c, d, h, w): clean crops; modality (b,), int64; drawn: from `draw`."""
@@ -260,6 +277,19 @@ def check_options(options: PretextConfig) -> None:
         raise ValueError(
             f"--temperature {options.temperature:g}: float32 has no exp(t); the paper's is 0.07"
         )
+
+
+def leaves_x(disrupt: Transform, options: PretextConfig) -> bool:
+    """Whether x_hat is x: a method without a disruption of the volume, or one of strength 0."""
+    silent = options.noise_std == 0 and options.noise_mean == 0
+    as_fine = options.downsample_factor == 1
+    nothing_is_done = {
+        unchanged: True,
+        noise_alone: silent,
+        coarse_alone: as_fine,
+        noise_and_coarse: silent and as_fine,
+    }
+    return nothing_is_done.get(disrupt, False)
 
 
 def is_in_crop_units(options: PretextConfig) -> bool:
@@ -323,13 +353,24 @@ def draw_channel_mask(net: Pretext, x: Tensor, generators: Sequence[Generator]) 
 
 
 def draw_cube_mask(net: Method, x: Tensor, generators: Sequence[Generator]) -> Tensor:
-    """Cubes of --mask-block voxels, in tokens."""
-    block = max(1, net.options.mask_block // net.backbone.stride)
-    return draw_cubes(token_grid(net, x), generators, ratio=net.options.mask_ratio, block=block)
+    ratio = net.options.mask_ratio
+    return draw_cubes(token_grid(net, x), generators, ratio=ratio, block=block_of(net))
 
 
 def token_grid(net: Method, x: Tensor) -> list[int]:
     return [n // net.backbone.stride for n in x.shape[2:]]
+
+
+def block_of(net: Method) -> int:
+    """The side of the cubes of --mask-block voxels, in tokens; at least one."""
+    return max(1, net.options.mask_block // net.backbone.stride)
+
+
+def check_blocks(net: Method, crop: Sequence[int]) -> None:
+    """Raises ValueError where a crop has too few blocks for one to be masked."""
+    stride = net.backbone.stride
+    grid = [n // stride for n in crop]
+    check_cubes(grid, ratio=net.options.mask_ratio, block=block_of(net), voxels=stride)
 
 
 # What is drawn for a column of METHODS; nothing for those that are not here.

@@ -34,7 +34,9 @@ def test_scratch_leaves_the_weights_that_every_method_of_its_seed_starts_from(
     assert events(scratch, "end")[0]["reason"] == "finished"
 
     for method in ("dae", "mae"):
-        standing = tiny(method=method, seed=3, lr=0.0, steps=1, out=str(tmp_path / method))
+        standing = tiny(
+            method=method, seed=3, mask_block=4, lr=0.0, steps=1, out=str(tmp_path / method)
+        )
         main(standing)
         assert same_weights(weights(scratch.out), weights(standing.out))
 
@@ -201,7 +203,17 @@ def test_a_crop_that_cannot_be_turned_is_refused_before_any_volume_is_read(
     main(tiny(method=method, crop=(16, 16, 24), steps=1, mask_block=4))  # the turn is axial
 
 
-def test_flags_that_do_nothing_for_a_baseline_are_named_once(
+@pytest.mark.parametrize("method", ["mae", "smit", "swin_unetr"])
+def test_blocks_as_large_as_the_crop_are_refused_before_any_volume_is_read(
+    tiny: Config, method: str
+) -> None:
+    """Nothing would be masked: the method would be another one."""
+    config = tiny(method=method, crop=(16, 16, 16), mask_block=16)
+    assert refusal(main, config).startswith("--mask-block 16: a crop of 16 16 16 has 1 block, ")
+    assert not Path(config.out).exists()
+
+
+def test_flags_that_do_nothing_for_a_method_are_named_once(
     tiny: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(tiny(method="rotation", recon="residual", alpha=0.1, rotations="all", steps=1))
@@ -209,6 +221,8 @@ def test_flags_that_do_nothing_for_a_baseline_are_named_once(
     assert "--method rotation does not use --recon, --alpha\n" in told
     main(tiny(method="dae", steps=1, out=tiny().out + "2"))
     assert "does not use" not in capsys.readouterr().err
+    main(tiny(method="noise", noise_std=0.2, mask_ratio=(0.4,), steps=1, out=tiny().out + "3"))
+    assert "--method noise does not use --mask-ratio\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method, told", [("contrastive", True), ("rotation", False)])

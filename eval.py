@@ -542,13 +542,16 @@ def doubt_about_sides(plan: Mapping[str, Any], names: Mapping[int, str]) -> str:
 
 def items_to_predict(
     config: PredictConfig, plan: Mapping[str, Any], seen: leaks.Seen, unknown: Sequence[str]
-) -> Sequence[Item]:
-    """The images of --images, or the items of --split of the list. Raises InputError."""
+) -> tuple[Sequence[Item], list[str]]:
+    """The images of --images, or the items of --split of the list, and the case of each. Raises
+    InputError.
+    """
     if config.images:
-        return images_of(config, plan)
+        images = images_of(config, plan)
+        return images, cases.case_names([item.image[0] for item in images])
     items, chosen = cases_of(config, config.modality, seen, unknown)
     cases.check_task(items, plan["classes"], from_plan(plan), config.data)
-    return chosen
+    return chosen, cases.names_in_list(items, chosen)
 
 
 def images_of(config: PredictConfig, plan: Mapping[str, Any]) -> list[Item]:
@@ -796,10 +799,9 @@ def plan_prediction(config: PredictConfig, ranks: Ranks) -> Job:
     seen, unknown = leaks.seen_of(saved, config.checkpoint)
 
     # The images: whether these networks can predict them, and may.
-    items = items_to_predict(config, model.plan, seen, unknown)
+    items, names = items_to_predict(config, model.plan, seen, unknown)
     for item in items:
         check_intensity(item, [state["plan"] for state in saved])
-    names = cases.case_names([item.image[0] for item in items])
     leaks.read_predicted(out)  # found damaged now, and not after hours of prediction
     trained = trained_cases(config, items, names, seen, unknown)
 
@@ -1116,7 +1118,7 @@ def truths_of_list(config: TruthsConfig, record: leaks.Seen) -> Truths:
     """The labels of --split of the list. `record` is what predict left beside the predictions."""
     # Scoring reads no intensity, so that a list that names no modality will do.
     items, chosen = cases_of(config, "mr", record)
-    names = cases.case_names([item.image[0] for item in chosen])
+    names = cases.names_in_list(items, chosen)
     labels = [(case, item.label) for case, item in zip(names, chosen)]
     pairs = cases.pair(Path(config.predictions), labels)
 

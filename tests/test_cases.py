@@ -89,6 +89,18 @@ def test_names_that_repeat_are_told_apart_by_their_folders_and_others_stay() -> 
     ]
 
 
+def test_a_case_has_the_same_name_in_every_part_of_a_list() -> None:
+    """In another fold another patient has the same file name: folds would mix the two up."""
+    images = [Path("/d/zurich/001.nii"), Path("/d/vienna/001.nii"), Path("/d/zurich/002.nii")]
+    whole = case_names(images)
+    assert whole == ["zurich_001", "vienna_001", "002"]
+    for n, image in enumerate(images):
+        assert case_names([image], among=images) == [whole[n]]
+    assert case_names(images[:1], among=[images[0], images[0]]) == ["001"]  # an item in two splits
+    other = Path("/d/a/B.nii"), Path("/d/b/b.nii")
+    assert case_names(other[:1], among=other) == ["B"]  # only one of them is written
+
+
 def test_a_made_up_name_does_not_hide_a_true_one() -> None:
     names = case_names([Path("/d/s1/t1.nii"), Path("/d/s2/t1.nii"), Path("/d/s3/s1_t1.nii")])
     assert len(set(names)) == 3

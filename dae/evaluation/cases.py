@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dae.config.evaluate import DefinitionName
-from dae.data.datalist import DataList
+from dae.data.datalist import DataList, Item
 from dae.data.listfile import LARGEST, LONGEST
 from dae.data.nifti import SHEAR, difference_in_words, read_grid, read_labels
 from dae.data.regions import Region, check_same
@@ -76,13 +76,17 @@ def case_name(image: Path) -> str:
     return image.name
 
 
-def case_names(images: Sequence[Path]) -> list[str]:
+def case_names(images: Sequence[Path], among: Iterable[Path] = ()) -> list[str]:
     """A name for each: its own, after as many of its folders as set it apart (s1_t1, s2_t1).
 
-    Raises InputError where two are one and the same.
+    It is set apart from those of `among` as well: of all images of a list, so that a case has the
+    same name in every fold and every split. Raises InputError where two are one and the same.
     """
-    names = [case_name(image) for image in images]
-    folders = [list(image.absolute().parts[1:-1]) for image in images]
+    own = {image.absolute() for image in images}
+    others = dict.fromkeys(image.absolute() for image in among)
+    every = [*images, *(image for image in others if image not in own)]
+    names = [case_name(image) for image in every]
+    folders = [list(image.absolute().parts[1:-1]) for image in every]
 
     # Each round puts one more folder in front of the names that are still there twice.
     repeated = repeats(names)
@@ -91,11 +95,20 @@ def case_names(images: Sequence[Path]) -> list[str]:
             if name not in repeated:
                 continue
             if not folders[n]:
-                raise InputError(f"{images[n]}: its name is there twice; each is a case of its own")
+                raise InputError(f"{every[n]}: its name is there twice; each is a case of its own")
             names[n] = f"{folders[n].pop()}_{name}"
         repeated = repeats(names)
+
+    names = names[: len(images)]
     check_file_names(names, images)
     return names
+
+
+def names_in_list(items: DataList, chosen: Sequence[Item]) -> list[str]:
+    """The case of each chosen item of a list. Raises InputError as `case_names`."""
+    every = (*items.training, *items.validation, *items.test)
+    images = [item.image[0] for item in chosen]
+    return case_names(images, among=[item.image[0] for item in every])
 
 
 def check_file_names(names: Sequence[str], images: Sequence[Path]) -> None:

@@ -297,6 +297,13 @@ def test_six_pairs_that_all_gain_have_the_least_p_that_six_can_have() -> None:
     assert sign_flip_p(np.array([0.1, 0.2, 0.3, 0.1, 0.4, 0.1])) == 2 / 2**6
 
 
+def test_no_signs_lie_nearer_to_0_than_differences_that_cancel_out() -> None:
+    """Their sum is 0 but for rounding: p is 1."""
+    for n in range(30):
+        a, b, c = np.random.default_rng(n).normal(size=3).round(2)
+        assert sign_flip_p(np.array([a, b, c, -b, -c, -a])) == 1
+
+
 def test_sign_flips_of_many_pairs_are_drawn_and_near_scipys() -> None:
     differences = np.random.default_rng(1).normal(0.1, 0.3, 40)
     drawn = sign_flip_p(differences)

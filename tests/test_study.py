@@ -33,6 +33,7 @@ from dae.study.cells import (
     cell_fingerprint,
     cells_of,
     cells_of_method,
+    hash_of_list,
     pretrain_command,
 )
 from dae.study.locks import locked
@@ -155,6 +156,7 @@ def refusal(folder: Path, **changes: Any) -> str:
         ({"finetune": {"label_count": 3}}, '"label_count" is a flag that the study itself sets'),
         ({"finetune": ["lr"]}, '"finetune" is an object'),
         ({"predict": {"tat": True}}, '"predict"'),
+        ({"score": {"policy": "diagonal"}}, '"policy" is a flag that the study itself sets'),
         ({"labels": [0]}, '"labels": 0'),
         ({"labels": [1.5]}, '"labels": 1.5'),
         ({"labels": ["most"]}, '"labels": most'),
@@ -325,6 +327,23 @@ def test_a_fold_is_held_out_and_scored_and_another_list_has_none(here: Path) -> 
     for step in ("predict", "score"):
         assert "--data elsewhere.json --split test " in commands[step]
         assert "--fold" not in commands[step]
+
+
+def test_a_drawn_fold_is_scored_by_the_seed_that_drew_it(here: Path) -> None:
+    changes: dict[str, Any] = {"finetune": {"split_seed": 7}, "split": "validation", "folds": [1]}
+    plan = read_plan(str(plan_file(here, **changes)))
+    commands = commands_of(plan, "dae-all-p0-t1-fold1")
+    assert "--fold 1" in commands["finetune"] and "--split-seed 7 " in commands["finetune"]
+    assert "--split validation --fold 1 --split-seed 7 " in commands["score"]
+
+
+def test_a_list_that_is_tuned_on_is_not_tested_on_by_its_validation_cases(here: Path) -> None:
+    """Scratch would choose its learning rate by the cases that are reported."""
+    data = {**PLAN["data"], "test": "./labelled.json"}
+    plan = read_plan(str(plan_file(here, data=data, split="validation")))
+    with pytest.raises(InputError, match=r'"test": labelled.json is the list of "finetune"'):
+        commands_of(plan, "dae-all-p0-t1")
+    assert commands_of(read_plan(str(plan_file(here, data=data))), "dae-all-p0-t1")
 
 
 def test_scratch_may_have_its_own_learning_rates(here: Path) -> None:
@@ -626,6 +645,46 @@ def test_a_cell_of_another_version_of_the_plan_is_named_and_not_mixed_in(here: P
     write_list(here / "labelled.json", training=4)
     with pytest.raises(InputError, match="finetune_data was"):
         run_all(study_in(out))
+
+
+def test_a_list_to_test_on_makes_another_version_of_the_plan(here: Path) -> None:
+    out = here / "out"
+    write_list(here / "elsewhere.json")
+    other: dict[str, Any] = {"data": {**PLAN["data"], "test": "elsewhere.json"}}
+    run_all(study_in(out))
+    with pytest.raises(InputError, match=r"another version .*test_data was None"):
+        run_all(study_in(out, **other))
+    shutil.rmtree(out)
+    run_all(study_in(out, **other))
+    with pytest.raises(InputError, match=r"another version .*, and is None"):
+        run_all(study_in(out))
+
+
+def test_how_often_it_is_validated_counts_where_the_best_checkpoint_is_scored(here: Path) -> None:
+    out = here / "out"
+    often: dict[str, Any] = {"finetune": {**PLAN["finetune"], "validate_every": 1}}
+    seldom: dict[str, Any] = {"finetune": {**PLAN["finetune"], "validate_every": 3}}
+    run_all(study_in(out, **often))
+    run_all(study_in(out, **seldom))  # the last checkpoint is the same
+
+    best = {"checkpoint": "best.pt"}
+    finished_study(here / "best", with_gains, **often, **best)
+    with pytest.raises(InputError, match="validate_every was 1, and is 3"):
+        run_all(study_in(here / "best", **seldom, **best))
+
+
+@pytest.mark.parametrize("where", ["splits_final.json", "imagesTr/b_0000.nii.gz", "labelsTr/b.nii"])
+def test_an_nnunet_folder_counts_with_its_splits_and_volumes(here: Path, where: str) -> None:
+    folder = here / "Dataset001"
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True)
+    (folder / "dataset.json").write_text("{}")
+    before = hash_of_list(folder)
+    assert before == hash_of_list(folder)
+    (folder / where).write_text("[]")
+    assert hash_of_list(folder) != before
+    shutil.move(folder, here / "moved")
+    assert hash_of_list(folder) == "" != hash_of_list(here / "moved")
 
 
 def on_ranks(number: int, *steps: str) -> dict[str, Any]:
@@ -1164,9 +1223,115 @@ def test_a_score_that_one_method_alone_has_is_said_to_be_left_out(here: Path) ->
     study = finished_study(here / "out", dice, labels=["all"], seeds={})
     dae = entries_in(study)["dae", "all"]
     assert (dae.means["dice"].n, dae.against["dice"]["n"]) == (6, 5)
-    assert "dae on all labels: 1 Dice of a class in a case are there for it or for mae alone" in (
-        page_of(study)
+    note = "dae on all labels: 1 Dice, of a class in a case of a run, are there for it or for mae "
+    assert note in page_of(study)
+
+
+def scored_again(study: Study, name: str, changes: dict[tuple[int, str], str]) -> None:
+    """The scores of a cell with other values: (line, column) -> value; lines are copied first."""
+    path = study.folders.kept(next(c for c in study.cells if c.name == name)) / "scores.csv"
+    lines = [line.split(",") for line in path.read_text().splitlines()]
+    for (number, column), value in changes.items():
+        while len(lines) <= number:
+            lines.append(list(lines[-1]))
+        lines[number][COLUMNS.index(column)] = value
+    path.write_text("\n".join(map(",".join, lines)))
+
+
+def test_an_organ_that_one_seed_has_invented_counts_in_that_seed_alone(here: Path) -> None:
+    """The truth has no organ 2: a seed that invents it has a Dice of 0 there, others have none."""
+    study = finished_study(here / "out", lambda cell: [0.9], labels=["all"], seeds={"finetune": 2})
+    for cell in study.cells:
+        invented = (cell.method, cell.seed) == ("dae", 0)
+        dice, status = ("0", "spurious") if invented else ("nan", "absent")
+        scored_again(
+            study, cell.name, {(2, "class"): "2", (2, "dice"): dice, (2, "status"): status}
+        )
+    entries = entries_in(study)
+    assert entries["mae", "all"].means["dice"].mean == pytest.approx(0.9)
+    dae = entries["dae", "all"]
+    assert dae.means["dice"].mean == pytest.approx((0.9 / 2 + 0.9) / 2)
+    assert dae.scores["dice"] == {"s0": pytest.approx(0.675)}
+    # Against mae, which has no score of it, it is left out, and that is said.
+    assert dae.against["dice"]["difference"] == pytest.approx(0)
+    assert "dae on all labels: 1 Dice, of a class in a case of a run, are there" in page_of(study)
+
+
+def test_seeds_that_both_invent_an_organ_do_not_hide_a_difference(here: Path) -> None:
+    """Dice .9 against .5 of organ 1. Organ 2 is not there, and each invents it in another seed."""
+    study = finished_study(
+        here / "out",
+        lambda cell: [0.9 if cell.method == "dae" else 0.5],
+        labels=["all"],
+        seeds={"finetune": 2},
     )
+    for cell in study.cells:
+        invented = cell.seed == (cell.method == "dae")
+        dice, status = ("0", "spurious") if invented else ("nan", "absent")
+        scored_again(
+            study, cell.name, {(2, "class"): "2", (2, "dice"): dice, (2, "status"): status}
+        )
+    against = entries_in(study)["dae", "all"].against["dice"]
+    assert against["difference"] == pytest.approx(0.4)
+
+
+def test_cells_that_were_scored_against_other_label_maps_are_not_averaged(here: Path) -> None:
+    study = finished_study(here / "out", with_gains, labels=["all"], **IN_FOLDS)
+    for cell in study.cells:
+        labels = {f"s{100 * (cell.fold or 0)}": f"hash of fold {cell.fold}"}
+        summary = {"labels": labels, "diagonals_mm": dict.fromkeys(labels, 10.0)}
+        (study.folders.kept(cell) / "summary.json").write_text(json.dumps(summary))
+    page_of(study)
+
+    # Two patients of one name in two folds.
+    last = study.folders.kept(study.cells[-1]) / "summary.json"
+    last.write_text(json.dumps({"labels": {"s0": "hash of fold 1"}}))
+    words = f"{last.parent}: scored against another label map of case s0 than mae-all-p0-t0-fold0"
+    with pytest.raises(InputError, match=words):
+        page_of(study)
+    # The same voxels in another size.
+    terms = {"labels": {"s0": "hash of fold 0"}, "diagonals_mm": {"s0": 11.0}}
+    last.write_text(json.dumps(terms))
+    with pytest.raises(InputError, match="another label map of case s0"):
+        page_of(study)
+    last.write_text("[")
+    with pytest.raises(InputError, match=r"summary.json: is not as it was written; remove"):
+        page_of(study)
+
+
+def test_runs_without_a_seed_in_common_are_compared_and_said_to_have_none(here: Path) -> None:
+    def so_far(cell: Cell) -> list[float] | None:
+        return list(BASE) if (cell.method == "mae") == (cell.seed == 0) else None
+
+    seeds = {"pretrain": 1, "finetune": 2}
+    study = finished_study(here / "out", so_far, labels=["all"], seeds=seeds)
+    assert "- dae on all labels: no tuning seed is there for it and for mae yet" in page_of(study)
+    whole = finished_study(here / "whole", with_gains, labels=["all"], seeds=seeds)
+    assert "no tuning seed" not in page_of(whole)
+
+
+def test_the_noise_of_one_method_stands_in_for_that_of_the_other(here: Path) -> None:
+    """SD of mae over two runs .0141: a run of dae and one of mae may lie 2 * .0141 * sqrt(2)
+    apart.
+    """
+
+    def dice(cell: Cell) -> list[float] | None:
+        if cell.method == "dae":
+            return None if cell.seed else list(BASE + 0.03)
+        return list(BASE + 0.02 * cell.seed)
+
+    study = finished_study(here / "out", dice, labels=["all"], seeds={"finetune": 2})
+    assert "The data cannot tell them apart: seeds alone may make 0.0400." in page_of(study)
+
+
+def test_cells_of_other_devices_are_told(here: Path) -> None:
+    study = finished_study(here / "out", with_gains, labels=["all"])
+    for n, cell in enumerate(study.cells):
+        made = study.folders.kept(cell) / "cell.json"
+        content = json.loads(made.read_text())
+        made.write_text(json.dumps({**content, "device": "cuda:1" if n else "cpu"}))
+    number = len(study.cells) - 1
+    assert f"one kind of device (1 on cpu, {number} on cuda): --amp auto differs." in page_of(study)
 
 
 def test_cases_whose_distance_lacks_an_organ_are_counted(here: Path) -> None:
@@ -1215,7 +1380,9 @@ def test_the_table_names_its_lists_and_says_that_fewer_labels_are_the_same_ones(
     text = page_of(finished_study(here / "out", with_gains, data=data))
     assert "Pre-trained on pretrain.json, fine-tuned on tune.json." in text
     assert "on the test cases of elsewhere.json" in text
-    assert "the same subjects in every run" in text
+    assert "the same subjects in every run:" in text
+    folds = page_of(finished_study(here / "folds", with_gains, **IN_FOLDS))
+    assert "the same subjects in every run of one fold:" in folds
     alone = finished_study(here / "other", with_gains, labels=["all"])
     assert "the same subjects" not in page_of(alone)
 
@@ -1224,8 +1391,13 @@ def test_the_table_names_its_lists_and_says_that_fewer_labels_are_the_same_ones(
     "gains, seed, words",
     [
         ([0.05, -0.05, 0.04, -0.03, 0.02, 0.0], 0.0, "cannot tell them apart: the interval"),
-        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.05], 0.2, "cannot tell them apart: seeds of one method"),
-        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.05], 0.01, "larger than that of seeds"),
+        # Two runs of each have an SD of seed / sqrt(2), and so have two means of two runs.
+        (
+            [0.05, 0.06, 0.04, 0.05, 0.06, 0.05],
+            0.04,
+            "cannot tell them apart: seeds alone may make",
+        ),
+        ([0.05, 0.06, 0.04, 0.05, 0.06, 0.05], 0.03, "larger than the 0.0424 that seeds alone may"),
     ],
 )
 def test_a_plain_sentence_says_whether_the_data_can_tell_two_methods_apart(
@@ -1386,6 +1558,15 @@ def test_a_report_of_nothing_is_a_table_of_dashes(here: Path) -> None:
     assert command_line(str(plan_file(here)), "--out", "out", "--report") == 0
     assert "Nothing can be compared yet." in (here / "out/table.md").read_text()
     assert not (here / "out/figure.png").exists()
+
+    # What an older version of the plan has shown does not stand beside it.
+    report(finished_study(here / "out", with_gains))
+    assert (here / "out/figure.png").exists() and (here / "out/cases.csv").exists()
+    report(study_in(here / "out", finetune={"steps": 9}))
+    assert sorted(path.name for path in (here / "out").iterdir() if path.is_file()) == [
+        "table.csv",
+        "table.md",
+    ]
 
 
 # --- the real commands

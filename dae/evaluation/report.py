@@ -173,20 +173,25 @@ def check_label_maps(
     a: str, b: str, terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]
 ) -> None:
     """Raises InputError where a case has other labels, or the same in voxels of another size."""
-    labels_a = terms_a.get("labels", {})
-    labels_b = terms_b.get("labels", {})
-    for case in sorted(labels_a.keys() & labels_b.keys()):
-        mm_a = terms_a.get("diagonals_mm", {}).get(case)
-        mm_b = terms_b.get("diagonals_mm", {}).get(case)
-
-        # Equal voxels of another size are other labels.
-        known = mm_a is not None and mm_b is not None
-        other_size = known and not isclose(mm_a, mm_b, rel_tol=SAME_LENGTH)
-        if labels_a[case] != labels_b[case] or other_size:
+    cases = terms_a.get("labels", {}).keys() & terms_b.get("labels", {}).keys()
+    for case in sorted(cases):
+        if is_another_label_map(case, terms_a, terms_b):
             raise InputError(
                 f"{a} and {b} were scored against different label maps of case {case}; "
                 "score one of them again"
             )
+
+
+def is_another_label_map(case: str, terms_a: Mapping[str, Any], terms_b: Mapping[str, Any]) -> bool:
+    """Whether the label maps of a case differ, in labels or in the size of voxels. Both have it."""
+    if terms_a["labels"][case] != terms_b["labels"][case]:
+        return True
+
+    # Equal voxels of another size are other labels.
+    mm_a = terms_a.get("diagonals_mm", {}).get(case)
+    mm_b = terms_b.get("diagonals_mm", {}).get(case)
+    known = mm_a is not None and mm_b is not None
+    return known and not isclose(mm_a, mm_b, rel_tol=SAME_LENGTH)
 
 
 # --- figures

@@ -156,6 +156,15 @@ def case_means(rows: Iterable[Row], metric: str) -> dict[str, float]:
     return {case: spread(scores)["mean"] for case, scores in values.items()}
 
 
+def means_over_runs(runs: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Each case's mean over the runs that have a finite score of it: seeds do not make cases."""
+    values: dict[str, list[float]] = {}
+    for scores in runs:
+        for case, score in scores.items():
+            values.setdefault(case, []).append(score)
+    return {case: spread(scores)["mean"] for case, scores in values.items()}
+
+
 def worst_cases(rows: Iterable[Row], n: int = 3) -> list[str]:
     """The cases of the lowest mean Dice, the lowest first."""
     means = case_means(rows, "dice")
@@ -314,7 +323,8 @@ def compare_by_metric(
 
     # Over all classes, a case is one pair: the means over the classes that both runs have in it.
     left_out_in_all = sum(left_out.values(), Counter[str]())
-    result = compare_pairs(paired_case_means(pairs), left_out_in_all, metric, seed)
+    means = list(paired_case_means(pairs).values())
+    result = compare_pairs(means, left_out_in_all, metric, seed)
     for p in P_VALUES:
         result[f"{p}_holm"] = nan  # one test needs no correction
     table.append({"metric": metric, "class": OVERALL, "name": OVERALL_NAME, **result})
@@ -352,17 +362,17 @@ def why_not_finite(a: Row, b: Row, metric: str) -> str:
     return f"{' or '.join(different)} in {' and '.join(statuses)}"
 
 
-def paired_case_means(pairs: Mapping[Key, Scores]) -> list[Scores]:
+def paired_case_means(pairs: Mapping[Key, Scores]) -> dict[str, Scores]:
     """For each case both means over the classes that are paired in it, the same in both runs."""
     cases: dict[str, list[Scores]] = {}
     for (case, _), scores in pairs.items():
         cases.setdefault(case, []).append(scores)
+    return {case: mean_of_pairs(scores) for case, scores in cases.items()}
 
-    means = []
-    for scores_of_case in cases.values():
-        mean_a, mean_b = np.mean(scores_of_case, axis=0).tolist()
-        means.append((mean_a, mean_b))
-    return means
+
+def mean_of_pairs(scores: Sequence[Scores]) -> Scores:
+    mean_a, mean_b = np.mean(scores, axis=0).tolist()
+    return mean_a, mean_b
 
 
 def compare_pairs(
@@ -434,7 +444,8 @@ def sign_flip_p(differences: NDArray[np.float64], seed: int = 0) -> float:
     """
     n = len(differences)
     sums = np.abs(sign_flips(n, seed) @ differences)
-    as_far = sums >= abs(differences.sum()) * (1 - 1e-9)  # equal sums may differ by rounding
+    rounding = 1e-12 * np.abs(differences).sum()  # by which equal sums may differ
+    as_far = sums >= abs(differences.sum()) - rounding
     if n <= EXACT:
         return float(as_far.mean())
     return float((1 + as_far.sum()) / (1 + len(sums)))  # the signs as they are count as well
@@ -512,12 +523,7 @@ def average_folds(scores: Mapping[str, Mapping[str, float]], seed: int) -> Row:
     over_folds = spread([fold["mean"] for fold in folds.values()])
 
     # Seeds score the same cases again: each case counts once, with its mean.
-    scores_of_case: dict[str, list[float]] = {}
-    for cases in scores.values():
-        for case, score in cases.items():
-            scores_of_case.setdefault(case, []).append(score)
-    case_scores = [spread(values)["mean"] for values in scores_of_case.values()]
-    over_cases = mean_interval(case_scores, seed=seed)
+    over_cases = mean_interval(means_over_runs(scores.values()).values(), seed=seed)
 
     return {
         "folds": folds,

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from dae.config.command_line import parse
 from dae.config.segment import SegConfig
 from dae.config.shared import FREE_ON_RESUME
+from dae.data.nnunet import splits_file
 from dae.errors import InputError
 from dae.study.plan import Flags, Labels, Plan, StepName, arguments
 
@@ -26,7 +27,10 @@ SCRIPTS = Path(__file__).resolve().parents[2]  # where the scripts are, beside d
 FREE = (FREE_ON_RESUME | {"batch"}) - {"preset", "batch_size", "accumulate", "allow_trained"}
 
 # The files of a finished cell. The last one is written last, and says that all are there.
-KEPT = ("scores.csv", "summary.json", "cell.json")
+SCORES = "scores.csv"
+SUMMARY = "summary.json"
+MADE = "cell.json"
+KEPT = (SCORES, SUMMARY, MADE)
 
 
 @dataclass(frozen=True)
@@ -205,7 +209,21 @@ def data_of(plan: Plan, folders: Folders) -> dict[str, str]:
     for name in ("pretrain", "finetune"):
         if name not in lists:
             raise InputError(f'plan "{plan.name}": no list to {name} on; give --data {name}=LIST')
+    check_tested(plan, lists)
     return lists
+
+
+def check_tested(plan: Plan, lists: Mapping[str, str]) -> None:
+    """Raises InputError where the list to test on is that of fine-tuning, by its validation cases:
+    the rate of scratch would be chosen on the very cases that are reported.
+    """
+    if "test" not in lists or plan.split != "validation":
+        return
+    if Path(lists["test"]).resolve() == Path(lists["finetune"]).resolve():
+        raise InputError(
+            f'plan "{plan.name}": "test": {lists["test"]} is the list of "finetune"; leave it out, '
+            'or take "split": "test"'
+        )
 
 
 def pretrain_command(plan: Plan, folders: Folders, run: Pretraining) -> Command:
@@ -235,7 +253,11 @@ def cell_commands(plan: Plan, folders: Folders, cell: Cell) -> list[Command]:
     }
     # A fold of this list is held out; cases of another list have none.
     cases: dict[str, Any] = {"data": lists.get("test", lists["finetune"]), "split": plan.split}
-    fold = {"fold": cell.fold} if cell.fold is not None and "test" not in lists else {}
+    fold: dict[str, Any] = {}
+    if cell.fold is not None and "test" not in lists:
+        fold["fold"] = cell.fold
+        if "split_seed" in finetune:
+            fold["split_seed"] = finetune["split_seed"]
     predict = {
         **plan.predict,
         **cases,
@@ -290,9 +312,13 @@ def pretraining_fingerprint(plan: Plan, folders: Folders, run: Pretraining) -> d
 def cell_fingerprint(plan: Plan, folders: Folders, cell: Cell) -> dict[str, Any]:
     """All that decides the scores of a cell, but the versions of programs."""
     lists = data_of(plan, folders)
+    tuned = tuned_flags(plan, cell)
+    finetune = deciding({**tuned, "seed": cell.seed})
+    if plan.checkpoint == "best.pt" and "validate_every" in tuned:
+        finetune["validate_every"] = tuned["validate_every"]  # says which ones it is chosen from
     content = {
         **pretraining_fingerprint(plan, folders, cell.pretraining),
-        "finetune": deciding({**tuned_flags(plan, cell), "seed": cell.seed}),
+        "finetune": finetune,
         "finetune_data": hash_of_list(Path(lists["finetune"])),
         "checkpoint": plan.checkpoint,
         "split": plan.split,
@@ -315,12 +341,21 @@ def as_json(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def hash_of_list(path: Path) -> str:
-    """Of the bytes of a list, wherever it lies; "" where it is not there."""
+    """Of the bytes of a list, wherever it lies; "" where it is not there.
+
+    Of an nnU-Net folder it is of dataset.json, the splits, and the names of all volumes.
+    """
+    digest = hashlib.sha256()
     if path.is_dir():
+        splits = splits_file(path)
+        volumes = sorted(file.relative_to(path).as_posix() for file in path.glob("*T[rs]/*"))
+        digest.update(splits.read_bytes() if splits else b"")
+        digest.update("\n".join(volumes).encode(errors="surrogateescape"))
         path = path / "dataset.json"
     if not path.is_file():
         return ""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def difference(now: dict[str, Any], before: dict[str, Any]) -> str:
@@ -328,7 +363,7 @@ def difference(now: dict[str, Any], before: dict[str, Any]) -> str:
     for key in {**now, **before}:
         new = now.get(key)
         old = before.get(key)
-        if key.endswith("_data") and not (new and old):
+        if key.endswith("_data") and "" in (new, old):
             continue  # a table can be made where the lists are not
         if isinstance(new, dict) and isinstance(old, dict) and new != old:
             inner = next(name for name in {**new, **old} if new.get(name) != old.get(name))

@@ -68,7 +68,7 @@ OWN: dict[StepName, tuple[str, ...]] = {
         *("pretrained", "fold", "label_fraction", "label_count"),
     ),
     "predict": ("data", "out", "checkpoint", "images", "split", "fold"),
-    "score": ("data", "out", "predictions", "labels", "split", "fold"),
+    "score": ("data", "out", "predictions", "labels", "split", "fold", "split_seed", "policy"),
 }
 LISTS = ("pretrain", "finetune", "test")
 # What a method has beside flags of train_pretrain.py.

@@ -1,35 +1,49 @@
 """What the finished cells of a study say, as numbers.
 
 An entry of the table is one method, fine-tuned in one way, on one number of labels. Its cells are
-runs that differ by seeds and folds. A case is averaged over the runs that have it before anything
-is compared: seeds do not make cases. Entries are compared with the baseline case by case.
+runs that differ by seeds and folds. A run scores each case by the mean over its organs, and a case
+is averaged over the runs that have it: seeds do not make cases. Entries are compared with the
+baseline case by case.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from math import isfinite, nan, sqrt
 from statistics import fmean, stdev
 from typing import Any
 
+from dae.errors import InputError
 from dae.evaluation.cases import read_scores
 from dae.evaluation.metrics import ABSENT, Row
+from dae.evaluation.report import is_another_label_map
 from dae.evaluation.statistics import (
     P_VALUES,
     Interval,
+    Scores,
     by_case_and_class,
     case_means,
     compare_pairs,
     holm,
     mean_interval,
+    mean_of_pairs,
+    means_over_runs,
     paired_case_means,
     paired_scores,
     share_better,
     spread,
 )
-from dae.study.cells import KEPT, Cell, Folders, in_order
+from dae.study.cells import SCORES, Cell, Folders, in_order
 from dae.study.plan import Labels, Plan
-from dae.study.runner import Batches, is_done, made_of, other_batch, other_versions
+from dae.study.runner import (
+    Batches,
+    is_done,
+    made_of,
+    other_batch,
+    other_versions,
+    summary_of,
+)
 
 METRICS = ("dice", "nsd", "hd95")
 CHOSEN = 0.0  # in place of a factor: each label count and fold has the one that was chosen for it
@@ -43,6 +57,8 @@ class Finished:
     rows: list[Row]
     validation: Mapping[str, Any]  # last and best Dice of the cases that fine-tuning validated on
     batches: Batches  # of its training runs
+    device: str  # "cpu", "cuda:0"; "" of older versions
+    terms: Mapping[str, Any]  # what its scores are of: hashes of label maps and more
 
 
 @dataclass
@@ -55,7 +71,7 @@ class Entry:
     labels: Labels
     planned: int  # how many runs
     runs: list[Finished]
-    rows: list[Row]  # of each case and class, averaged over the runs
+    scores: dict[str, dict[str, float]]  # of each metric, by case: the mean over the runs
     means: dict[str, Interval]  # of each metric over cases
     left_out: dict[str, int]  # metric -> how many cases have an organ that is not in the mean
     against: dict[str, Row] = field(default_factory=dict)  # metric -> difference to the baseline
@@ -82,15 +98,14 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     finished: dict[str, Finished] = {}
     for cell in cells:
         if is_done(folders, cell) and cell.name not in others:
-            content = made_of(folders, cell)
-            rows = read_scores(folders.kept(cell) / KEPT[0])
-            batches = content.get("batches", {})
-            finished[cell.name] = Finished(cell, rows, content["validation"], batches)
+            finished[cell.name] = finished_cell(folders, cell)
+    check_same_truths(folders, list(finished.values()))
 
     notes = []
     for name, how in others.items():
         notes.append(f"{name} is left out: another version of the plan made it ({how}).")
     notes += launched_otherwise(list(finished.values()))
+    notes += other_devices(list(finished.values()))
     entries: list[Entry] = []
     for method, tuning in in_order(cells, lambda cell: (cell.method, cell.tuning)):
         for labels in plan.labels_of(method):
@@ -114,6 +129,35 @@ def results_of(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> Results:
     return Results(entries, notes)
 
 
+def finished_cell(folders: Folders, cell: Cell) -> Finished:
+    """What is left of it. Raises InputError where a file of it is not as it was written."""
+    made = made_of(folders, cell)
+    return Finished(
+        cell=cell,
+        rows=read_scores(folders.kept(cell) / SCORES),
+        validation=made["validation"],
+        batches=made.get("batches", {}),
+        device=made.get("device") or "",
+        terms=summary_of(folders, cell),
+    )
+
+
+def check_same_truths(folders: Folders, finished: Sequence[Finished]) -> None:
+    """Raises InputError where two cells were scored against different label maps of one case.
+
+    Labels that have changed meanwhile, or two cases of one name, would be averaged as one case.
+    """
+    first_with: dict[str, Finished] = {}
+    for run in finished:
+        for case in run.terms.get("labels", {}):
+            before = first_with.setdefault(case, run)
+            if is_another_label_map(case, before.terms, run.terms):
+                raise InputError(
+                    f"{folders.kept(run.cell)}: scored against another label map of case {case} "
+                    f"than {before.cell.name}; remove the one that is wrong, and it is run again"
+                )
+
+
 def launched_otherwise(finished: Sequence[Finished]) -> list[str]:
     """A note on each cell that was trained on another number of ranks than one before it."""
     notes = []
@@ -126,6 +170,15 @@ def launched_otherwise(finished: Sequence[Finished]) -> list[str]:
                 )
                 break
     return notes
+
+
+def other_devices(finished: Sequence[Finished]) -> list[str]:
+    """A note where cells were trained on processors of several kinds."""
+    kinds = Counter(run.device.split(":")[0] for run in finished if run.device)
+    if len(kinds) < 2:
+        return []
+    numbers = ", ".join(f"{number} on {kind}" for kind, number in sorted(kinds.items()))
+    return [f"Not all cells were trained on one kind of device ({numbers}): --amp auto differs."]
 
 
 # --- entries, and the learning rate of scratch
@@ -200,7 +253,9 @@ def choose_factors(
 
 def entry_of(cells: Sequence[Cell], finished: Mapping[str, Finished], factor: float) -> Entry:
     runs = [finished[cell.name] for cell in cells if cell.name in finished]
-    rows = averaged([run.rows for run in runs])
+    scores = {}
+    for metric in METRICS:
+        scores[metric] = means_over_runs(case_means(run.rows, metric) for run in runs)
     first = cells[0]
     return Entry(
         method=first.method,
@@ -209,8 +264,8 @@ def entry_of(cells: Sequence[Cell], finished: Mapping[str, Finished], factor: fl
         labels=first.labels,
         planned=len(cells),
         runs=runs,
-        rows=rows,
-        means={metric: mean_interval(case_means(rows, metric).values()) for metric in METRICS},
+        scores=scores,
+        means={metric: mean_interval(scores[metric].values()) for metric in METRICS},
         left_out={metric: cases_left_out(runs, metric) for metric in METRICS},
     )
 
@@ -227,24 +282,6 @@ def cases_left_out(runs: Sequence[Finished], metric: str) -> int:
             if row["status"] != ABSENT and not isfinite(row[metric]):
                 cases.add(row["case"])
     return len(cases)
-
-
-def averaged(runs: Sequence[Sequence[Row]]) -> list[Row]:
-    """Of each case and class one row: the mean over the runs that have a finite score."""
-    alike: dict[tuple[str, int], list[Row]] = {}
-    for rows in runs:
-        for row in rows:
-            alike.setdefault((row["case"], row["class"]), []).append(row)
-
-    result = []
-    for rows_of_class in alike.values():
-        mean = dict(rows_of_class[0])
-        for metric in METRICS:
-            finite = [row[metric] for row in rows_of_class if isfinite(row[metric])]
-            if finite:
-                mean[metric] = fmean(finite)
-        result.append(mean)
-    return result
 
 
 def mean_dice(rows: Sequence[Row]) -> float:
@@ -273,37 +310,45 @@ def compare_with_baseline(plan: Plan, column: Sequence[Entry]) -> None:
 def difference_of(a: Entry, b: Entry, metric: str) -> Row:
     """B minus A over the cases that both have, as `statistics.compare` says it of all classes.
 
-    With `share_better`, the share of resamples of the cases in which B is the better one.
+    The pairs of a case are averaged over the pairs of runs, and `left_out` counts organs of single
+    ones. With `share_better`, the share of resamples of the cases in which B is the better one, and
+    `seeds`, how many tuning seeds both have.
     """
-    rows_of_a, rows_of_b = rows_of_shared_seeds(a, b)
-    pairs, left_out = paired_scores(
-        by_case_and_class(rows_of_a, a.name), by_case_and_class(rows_of_b, b.name), metric
-    )
-    in_all = sum(left_out.values(), Counter[str]())
-    means = paired_case_means(pairs)
-    share = share_better(means, metric, seed=0)
-    return {**compare_pairs(means, in_all, metric, seed=0), "share_better": share}
+    pairs_of_case: dict[str, list[Scores]] = {}
+    in_all = Counter[str]()
+    for run_a, run_b in pairs_of_runs(a, b):
+        of_a = by_case_and_class(run_a.rows, run_a.cell.name)
+        of_b = by_case_and_class(run_b.rows, run_b.cell.name)
+        pairs, left_out = paired_scores(of_a, of_b, metric)
+        in_all += sum(left_out.values(), Counter[str]())
+        for case, scores in paired_case_means(pairs).items():
+            pairs_of_case.setdefault(case, []).append(scores)
+
+    means = [mean_of_pairs(pairs) for pairs in pairs_of_case.values()]
+    return {
+        **compare_pairs(means, in_all, metric, seed=0),
+        "share_better": share_better(means, metric, seed=0),
+        "seeds": len(shared_seeds(a, b)),
+    }
 
 
-def rows_of_shared_seeds(a: Entry, b: Entry) -> tuple[list[Row], list[Row]]:
-    """The rows of both, averaged over the runs whose fold and tuning seed both have; all if they
-    share none.
+def pairs_of_runs(a: Entry, b: Entry) -> list[tuple[Finished, Finished]]:
+    """Each run of A with each run of B of its fold and tuning seed; of its fold alone, if they
+    share no seed.
 
     While a study is under way one has more runs than the other. Runs of one tuning seed see the
-    same crops in the same order, and a seed can matter more than a method. A case is scored in one
-    fold, so it needs the seeds of that fold.
+    same crops in the same order, and a seed can matter more than a method.
     """
-    shared = {fold_and_seed(run) for run in a.runs} & {fold_and_seed(run) for run in b.runs}
-    if not shared:
-        return a.rows, b.rows
-
-    of_a = [run.rows for run in a.runs if fold_and_seed(run) in shared]
-    of_b = [run.rows for run in b.runs if fold_and_seed(run) in shared]
-    return averaged(of_a), averaged(of_b)
+    every = product(a.runs, b.runs)
+    same_fold = [(x, y) for x, y in every if x.cell.fold == y.cell.fold]
+    same_seed = [(x, y) for x, y in same_fold if x.cell.seed == y.cell.seed]
+    return same_seed or same_fold
 
 
-def fold_and_seed(run: Finished) -> tuple[int | None, int]:
-    return run.cell.fold, run.cell.seed
+def shared_seeds(a: Entry, b: Entry) -> set[int]:
+    """The tuning seeds of the runs that are paired; none where they share none."""
+    pairs = pairs_of_runs(a, b)
+    return {x.cell.seed for x, y in pairs if x.cell.seed == y.cell.seed}
 
 
 def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:
@@ -321,16 +366,25 @@ def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:
 
 
 def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
-    """Notes on the scores that a mean holds and its difference to the baseline does not."""
+    """Notes on the scores that a mean holds and its difference to the baseline does not, and on
+    differences between other seeds.
+    """
     notes = []
     for entry in entries:
-        left_out = entry.against["dice"]["left_out"] if entry.against else {}
+        if not entry.against:
+            continue
+        where = f"{entry.name} on {labels_in_words(entry.labels)}"
+        left_out = entry.against["dice"]["left_out"]
         number = sum(n for reason, n in left_out.items() if not reason.endswith("in A and B"))
         if number:
             notes.append(
-                f"{entry.name} on {labels_in_words(entry.labels)}: {number} Dice of a class in a "
-                f"case are there for it or for {plan.baseline} alone, and left out of the "
-                "difference."
+                f"{where}: {number} Dice, of a class in a case of a run, are there for it or for "
+                f"{plan.baseline} alone, and left out of the difference."
+            )
+        if not entry.against["dice"]["seeds"]:
+            notes.append(
+                f"{where}: no tuning seed is there for it and for {plan.baseline} yet; the "
+                "difference is between runs of other seeds."
             )
     return notes
 
@@ -342,7 +396,7 @@ def distances_left_out(plan: Plan, entries: Sequence[Entry]) -> list[str]:
         counts = []
         for entry in entries:
             if entry.labels == labels and entry.left_out["hd95"]:
-                cases = len({row["case"] for row in entry.rows})
+                cases = len(entry.scores["hd95"])
                 counts.append(f"{entry.name} {entry.left_out['hd95']} of {cases}")
         if counts:
             notes.append(
@@ -394,14 +448,13 @@ def noise_of(plan: Plan, entry: Entry) -> Noise:
 def verdict(plan: Plan, a: Entry, b: Entry) -> str:
     """In a plain sentence whether the data can tell B from A."""
     difference = difference_of(a, b, "dice")
-    noises = [noise_of(plan, a).runs, noise_of(plan, b).runs]
-    noise = sqrt(fmean([sd**2 for sd in noises])) if all(map(isfinite, noises)) else nan
+    known = [sd for sd in (noise_of(plan, a).runs, noise_of(plan, b).runs) if isfinite(sd)]
 
     text = (
         f"{b.name} against {a.name} on {labels_in_words(a.labels)}: difference "
         f"{signed(difference['difference'])} over {difference['n']} cases"
     )
-    if any(map(isfinite, noises)):
+    if known:
         text += f"; SD between seeds {noise_in_words(plan, b)} and {noise_in_words(plan, a)}"
     text += ". "
     if not difference["n"]:
@@ -410,11 +463,30 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
         return text + "One case cannot tell them apart."
     if difference["low"] <= 0 <= difference["high"]:
         return text + "The data cannot tell them apart: the interval over cases holds 0."
-    if abs(difference["difference"]) < noise:
-        return text + "The data cannot tell them apart: seeds of one method differ as much."
-    if not isfinite(noise):
+    if not known:
         return text + "The interval leaves out 0; how much seeds differ is not known from one run."
-    return text + "The interval leaves out 0, and the difference is larger than that of seeds."
+
+    pairs = pairs_of_runs(a, b)
+    by_chance = made_by_seeds(known, [x for x, _ in pairs], [y for _, y in pairs])
+    if abs(difference["difference"]) <= by_chance:
+        return text + f"The data cannot tell them apart: seeds alone may make {by_chance:.4f}."
+    return text + (
+        f"The interval leaves out 0, and the difference is larger than the {by_chance:.4f} that "
+        "seeds alone may make."
+    )
+
+
+def made_by_seeds(known: Sequence[float], a: Sequence[Finished], b: Sequence[Finished]) -> float:
+    """How large a difference between the means of these runs other seeds alone may make: two
+    standard deviations of it.
+
+    known: the standard deviation of single runs, of both methods or of the one that has several.
+    """
+    variance = fmean(sd**2 for sd in known)
+    seeds_of_a, seeds_of_b = (
+        {(run.cell.pretraining.seed, run.cell.seed) for run in runs} for runs in (a, b)
+    )
+    return 2 * sqrt(variance / len(seeds_of_a) + variance / len(seeds_of_b))
 
 
 def noise_in_words(plan: Plan, entry: Entry) -> str:

@@ -19,6 +19,9 @@ from dae.evaluation.written import sha256_of
 from dae.files import from_json, json_lines, write_bytes
 from dae.study.cells import (
     KEPT,
+    MADE,
+    SCORES,
+    SUMMARY,
     Cell,
     Command,
     Folders,
@@ -178,8 +181,8 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
 
     kept = folders.kept(cell)
     kept.mkdir(parents=True, exist_ok=True)
-    scores = unit.folder / "scores" / KEPT[0]
-    for name in KEPT[:-1]:
+    scores = unit.folder / "scores" / SCORES
+    for name in (SCORES, SUMMARY):
         write_bytes(kept / name, (unit.folder / "scores" / name).read_bytes())
     content = {
         "cell": cell.name,
@@ -195,7 +198,7 @@ def do_cell(study: Study, cell: Cell, lock: int) -> None:
         "scores_sha256": sha256_of([scores]),
         "fingerprint": unit.fingerprint,
     }
-    write_bytes(kept / KEPT[-1], (json.dumps(content, indent=1) + "\n").encode())
+    write_bytes(kept / MADE, (json.dumps(content, indent=1) + "\n").encode())
     if not study.keep:
         shutil.rmtree(unit.folder)
 
@@ -340,15 +343,28 @@ def made_of(folders: Folders, cell: Cell) -> dict[str, Any]:
     are cut short between two lines would be a table of fewer cases.
     """
     kept = folders.kept(cell)
-    made = read_object(kept / KEPT[-1], ("fingerprint", "validation"))
-    changed = KEPT[-1] if made is None else ""
-    if made and made.get("scores_sha256") not in (None, sha256_of([kept / KEPT[0]])):
-        changed = KEPT[0]
-    if made is None or changed:
-        raise InputError(
-            f"{kept / changed}: is not as it was written; remove {kept}, and the cell is run again"
-        )
+    made = read_object(kept / MADE, ("fingerprint", "validation"))
+    if made is None:
+        raise damaged(kept / MADE)
+    if made.get("scores_sha256") not in (None, sha256_of([kept / SCORES])):
+        raise damaged(kept / SCORES)
     return made
+
+
+def summary_of(folders: Folders, cell: Cell) -> dict[str, Any]:
+    """What summary.json says of a finished cell. Raises InputError where it is no object."""
+    path = folders.kept(cell) / SUMMARY
+    summary = read_object(path, ())
+    if summary is None:
+        raise damaged(path)
+    return summary
+
+
+def damaged(path: Path) -> InputError:
+    """For a file of a finished cell."""
+    return InputError(
+        f"{path}: is not as it was written; remove {path.parent}, and the cell is run again"
+    )
 
 
 def read_object(path: Path, keys: Sequence[str]) -> dict[str, Any] | None:

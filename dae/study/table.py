@@ -7,7 +7,7 @@ from typing import Any
 from dae.errors import InputError
 from dae.evaluation.cases import write_csv
 from dae.evaluation.report import aligned, p_value
-from dae.evaluation.statistics import P_VALUES, RESAMPLES, Interval, case_means
+from dae.evaluation.statistics import P_VALUES, RESAMPLES, Interval
 from dae.figures import new_figure, png
 from dae.files import write_bytes
 from dae.study.cells import Cell, Folders
@@ -40,6 +40,9 @@ def write_tables(plan: Plan, folders: Folders, cells: Sequence[Cell]) -> None:
     if cases:
         write_csv(cases, folders.out / "cases.csv", list(cases[0]))
         write_bytes(folders.out / "figure.png", picture(plan, results))
+    else:  # those of an older version would stand beside the new table
+        (folders.out / "cases.csv").unlink(missing_ok=True)
+        (folders.out / "figure.png").unlink(missing_ok=True)
 
 
 def check_tables(plan: Plan, folders: Folders) -> None:
@@ -96,7 +99,11 @@ def protocol(plan: Plan) -> str:
         f"mean Dice is above that of {plan.baseline}. Runs are averaged first, and seeds are not "
         "resampled: it says nothing about other seeds."
     )
-    deviation = "SD of runs: the standard deviation of the mean Dice between runs of other seeds."
+    deviation = (
+        "SD of runs: the standard deviation of the mean Dice between runs of other seeds. What "
+        "seeds alone may make of a difference is two standard deviations of it, from those of both "
+        "rows, or of the one that has several runs."
+    )
     lines = [*what_is_scored(plan), dice, intervals, holm, above, deviation]
     return "\n".join(f"- {line}" for line in lines)
 
@@ -121,9 +128,10 @@ def what_is_scored(plan: Plan) -> list[str]:
     pretrained_on = lists.get("pretrain", "phantoms")
     lines = [f"Pre-trained on {pretrained_on}, fine-tuned on {tuned_on}.", scored]
     if any(labels != "all" for labels in plan.labels):
+        runs = "every run of one fold" if plan.folds else "every run"
         lines.append(
-            "Fewer labels are those of the same subjects in every run: what another choice of "
-            "them would change is in no interval."
+            f"Fewer labels are those of the same subjects in {runs}: what another choice of them "
+            "would change is in no interval."
         )
     return lines
 
@@ -265,8 +273,7 @@ def cases_of_csv(results: Results) -> list[dict[str, Any]]:
     """A line for each entry and case: the mean over classes, averaged over runs."""
     lines = []
     for entry in results.entries:
-        means = {metric: case_means(entry.rows, metric) for metric in METRICS}
-        for case in means["dice"]:
+        for case in entry.scores["dice"]:
             line = {
                 "labels": entry.labels,
                 "method": entry.method,
@@ -274,7 +281,7 @@ def cases_of_csv(results: Results) -> list[dict[str, Any]]:
                 "lr_factor": entry.factor or "chosen",
                 "case": case,
             }
-            lines.append(line | {metric: means[metric][case] for metric in METRICS})
+            lines.append(line | {metric: entry.scores[metric][case] for metric in METRICS})
     return lines
 
 

@@ -90,8 +90,8 @@ class PretextConfig:
     )
     nt_xent_temperature: float = opt(
         0.5,
-        "temperature of contrastive and swin_unetr, which divides; 0.5 as in Chen et al. 2020 and "
-        "Tang et al. 2022; Table 4",
+        "temperature of contrastive and swin_unetr, which divides; 0.5 as in Tang et al. 2022; "
+        "Table 4",
         low=0.001,
     )
     rotations: Literal["axial", "all"] = opt(

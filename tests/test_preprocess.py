@@ -567,6 +567,17 @@ def test_of_much_foreground_an_even_sample_is_kept() -> None:
     assert np.abs(voxels.mean(axis=0) - 14.5).max() < 4 * standard_error
 
 
+@pytest.mark.parametrize("intensity", ["zscore", "nonzero", "percentile", "minmax", "none"])
+def test_the_foreground_box_holds_all_that_is_not_background(intensity: str, save: Save) -> None:
+    """A head with a dark rim: the rim is darker than the background that `nonzero` makes grey."""
+    grid = np.stack(np.meshgrid(*[np.arange(-16, 16)] * 3, indexing="ij"))
+    radius = np.sqrt((grid**2).sum(axis=0))
+    noise = np.random.default_rng(0).uniform(0, 20, radius.shape)
+    head = np.select([radius < 8, radius < 12], [300 + noise, 50 + noise])
+    prepared = prepare(save(head, intensity), Recipe(foreground_crop=True))
+    assert prepared.data.shape == (1, 23, 23, 23)  # from -11 to 11
+
+
 def test_the_foreground_box_holds_what_is_bright_in_any_channel(save: Save) -> None:
     """Two spots, each in a channel of its own; label and channels are cut to one box."""
     two = np.zeros((12, 13, 14, 2))

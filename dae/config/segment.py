@@ -60,7 +60,7 @@ class LabelConfig:
         low=0,
     )
     foreground_crop: bool = opt(
-        True, "cut volumes to what is brighter than the background, before training"
+        True, "cut volumes to the box of what is not background, before training"
     )
     positive: float = opt(
         0.5, "share of the crops that are centred on a labelled voxel", low=0, high=1

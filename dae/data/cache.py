@@ -42,7 +42,7 @@ from dae.data.nifti import read_grid
 from dae.data.preprocess import Prepared, Recipe, prepare
 from dae.errors import InputError
 
-CACHE_FORMAT = 4  # of the folders below; counts up when what they hold changes
+CACHE_FORMAT = 5  # of the folders below; counts up when what they hold changes
 
 # Three digits of z-scores and of [0, 1]: far below the noise of eq. 1, in half the room.
 DTYPE = np.float16

@@ -41,7 +41,7 @@ class Recipe:
     spacing: tuple[float, ...] = ()  # mm along d h w; empty: that of the file
     ct_window: tuple[float, ...] = (-1000.0, 1000.0)  # HU
     mr_intensity: str = "zscore"
-    foreground_crop: bool = False  # cut to the box of what is brighter than the background
+    foreground_crop: bool = False  # cut to the box of what is not background
 
     @classmethod
     def of(cls, config: DataConfig, *, foreground_crop: bool = False) -> "Recipe":
@@ -120,8 +120,9 @@ def _normalise(volume: Volume, item: Item, recipe: Recipe, label: Labels | None)
     grid = raw.shape[1:]
     box = None
     if recipe.foreground_crop:
-        brighter = data > background[:, None, None, None]
-        box = bounding_box(np.logical_or.reduce(brighter))  # in any channel
+        # Not "brighter than": `nonzero` makes the background a middle grey.
+        differs = data != background[:, None, None, None]
+        box = bounding_box(np.logical_or.reduce(differs))  # in any channel
         assert box is not None  # `check_levels` has found a second grey level
         data = data[:, *box]
         raw = raw[:, *box]

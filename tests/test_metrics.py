@@ -443,6 +443,15 @@ def test_no_label_is_mistaken_for_what_is_ignored(label: int) -> None:
     same([row], [score(prediction, truth, ignore=ignore)])
 
 
+@pytest.mark.parametrize("absent", [255, 254])
+def test_what_is_ignored_is_not_taken_for_a_class_that_is_in_neither_map(absent: int) -> None:
+    ignore = box(0, (24, 24, 9)).astype(bool)
+    truth = 3 * box(4, 15).astype(np.uint8)
+    rows = score_labels(truth, truth, ISO, [3, absent], ignore=ignore)
+    assert [row["status"] for row in rows] == ["ok", "absent"]
+    assert isnan(rows[1]["dice"]) and rows[1]["volume_truth_ml"] == 0
+
+
 def test_a_class_without_a_known_border_has_no_distance() -> None:
     ignore = np.ones((24, 24, 24), bool)
     ignore[8:12, 8:12, 8:12] = False

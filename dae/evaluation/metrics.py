@@ -75,7 +75,7 @@ def score_labels(
     if definition not in DEFINITIONS:
         raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}, got {definition}")
 
-    prediction, truth = cut_out(prediction, truth, ignore)
+    prediction, truth = cut_out(prediction, truth, ignore, max(names))
     predicted_borders = border_voxels(prediction, list(names))
     true_borders = border_voxels(truth, list(names))
     counts = count_voxels(prediction, truth, list(names))
@@ -207,12 +207,15 @@ def count_voxels(prediction: Labels, truth: Labels, classes: Sequence[int]) -> l
     return np.stack(counts, axis=1).tolist()
 
 
-def cut_out(prediction: Labels, truth: Labels, ignore: Mask | None) -> tuple[Labels, Labels]:
+def cut_out(
+    prediction: Labels, truth: Labels, ignore: Mask | None, largest: int
+) -> tuple[Labels, Labels]:
     """Both maps cut to what is not background in either, with a margin of one voxel.
 
-    They are of the smallest unsigned type that has one value more than the labels need. That value,
-    the type's largest, marks ignored voxels in both. If those became background instead, both
-    borders would run along the cut, and every voxel of it would be a perfect match.
+    They are of the smallest unsigned type that has one value more than the labels need, and the
+    `largest` class, which may be in neither map. That value, the type's largest, marks ignored
+    voxels in both. If those became background instead, both borders would run along the cut, and
+    every voxel of it would be a perfect match.
     """
     occupied = (prediction != 0) | (truth != 0)
     if ignore is not None:
@@ -232,7 +235,7 @@ def cut_out(prediction: Labels, truth: Labels, ignore: Mask | None) -> tuple[Lab
     if low < 0 or high > LARGEST_LABEL:
         raise ValueError(f"labels must lie in 0 to {LARGEST_LABEL}, found {low} to {high}")
 
-    smallest = np.min_scalar_type(high + 1)
+    smallest = np.min_scalar_type(max(high, largest) + 1)
     prediction = prediction.astype(smallest)
     truth = truth.astype(smallest)
     if ignore is not None:

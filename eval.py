@@ -79,7 +79,7 @@ if __name__ == "__main__":
     COMMAND, CONFIG = run_or_explain(read_command, "eval.py")
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,13 +187,21 @@ def score(config: ScoreConfig) -> dict[str, Any]:
     for name, picture in pictures.items():
         written.write(f"figures/{name}.png", partial(Path.write_bytes, data=picture))
     page = written.write("report.html", partial(report.write_page, rows, summary, pictures))
+    remove_old_pictures(written, pictures)
 
     dice = summary["mean_of_cases"]["dice"]
-    scored = f"{len(truths.classes)} classes"
-    if truths.regions:
-        scored = counted(len(truths.regions), "region")
+    scored = counted(len(truths.regions), "region")
+    if not truths.regions:
+        scored = "1 class" if len(truths.classes) == 1 else f"{len(truths.classes)} classes"
     print(f"mean Dice {dice['mean']:.4f} over {counted(dice['n'], 'case')}, {scored}; see {page}")
     return summary
+
+
+def remove_old_pictures(written: Written, pictures: Collection[str]) -> None:
+    """Other cases were the worst when the folder was scored before."""
+    for path in (written.folder / "figures").glob("worst-*.png"):
+        if path.stem not in pictures and written.is_whole(f"figures/{path.name}"):
+            path.unlink()
 
 
 def tune(config: TuneConfig) -> postprocess.Steps:
@@ -205,6 +213,7 @@ def tune(config: TuneConfig) -> postprocess.Steps:
             f"--data {config.data}: has regions; post-processing is chosen for classes alone"
         )
     written.check(["postprocess.json"], [Path(config.data)])
+    check_not_processed(Path(config.predictions))
 
     # All cases at once: every step is tried on all of them.
     validation_cases = []
@@ -218,6 +227,19 @@ def tune(config: TuneConfig) -> postprocess.Steps:
     return steps
 
 
+def check_not_processed(predictions: Path) -> None:
+    """Raises InputError where label maps went through steps already: they would help no more, and
+    be left out of the new ones.
+    """
+    written = Written(predictions)
+    for file in sorted({line["file"] for line in written.lines}):
+        if written.last(file).get("settings", {}).get("postprocess"):
+            raise InputError(
+                f"--predictions {predictions}: {file} was predicted with --postprocess; predict "
+                "without it to choose steps"
+            )
+
+
 def compare(config: CompareConfig) -> list[dict[str, Any]]:
     """Paired tests of two sets of scores, per class and overall: printed, and written to --out."""
     file_a = scores_file(config.a)
@@ -227,9 +249,11 @@ def compare(config: CompareConfig) -> list[dict[str, Any]]:
     # Scores of different definitions, tolerances or labels are not compared.
     terms = [(config.a, report.terms_of(file_a)), (config.b, report.terms_of(file_b))]
     warn(report.check_terms(terms))
-    lines = statistics.compare(
-        cases.read_scores(file_a), cases.read_scores(file_b), seed=config.seed
-    )
+    warn(report.about_policy(terms))
+    runs = [(config.a, cases.read_scores(file_a)), (config.b, cases.read_scores(file_b))]
+    report.check_classes(runs)
+    (_, rows_a), (_, rows_b) = runs
+    lines = statistics.compare(rows_a, rows_b, seed=config.seed)
 
     if written:
         write_tables(written, lines, "compare")
@@ -244,8 +268,11 @@ def folds(config: FoldsConfig) -> list[dict[str, Any]]:
     names = cases.case_names([file.absolute().parent for file in files])
     written = tables_in(config.out, "folds")
 
-    warn(report.check_terms([(name, report.terms_of(file)) for name, file in zip(names, files)]))
+    terms = [(name, report.terms_of(file)) for name, file in zip(names, files)]
+    warn(report.check_terms(terms))
+    warn(report.about_policy(terms))
     runs = [(name, cases.read_scores(file)) for name, file in zip(names, files)]
+    report.check_classes(runs)
     lines = statistics.fold_table(runs, seed=config.seed)
 
     if written:

@@ -83,8 +83,10 @@ class Segmented(NamedTuple):
 
 def new_figure(width: float, height: float, **options: Any) -> Any:
     """An empty figure, in inches."""
+    import matplotlib
     from matplotlib.figure import Figure
 
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x$
     return Figure(figsize=(width, height), layout="constrained", **options)
 
 
@@ -247,7 +249,7 @@ def draw_overlay(
         interpolation="nearest",
         extent=extent,
     )
-    if outlined is not None:
+    if outlined is not None and min(outlined.shape) > 1:  # a line of voxels has no outline
         for label in np.unique(outlined[outlined > 0]):
             ax.contour(
                 outlined == label,

@@ -73,6 +73,7 @@ from dae.data.preprocess import Recipe, by, prepare
 from dae.demo.phantom import write_phantoms
 from dae.evaluation import cases
 from dae.evaluation.report import image_under
+from dae.evaluation.statistics import spread
 from dae.evaluation.written import Written
 from dae.figures import (
     CaseShown,
@@ -210,7 +211,7 @@ def segmentations(config: SegmentationsConfig) -> Path:
 
     shown = []
     for case, item in chosen_cases(items, config, data, predicted).items():
-        predictions = {name: files[case] for name, files in zip(names, predicted)}
+        predictions = [(name, files[case]) for name, files in zip(names, predicted)]
         shown.append(case_shown(case, item, items, predictions))
     draw = partial(figures.segmentation_sheet, cases=shown, classes=classes)
     return written.write("segmentations.png", draw)
@@ -504,7 +505,8 @@ def picture_in(out: str, name: str) -> Written:
 
 
 def names_of(names: Sequence[str], paths: Sequence[str], flag: str) -> list[str]:
-    """What to call each run: --names, else the folder of its file or of its predictions.
+    """What to call each run: --names, else the folder of its file or of its predictions; that
+    folder's own name as well where two would have one.
 
     Raises InputError where there are not as many names as runs.
     """
@@ -512,7 +514,10 @@ def names_of(names: Sequence[str], paths: Sequence[str], flag: str) -> list[str]
         raise InputError(f"--names: {len(names)} for {len(paths)} of {flag}; give one for each")
     if names:
         return list(names)
-    return [Path(path).absolute().parent.name for path in paths]
+    found = [Path(path).absolute().parent.name for path in paths]
+    if len(set(found)) == len(found):
+        return found
+    return ["/".join(Path(path).absolute().parts[-2:]) for path in paths]
 
 
 def chosen_cases(
@@ -537,7 +542,7 @@ def chosen_cases(
 
 
 def case_shown(
-    case: str, item: Item, items: DataList, predictions: Mapping[str, Path]
+    case: str, item: Item, items: DataList, predictions: Sequence[tuple[str, Path]]
 ) -> CaseShown:
     """A case with its predictions, and the mean Dice of each over the classes."""
     assert item.label is not None
@@ -546,7 +551,7 @@ def case_shown(
     classes = {label: name for label, name in items.labels.items() if label != 0}
 
     shown = []
-    for name, file in predictions.items():
+    for name, file in predictions:
         both = cases.read_case(file, item.label, classes, ignore=items.ignore)
         rows = cases.rows_of(
             both,
@@ -556,7 +561,7 @@ def case_shown(
             definition="default",
             regions=items.regions,
         )
-        dice = float(np.nanmean([row["dice"] for row in rows]))
+        dice = spread([row["dice"] for row in rows])["mean"]
         trained_on = case in leaks.read_predicted(file.parent).get("trained", ())
         label = f"{name} (trained on it)" if trained_on else name
         shown.append(Segmentation(label, both.prediction * both.annotated, dice))

@@ -28,6 +28,7 @@ from dae.config.illustrate import (
     SegmentationsConfig,
 )
 from dae.config.pretrain import PretextConfig, PretrainConfig
+from dae.data import datalist
 from dae.figures import Display, Tokens, montage
 from dae.pretext.methods import METHODS, Pretext
 from dae.weights import checkpoint
@@ -538,6 +539,24 @@ def test_segmentations_that_cannot_be_drawn_are_refused_in_one_line(
     config = SegmentationsConfig(out=str(tmp_path / "out"), **{**change, "data": str(data)})
     assert words in refusal(illustrate.segmentations, config)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_folders_beside_each_other_are_two_columns(
+    pretrained: Path, tmp_path: Path, drawn: list[Any]
+) -> None:
+    data = pretrained / "phantoms/ct_seg.json"
+    for name in ("first", "second"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        for case in illustrate.by_name(datalist.load(str(data), modality="mr").test).values():
+            assert case.label is not None
+            shutil.copy(case.label, tmp_path / "run" / name / case.image[0].name)
+    folders = (str(tmp_path / "run/first"), str(tmp_path / "run/second"))
+    config = SegmentationsConfig(data=str(data), predictions=folders, out=str(tmp_path / "out"))
+    illustrate.segmentations(config)
+    illustrate.segmentations(replace(config, names=("alike", "alike")))
+    shown = [[t for t in titles(figure) if "Dice" in t] for figure in drawn]
+    assert {t.split("\n")[0] for t in shown[0]} == {"run/first", "run/second"}
+    assert len(shown[1]) == len(shown[0])
 
 
 @pytest.mark.parametrize(

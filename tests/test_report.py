@@ -22,6 +22,8 @@ from dae.evaluation.metrics import Row
 from dae.evaluation.report import (
     PAGE,
     SHOWN,
+    about_policy,
+    check_classes,
     check_names,
     check_terms,
     comparison_text,
@@ -422,6 +424,20 @@ def test_scores_of_one_number_under_two_names_are_not_compared() -> None:
     check_names("a", "c", kidney, {"1": {"name": "1"}})
     check_names("a", "d", kidney, {"1": {"name": "Kidney"}})
     check_names("a", "e", kidney, {"2": {"name": "tumour"}})
+
+
+def test_names_are_those_of_the_scores_where_no_summary_has_any() -> None:
+    liver = [row("s1", 1, 0.9) | {"name": "liver"}]
+    spleen = [row("s1", 1, 0.9) | {"name": "spleen"}]
+    with pytest.raises(InputError, match="a and b: label 1 is liver in one and spleen in the"):
+        check_classes([("a", liver), ("b", spleen)])
+    check_classes([("a", liver), ("b", liver), ("c", spleen[:0])])
+
+
+def test_a_summary_that_counts_more_distances_than_the_tables_is_named(tmp_path: Path) -> None:
+    one, other = terms(tmp_path / "a"), terms(tmp_path / "b", policy="diagonal")
+    assert about_policy([one]) == ""
+    assert about_policy([one, other]).startswith(f"warning: {other[0]}: scored with --policy diag")
 
 
 def test_scores_made_in_one_way_are_compared_without_a_word(tmp_path: Path) -> None:

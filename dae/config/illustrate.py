@@ -109,7 +109,7 @@ class SegmentationsConfig(PictureConfig):
     """Figure 4"""
 
     predictions: tuple[str, ...] = opt((), "folders of eval.py predict, one for each column")
-    names: tuple[str, ...] = opt((), "what to call each of them; none: its folder")
+    names: tuple[str, ...] = opt((), "what to call each of them; none: the folder that it is in")
     data: str = opt("", "data list (JSON) or nnU-Net raw folder, with labels; none: the phantoms")
     data_root: str = opt("", DATA_ROOT)
     case: tuple[str, ...] = opt(

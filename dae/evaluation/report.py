@@ -95,7 +95,6 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         if terms_a and terms_b:
             check_regions(a, b, terms_a.get("regions"), terms_b.get("regions"))
             check_flags(a, b, terms_a, terms_b)
-        check_names(a, b, terms_a.get("classes", {}), terms_b.get("classes", {}))
         check_label_maps(a, b, terms_a, terms_b)
 
     silent = [name for name, terms in runs if "labels" not in terms]
@@ -105,6 +104,26 @@ def check_terms(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         f"warning: {', '.join(silent)}: no summary.json that tells the definition, the tolerance "
         "and the label maps of the scores; whether they can be compared is not known"
     )
+
+
+def about_policy(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """A warning, where the summaries of some runs count a distance that their tables do not."""
+    names = [name for name, terms in runs if terms.get("policy") == "diagonal"]
+    if not names:
+        return ""
+    return (
+        f"warning: {', '.join(names)}: scored with --policy diagonal, which is for the summary; "
+        "here what is missed or spurious has no distance, and is left out"
+    )
+
+
+def check_classes(runs: Sequence[tuple[str, Sequence[Row]]]) -> None:
+    """Raises InputError where one label has two names in the scores of two runs."""
+    classes = []
+    for name, rows in runs:
+        classes.append((name, {str(row["class"]): row for row in rows}))
+    for (a, classes_a), (b, classes_b) in combinations(classes, 2):
+        check_names(a, b, classes_a, classes_b)
 
 
 def check_regions(a: str, b: str, regions_a: Any, regions_b: Any) -> None:

@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import NETWORK, ROOT
+from conftest import NETWORK, ROOT, refusal
 from processes import run_script
 from torch import Tensor
 
@@ -157,6 +157,58 @@ def test_steps_are_tuned_without_what_is_ignored(scored: Scored, tmp_path: Path)
     of_folder = evaluate.tune(TuneConfig(**common, labels=str(tmp_path / "labels"), ignore=9))
     assert of_list == of_folder
     assert 9 not in of_list
+
+
+def test_steps_are_not_chosen_on_what_has_gone_through_steps(
+    scored: Scored, tmp_path: Path
+) -> None:
+    scored({"labels": {**NAMED, "9": "ignore"}})
+    predictions = tmp_path / "predictions"
+    config = TuneConfig(
+        predictions=str(predictions),
+        out=str(tmp_path / "steps"),
+        labels=str(tmp_path / "labels"),
+        ignore=9,
+    )
+    lines = predictions / "written.jsonl"
+    line = {"file": "s0.nii.gz", "sha256": "0", "settings": {"postprocess": "a hash"}}
+    lines.write_text(json.dumps(line) + "\n")
+    assert "s0.nii.gz was predicted with --postprocess" in refusal(evaluate.tune, config)
+    lines.write_text(json.dumps(line) + "\n" + json.dumps(line | {"settings": {}}) + "\n")
+    evaluate.tune(config)  # it was predicted again, without
+
+
+def test_pictures_of_cases_that_are_no_longer_the_worst_are_removed(
+    scored: Scored, tmp_path: Path
+) -> None:
+    scored(ignore=9)
+    figures = tmp_path / "scores/figures"
+    old = figures / "worst-s1.png"
+    assert old.exists()
+    users = figures / "worst-of-all.png"
+    users.write_bytes(b"the user's")
+    (tmp_path / "predictions/s1.nii.gz").unlink()
+    (tmp_path / "labels/s1.nii.gz").unlink()
+    scored(ignore=9)
+    assert not old.exists() and (figures / "worst-s0.png").exists() and users.exists()
+
+
+def test_maps_of_one_slice_and_classes_with_dollars_are_scored_and_drawn(tmp_path: Path) -> None:
+    labels = np.zeros((12, 12, 1), np.uint8)
+    labels[3:8, 4:9] = 1
+    for name in ("a.nii.gz", "labels/a.nii.gz", "predictions/a.nii.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        saved(tmp_path / name, labels)
+    items = [{"image": "a.nii.gz", "label": "labels/a.nii.gz"}]
+    content = {"labels": {"background": 0, "$liver_$ $": 1}}
+    data = write_list(tmp_path / "list.json", items, validation=items, **content)
+    summary = evaluate.score(
+        ScoreConfig(
+            predictions=str(tmp_path / "predictions"), out=str(tmp_path / "out"), data=str(data)
+        )
+    )
+    assert summary["mean_of_cases"]["dice"]["mean"] == 1
+    assert (tmp_path / "out/figures/worst-a.png").exists()
 
 
 @pytest.mark.parametrize(

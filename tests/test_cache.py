@@ -202,6 +202,20 @@ def test_a_folder_that_was_half_deleted_is_made_again(item: Item, root: Path) ->
     assert cached(item, RECIPE, root).array().shape == (1, *SIZE)
 
 
+@pytest.mark.parametrize("left", [b"", b'{"labels": [', bytes(40)])
+def test_a_folder_that_a_power_failure_left_is_made_again(
+    item: Item, root: Path, left: bytes
+) -> None:
+    folder = cached(item, RECIPE, root).path
+    (folder / "facts.json").write_bytes(left)
+    assert cached(item, RECIPE, root).array().shape == (1, *SIZE)
+
+
+def test_a_file_of_the_longest_name_is_prepared(tmp_path: Path, root: Path) -> None:
+    item = make_item(tmp_path, "n" * 240)
+    assert cached(item, RECIPE, root).array().shape == (1, *SIZE)
+
+
 def test_two_processes_at_once_leave_one_whole_folder(
     item: Item, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

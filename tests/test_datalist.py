@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,14 @@ from typing import Any
 import pytest
 from conftest import refusal
 
-from dae.data.datalist import Content, DataList, Item, check_all_labelled, load
+from dae.data.datalist import (
+    Content,
+    DataList,
+    Item,
+    check_all_labelled,
+    load,
+    split_channels,
+)
 from dae.data.holdout import (
     five_folds,
     for_evaluation,
@@ -21,6 +29,7 @@ from dae.data.holdout import (
     hold_out_share,
 )
 from dae.data.leaks import name_of
+from dae.errors import InputError
 
 Load = Callable[..., DataList]
 
@@ -440,6 +449,45 @@ def test_nobody_is_on_both_sides_unless_that_is_meant(loaded: Load) -> None:
     assert "subject s0 is on both sides" in line and "tested on" in line
     line = refusal(for_segmentation, tested, "list.json", allow_trained=True, **flags)
     assert 'has no "label" in list.json' in line
+
+
+@pytest.mark.parametrize(
+    "one, other", [("P1", "P1 "), ("Müller", unicodedata.normalize("NFD", "Müller")), (7, "7")]
+)
+def test_subjects_that_differ_by_what_nobody_sees_are_one(
+    loaded: Load, one: Any, other: Any
+) -> None:
+    items = loaded(
+        {
+            "training": [*entries(2), {"image": "a.nii", "modality": "ct", "subject": one}],
+            "validation": [{"image": "b.nii", "modality": "ct", "subject": other}],
+        }
+    )
+    flags: dict[str, Any] = {"fold": None, "split_seed": None, "allow_trained": False}
+    assert "is on both sides" in refusal(for_pretraining, items, **flags)
+
+
+@pytest.mark.parametrize("subject", ["", "  ", float("nan"), 1.5, True, ["a"], {}])
+def test_what_is_no_name_of_a_subject_is_refused(loaded: Load, subject: Any) -> None:
+    """All images without a name in a table would be one patient."""
+    entry = {"image": "a.nii", "modality": "ct", "subject": subject}
+    with pytest.raises(InputError, match=r"training\[0\].* subject"):
+        loaded({"training": [entry]})
+
+
+def test_channels_in_two_orders_are_refused(loaded: Load) -> None:
+    """A network takes the first channel of each image for the same contrast."""
+
+    def item(name: str, *modality: str) -> dict[str, Any]:
+        images = [f"{name}_{contrast}.nii" for contrast in modality]
+        return {"image": images, "modality": list(modality), "subject": name}
+
+    mixed = loaded({"training": [item("a", "t1", "t2"), item("b", "t2", "t1"), item("c", "t1")]})
+    flags: dict[str, Any] = {"fold": None, "split_seed": None, "allow_trained": False}
+    line = refusal(for_pretraining, mixed, **flags)
+    assert "b_t2.nii: its channels are t2, t1, and those of" in line and "a_t1.nii t1, t2" in line
+    assert refusal(for_segmentation, mixed, "l", label_fraction=1.0, **flags) == line
+    for_pretraining(split_channels(mixed), **flags)
 
 
 def test_a_note_says_where_a_drawn_split_may_divide_a_patient(loaded: Load) -> None:

@@ -1,6 +1,7 @@
 """dae/data/nnunet.py: an nnU-Net raw folder means here what it means there."""
 
 import json
+import unicodedata
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from conftest import refusal
 
 from dae.data.datalist import DataList, load
-from dae.data.holdout import hold_out_fold, hold_out_share
+from dae.data.holdout import for_segmentation, hold_out_fold, hold_out_share
 from dae.data.preprocess import Recipe, prepare
 
 LABELS = {"background": 0, "liver": 2, "spleen": 1}
@@ -70,6 +71,30 @@ def test_a_data_root_is_of_lists_and_moves_no_raw_folder(raw: Folder, tmp_path: 
     folder = raw("a")
     for root in (str(tmp_path), "/", "nowhere"):
         assert load(str(folder), root=root) == load(str(folder))
+
+
+def test_visits_of_one_patient_that_a_drawn_split_divides_are_said(raw: Folder) -> None:
+    cases = [f"pat_{n}_ses{k}" for n in range(6) for k in (1, 2)]
+    flags: dict[str, Any] = {"split_seed": None, "allow_trained": False}
+    items = load(str(raw(*cases)))
+    split = for_segmentation(items, "raw", fold=0, label_fraction=1.0, **flags)
+    assert "one patient?" in split.notes[-1] and "_ses1_0000" in split.notes[-1]
+
+
+def test_a_split_names_a_case_however_its_umlauts_are_stored(raw: Folder) -> None:
+    folder = raw(unicodedata.normalize("NFD", "Müller"), "b")
+    (folder / "splits_final.json").write_text(json.dumps([{"train": ["b"], "val": ["Müller"]}]))
+    assert subjects(hold_out_fold(load(str(folder)), fold=0).validation) == ["Müller"]
+
+
+def test_files_that_do_not_fit_dataset_json_are_refused_by_name(raw: Folder) -> None:
+    folder = raw("a", files=("imagesTr/b_0000.NII.GZ",))
+    assert "b_0000.NII.GZ: ends in other capitals than .nii.gz" in refusal(load, str(folder))
+    (folder / "imagesTr/b_0000.NII.GZ").unlink()
+    assert subjects(load(str(raw(file_ending="nii.gz"))).training) == ["a"]
+    (folder / "imagesTr/a_0001.nii.gz").touch()
+    line = refusal(load, str(folder))
+    assert "case a has 2 files, and dataset.json names 1 channel" in line
 
 
 def test_hidden_files_are_no_volumes(raw: Folder) -> None:

@@ -117,7 +117,7 @@ def test_nothing_is_flipped_where_the_chance_is_0() -> None:
 def test_all_axes_are_flipped_where_no_two_classes_can_be_a_pair(names: list[str]) -> None:
     for turned in (False, True):
         flips = choose_flips(classes(*names), None, turned=turned)
-        assert flips.axes == (0, 1, 2) and "no two classes can be" in str(flips)
+        assert flips.axes == (0, 1, 2) and "no names of two classes were recognised" in str(flips)
 
 
 @pytest.mark.parametrize(

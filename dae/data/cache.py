@@ -98,7 +98,7 @@ def folder_of(item: Item, recipe: Recipe, root: Path) -> Path:
 
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:20]
     name = item.image[0].name.split(".")[0]
-    return root / f"{name}-{key}"
+    return root / f"{name[:40]}-{key}"  # so that no name is too long; the key tells all apart
 
 
 def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
@@ -110,8 +110,12 @@ def cached(item: Item, recipe: Recipe, root: Path) -> Cached:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether the folder holds a prepared volume: facts.json is the last file to be written."""
-    return (folder / "facts.json").is_file()
+    """Whether the folder holds a prepared volume: facts.json is the last file to be written.
+
+    A power failure may leave an empty one.
+    """
+    facts = folder / "facts.json"
+    return facts.is_file() and facts.read_bytes().endswith(b"}")
 
 
 def read(folder: Path) -> Cached:

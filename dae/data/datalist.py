@@ -46,6 +46,7 @@ from dae.data.listfile import (
     plain,
     read_json,
     root_of,
+    same_name,
     strings,
 )
 from dae.data.nnunet import Split
@@ -288,6 +289,8 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     test = items_of(content, "test", path, head)
     if not training:
         raise InputError(f"{path}: no training items")
+    if is_nnunet:  # its cases may be visits of one patient: they are no names of subjects
+        training = tuple(replace(item, subject_named=False) for item in training)
     check_one_fold(training, path)
 
     # A label by the name "ignore" marks what was not annotated, and is no class.
@@ -343,6 +346,20 @@ def check_all_labelled(items: DataList, data: str) -> None:
         raise InputError(
             f'{data}: "labels" must name the background, 0, and at least one class, none above 255'
         )
+
+
+def check_channels(items: DataList) -> None:
+    """Raises InputError where two images have the same channels in another order: a network takes
+    the first channel of each for the same contrast.
+    """
+    first_with: dict[tuple[str, ...], Item] = {}
+    for item in (*items.training, *items.validation):
+        first = first_with.setdefault(tuple(sorted(item.modality)), item)
+        if first.modality != item.modality:
+            raise InputError(
+                f"{item.image[0]}: its channels are {', '.join(item.modality)}, and those of "
+                f"{first.image[0]} {', '.join(first.modality)}; name all in one order"
+            )
 
 
 def content_of_list(path: Path) -> dict[str, Any]:
@@ -424,18 +441,30 @@ def item_of(entry: Any, where: str, head: Head) -> Item:
     label_file = path_of(label, head.root, where) if label else None
 
     # Without a name each image is taken for a subject of its own.
-    subject = entry.get("subject")
-    is_named = subject is not None
-    check_name(str(subject), f"{where}: the subject")
+    is_named = entry.get("subject") is not None
     return Item(
         image,
         modality,
         intensity,
-        subject=str(subject) if is_named else files[0],
+        subject=subject_of(entry["subject"], where) if is_named else files[0],
         fold=fold,
         label=label_file,
         subject_named=is_named,
     )
+
+
+def subject_of(value: Any, where: str) -> str:
+    """The name of a subject. Raises InputError for what is none.
+
+    A space at its end, or another way to store an umlaut, does not make another patient.
+    """
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise InputError(f"{where}: subject {value!r} is not a name; leave it out, or write a text")
+    check_name(str(value), f"{where}: the subject")
+    name = same_name(str(value))
+    if not name:
+        raise InputError(f"{where}: the subject is empty; leave it out, or name it")
+    return name
 
 
 def check_texts(value: Any, where: str) -> None:

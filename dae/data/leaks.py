@@ -33,6 +33,10 @@ CONTRASTS = (
 )
 
 
+# The end of such a name that counts the visits of one patient.
+VISIT = re.compile(r"_(ses|session|visit|timepoint|tp|day|week|month|year)_?\d+$")
+
+
 # --- hashes
 
 
@@ -175,7 +179,7 @@ def patient_of(item: Item) -> str:
         words.pop()
     while words and words[-1] in CONTRASTS.split():
         words.pop()
-    return f"{file.parent}/{'_'.join(words)}"
+    return f"{file.parent}/{VISIT.sub('', '_'.join(words))}"
 
 
 # --- what a checkpoint knows

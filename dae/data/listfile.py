@@ -171,6 +171,11 @@ def check_name(name: str, what: str) -> None:
             )
 
 
+def same_name(name: str) -> str:
+    """A name as it is compared: without spaces around it, and with one code for an umlaut."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
 def object_of_unique_keys(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The keys and values of one object in the file. Python itself keeps the last of equal keys."""
     content: dict[str, Any] = {}

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dae.data.listfile import LIST_KEYS, channel_names, check_keys, read_json
-from dae.errors import InputError
+from dae.data.listfile import LIST_KEYS, channel_names, check_keys, read_json, same_name
+from dae.errors import InputError, counted
 
 # Names of channels that mean a normalisation, in small letters, and its name in a list.
 NORMALISATIONS = {
@@ -44,6 +44,8 @@ def content_of(folder: Path) -> dict[str, Any]:
     check_keys(dataset, LIST_KEYS | dict.fromkeys(NNUNET_KEYS, ""), str(path))
 
     ending = str(dataset.get("file_ending", ".nii.gz"))
+    if ending and not ending.startswith("."):
+        ending = f".{ending}"
     if not re.fullmatch(r"[\w.+-]*", ending):  # it becomes part of a pattern of paths
         raise InputError(f'{path}: "file_ending" {ascii(ending)[:40]}: give it as ".nii.gz"')
     channels = channel_names(dataset.get("channel_names") or dataset.get("modality"))
@@ -66,6 +68,11 @@ def cases_in(
     """The cases of one folder of images, in order of name; with a label where there is one."""
     entries: list[dict[str, Any]] = []
     for case, files in files_by_case(folder, images, ending).items():
+        if channels and len(files) != len(channels):
+            raise InputError(
+                f"{folder / images}: case {case} has {counted(len(files), 'file')}, and "
+                f"dataset.json names {counted(len(channels), 'channel')}"
+            )
         entry = {"image": files, "modality": channels, "subject": case}
         label = f"{labels}/{case}{ending}"
         if (folder / label).is_file():
@@ -77,9 +84,12 @@ def cases_in(
 def files_by_case(folder: Path, images: str, ending: str) -> dict[str, list[str]]:
     """The channels of each case, in order. Raises InputError where one is not there."""
     by_case: dict[str, dict[int, str]] = {}
-    for file in sorted((folder / images).glob(f"*{ending}")):
+    for file in sorted((folder / images).glob("*")):
         if file.name.startswith("."):
             continue  # a Mac leaves "._name" beside the files that it copies
+        if not file.name.endswith(ending):
+            check_ending(file, ending)
+            continue
         match = re.fullmatch(r"(.+)_(\d{4})", file.name.removesuffix(ending))
         if not match:
             raise InputError(
@@ -97,6 +107,12 @@ def files_by_case(folder: Path, images: str, ending: str) -> dict[str, list[str]
                     "copy it there"
                 )
     return {case: list(channels.values()) for case, channels in by_case.items()}
+
+
+def check_ending(file: Path, ending: str) -> None:
+    """Raises InputError for a volume whose ending differs by capitals: it would be left out."""
+    if file.name.lower().endswith(ending.lower()):
+        raise InputError(f"{file}: ends in other capitals than {ending}; rename it")
 
 
 def splits_of(folder: Path) -> tuple[Split, ...]:
@@ -134,8 +150,8 @@ def split_of(fold: Any, where: str) -> Split:
     if not isinstance(train, list) or not isinstance(val, list):
         raise InputError(f'{where}: must have the lists "train" and "val"')
 
-    trained = frozenset(map(str, train))
-    validated = frozenset(map(str, val))
+    trained = frozenset(same_name(str(case)) for case in train)
+    validated = frozenset(same_name(str(case)) for case in val)
     both = sorted(trained & validated)
     if both:
         raise InputError(

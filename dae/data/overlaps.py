@@ -197,7 +197,11 @@ def judge_within(a: Place, b: Place, how: str) -> Finding | None:
 
 def divided_by_split(listed: Listed, a: Item, b: Item) -> bool:
     """Whether a run of the list may train on one of the two and validate on the other."""
-    for split in splits_of(listed):
+    try:
+        splits = splits_of(listed)
+    except InputError:
+        return False  # no run at all: `check_split` says so
+    for split in splits:
         if (a in split.validation) != (b in split.validation):
             return True
     return False

@@ -103,7 +103,7 @@ def choose_flips(
     # The list does not say: names decide whether left and right are flipped.
     doubt = doubt_of(organs, pairs, regions)
     if not doubt:
-        reason = "no two classes can be the left and the right one of a pair"
+        reason = "no names of two classes were recognised as the left and the right one of a pair"
         return Flips(ALL_AXES, (), (), reason)
 
     also = ", nor front and back (crops are also turned by 180 degrees)" if turned else ""

@@ -357,6 +357,34 @@ def test_the_check_of_a_machine_finds_a_wrong_gradient(
     assert capsys.readouterr().out.startswith("gradients WRONG" if wrong else "gradients right")
 
 
+def test_the_check_of_a_machine_finds_what_is_wrong_in_one_layout_for_every_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right = check.gradients
+    calls: list[int] = []
+
+    def wrong_in_the_second_layout(model: nn.Module, x: Tensor) -> Gradients:
+        calls.append(0)
+        by_name = right(model, x)
+        return {name: g * (1 if len(calls) <= 4 else 3) for name, g in by_name.items()}
+
+    monkeypatch.setattr(check, "gradients", wrong_in_the_second_layout)
+    cpu = torch.device("cpu")
+    assert check.largest_difference("unet", cpu, torch.float64) > 0.1
+    assert len(calls) == 8  # a batch and three samples in each layout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_of_a_gpu_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["check", "--device", "cuda"])
+    assert check.main() == 2
+    assert capsys.readouterr().err == (
+        "python -m dae.check: --device cuda: torch finds no GPU here\n"
+    )
+
+
 def test_the_check_of_a_machine_takes_nan_for_wrong(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

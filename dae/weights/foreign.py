@@ -255,10 +255,15 @@ def quirks_of(recognised: Recognised, quirks: Mapping[str, Any]) -> tuple[dict[s
         # MONAI 1.5 changed the order, and the names of the tensors do not tell the version.
         if reads_twice(recognised.tensors):
             options["merge_order"] = "legacy"
-            reason = "as its weights show"
+            reason = (
+                "as its weights show; if MONAI 1.5 or later has tuned them, --merge-order monai"
+            )
         else:
             options["merge_order"] = "monai"
-            reason = "as since MONAI 1.5; for files from before, --merge-order legacy"
+            reason = (
+                "as since MONAI 1.5; for files from before, --merge-order legacy, for mergingv2, "
+                "--merge-order all"
+            )
 
     options |= quirks
     if "merge_order" in quirks:

@@ -333,7 +333,8 @@ def reads_twice(state_dict: Tensors) -> bool:
     Columns that read the same voxels get almost the same gradient, so training makes them alike.
     Legacy merging has two such pairs among the 28 pairs of octants. By chance these two are the
     most alike in both of the deepest stages once in 378 squared. Weights that were hardly trained
-    show nothing. Takes our names.
+    show nothing, and those that were tuned on in another order still show the first one. Takes our
+    names.
     """
     merges = sorted(name for name in state_dict if name.endswith("merge.reduction.weight"))
     if not merges:

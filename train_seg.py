@@ -328,6 +328,7 @@ def setup(config: SegConfig, ranks: Ranks) -> Run:
     if config.schedule in FROZEN:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(not name.startswith("encoder."))
+    set_mode(network, config)
 
     # Optimiser.
     optimizer = adamw_in_parts(network.named_parameters(), config)
@@ -667,10 +668,18 @@ def validate(run: Run, signal: StopSignal) -> dict[str, Any]:
         )
     except Stopped:
         return {}
-    run.network.train()
+    set_mode(run.network, run.config)
     if run.ranks.is_main:
         overlay_sheet(run.out / "figures" / "overlay.png", pictures)
     return validation
+
+
+def set_mode(network: nn.Module, config: SegConfig) -> None:
+    """For training; an encoder that never moves is as in prediction, its dropout and norms too."""
+    network.train()
+    if config.schedule in FROZEN:
+        encoder: Any = network.encoder
+        encoder.eval()
 
 
 def predict(run: Run, x: Tensor, signal: StopSignal) -> Tensor:

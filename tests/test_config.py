@@ -114,6 +114,17 @@ def test_a_flag_overrides_the_preset_and_the_preset_the_default() -> None:
     assert (config.batch_size, config.noise_std) == (2, 0.1)  # the defaults
 
 
+@pytest.mark.parametrize("preset", ["demo", "official-btcv"])
+def test_epochs_that_are_asked_for_go_before_the_steps_of_a_preset(preset: str) -> None:
+    def steps(*words: str) -> int:
+        line = ["--preset", preset, *words]
+        return parse(SegConfig, line, prog="", description="").steps
+
+    assert steps("--epochs", "10") == 0  # which is: as --epochs says
+    assert steps() == SegConfig.presets[preset]["steps"]
+    assert steps("--epochs", "10", "--steps", "7") == 7
+
+
 @pytest.mark.parametrize("cls", [PretrainConfig, SegConfig])
 def test_presets_hold_known_names_and_usable_values(cls: Any) -> None:
     types = get_type_hints(cls)

@@ -130,7 +130,11 @@ def parse(cls: type[C], argv: Sequence[str], *, prog: str, description: str) -> 
     _add_flags(parser, cls, presets)
     flags = vars(parser.parse_args(argv))
 
-    values = {**presets.get(flags.get("preset", ""), {}), **flags}
+    of_preset = dict(presets.get(flags.get("preset", ""), {}))
+    for flag, other in getattr(cls, "in_place_of", {}).items():
+        if flag in flags:
+            of_preset.pop(other, None)
+    values = {**of_preset, **flags}
     if any(f.name == "set_flags" for f in fields(cls)):
         values["set_flags"] = tuple(flags)
     config = cls(**values)

@@ -167,6 +167,8 @@ class SegConfig(
     batch_size: int = opt(4, "samples per rank and micro-batch; sec. 3.2", low=1)
     overlap: float = opt(0.5, "of the windows of a validation", low=0, high=0.9)
 
+    # A flag of the user's goes before the other one of a preset.
+    in_place_of: ClassVar[dict[str, str]] = {"epochs": "steps"}
     presets: ClassVar[Presets] = {
         "btcv": BTCV,
         "feta": FETA,

@@ -24,7 +24,7 @@ from dae.data.datalist import Item
 from dae.demo.phantom import CT_LABELS
 from dae.errors import InputError
 from dae.model import SwinUNETR
-from dae.training.distributed import Ranks
+from dae.training.distributed import Ranks, StopSignal
 from dae.weights import checkpoint
 from dae.weights.layouts import to_monai
 from dae.weights.transfer import check_same_classes
@@ -346,6 +346,12 @@ def test_a_frozen_encoder_has_no_gradients_and_a_run_of_before_goes_on(
         name.split(".")[0] for name, value in run.network.named_parameters() if value.requires_grad
     }
     assert "encoder" not in moving and {"head", "up_blocks"} <= moving
+
+    # Nor does what is no parameter: a backbone of somebody's own may have batch norms and dropout.
+    assert run.network.training and not run.network.encoder.training
+    with StopSignal(ranks.store) as signal:
+        train_seg.validate(run, signal)
+    assert run.network.training and not run.network.encoder.training
     main(config)
     path = Path(config.out) / "last.pt"
     saved = checkpoint.load(path)

@@ -466,6 +466,8 @@ def build(
     path = Path(config.init)
     check_same_network(weights.plan, config, path)
     parts = parts_that_fit(backbone, weights.tensors)
+    if "head" in parts and is_of_another_task(weights.plan, config):
+        parts.remove("head")
     report = transfer(
         backbone,
         weights.tensors,
@@ -477,6 +479,14 @@ def build(
     )
     pretext.after_init()
     return pretext, report
+
+
+def is_of_another_task(plan: Mapping[str, Any], config: PretrainConfig) -> bool:
+    """Whether a head gives classes, or x_rec in the form where --recon residual has the change of
+    x_hat, or the other way round.
+    """
+    was_residual = plan.get("recon", "plain") == "residual"
+    return bool(plan.get("classes")) or was_residual != (config.recon == "residual")
 
 
 def what_it_sees(

@@ -520,6 +520,36 @@ def test_init_starts_from_given_weights(tiny: Config, tmp_path: Path) -> None:
         main(tiny(out=str(tmp_path / "third"), init=f"{first.out}/last.pt", feature_size=4))
 
 
+@pytest.mark.parametrize(
+    "first, second, is_taken",
+    [("plain", "output", True), ("residual", "residual", True), ("plain", "residual", False)],
+)
+def test_init_takes_a_head_of_the_same_task_alone(
+    tiny: Config, tmp_path: Path, first: str, second: str, is_taken: bool
+) -> None:
+    """A residual network begins as x_hat; the head of another kind would end that."""
+    before = tiny(out=str(tmp_path / "first"), recon=first)
+    main(before)
+    after = tiny(out=str(tmp_path / "second"), init=f"{before.out}/last.pt", recon=second, lr=0.0)
+    main(after)
+    heads = [weights(run.out)["head.weight"] for run in (before, after)]
+    assert torch.equal(*heads) == is_taken
+    assert bool(heads[1].any()) == is_taken
+
+
+def test_init_takes_no_head_of_classes(tiny: Config, tmp_path: Path) -> None:
+    before = tiny(out=str(tmp_path / "first"))
+    main(before)
+    saved = checkpoint.load(Path(before.out) / "last.pt")
+    saved["plan"]["classes"] = {"0": "background", "1": "liver"}
+    checkpoint.save(tmp_path / "tuned.pt", saved)
+    main(tiny(out=str(tmp_path / "second"), init=str(tmp_path / "tuned.pt"), lr=0.0, seed=5))
+    after = weights(tmp_path / "second")
+    assert not torch.equal(after["head.weight"], saved["model"]["head.weight"])
+    others = [name for name in after if not name.startswith("head.")]
+    assert all(torch.equal(after[name], saved["model"][name]) for name in others)
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(
     tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

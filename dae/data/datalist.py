@@ -153,6 +153,9 @@ class DataList:
     # Of nnU-Net's splits_final.json: the subjects of each fold.
     splits: tuple[Split, ...] = ()
 
+    # Of an nnU-Net folder: each case is a subject, and a patient may have several cases.
+    names_cases: bool = False
+
     # What was decided about the list, for the user.
     notes: tuple[str, ...] = field(default=(), compare=False)
 
@@ -289,8 +292,6 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
     test = items_of(content, "test", path, head)
     if not training:
         raise InputError(f"{path}: no training items")
-    if is_nnunet:  # its cases may be visits of one patient: they are no names of subjects
-        training = tuple(replace(item, subject_named=False) for item in training)
     check_one_fold(training, path)
 
     # A label by the name "ignore" marks what was not annotated, and is no class.
@@ -326,6 +327,7 @@ def load(data: str, *, root: str = "", modality: str = "") -> DataList:
         regions=regions,
         unnumbered=unnumbered,
         splits=splits,
+        names_cases=is_nnunet,
     )
 
 

@@ -138,8 +138,8 @@ def doubts(items: DataList, *, drawn: bool) -> str:
 
     `drawn`: the split was drawn by us, and not by whoever wrote the list.
     """
-    trained = [item for item in items.training if not item.subject_named]
-    validated = [item for item in items.validation if not item.subject_named]
+    trained = [item for item in items.training if is_unsure(items, item)]
+    validated = [item for item in items.validation if is_unsure(items, item)]
 
     # Names of files that look like one patient's.
     trained_patients = {patient_of(item): item for item in trained}
@@ -154,7 +154,7 @@ def doubts(items: DataList, *, drawn: bool) -> str:
         )
 
     # Whoever wrote a split knows the patients; a split that we draw may divide one.
-    unnamed = [*trained, *validated]
+    unnamed = [item for item in (*trained, *validated) if not item.subject_named]
     if drawn and unnamed:
         names = " and ".join(item.image[0].name for item in unnamed[:2])
         return (
@@ -162,6 +162,11 @@ def doubts(items: DataList, *, drawn: bool) -> str:
             "name the subjects where a patient has several"
         )
     return ""
+
+
+def is_unsure(items: DataList, item: Item) -> bool:
+    """Whether two images that are taken for two patients may be one's."""
+    return items.names_cases or not item.subject_named
 
 
 def patient_of(item: Item) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dae.errors import InputError, counted, printable
+from dae.evaluation.report import are_terms
 from dae.evaluation.written import sha256_of
 from dae.files import from_json, json_lines, write_bytes
 from dae.study.cells import (
@@ -352,10 +353,10 @@ def made_of(folders: Folders, cell: Cell) -> dict[str, Any]:
 
 
 def summary_of(folders: Folders, cell: Cell) -> dict[str, Any]:
-    """What summary.json says of a finished cell. Raises InputError where it is no object."""
+    """What summary.json says of a finished cell. Raises InputError where it is not as written."""
     path = folders.kept(cell) / SUMMARY
     summary = read_object(path, ())
-    if summary is None:
+    if summary is None or not are_terms(summary):
         raise damaged(path)
     return summary
 

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import cycle, islice
 from math import ceil, isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +49,7 @@ COLOURS = (
 POINT_COLOURS = ("#3f8efc", "#e4572e", "#2a9d5c", "#8e44ad", "#c99700", "#00798c", "#7f5539")
 MARKERS = ("o", "s", "^", "D", "v")
 
+PER_INCH = 12  # letters of a title
 CONTEXT = 15  # mm of image around the labels of an overlay
 PANELS = {"dice": "Dice", "hd": "HD, mm", "msd": "MSD, mm"}  # of the distribution: Table 2
 TICKS_MM = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
@@ -88,6 +90,13 @@ def new_figure(width: float, height: float, **options: Any) -> Any:
 
     matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x$
     return Figure(figsize=(width, height), layout="constrained", **options)
+
+
+def entitle(figure: Any, title: str) -> None:
+    """A title in as many lines as the figure is narrow: it would be cut off at both sides."""
+    width = int(PER_INCH * figure.get_figwidth())
+    lines = [fill(line, width) for line in title.split("\n")]
+    figure.suptitle("\n".join(lines), fontsize=10)
 
 
 def png(figure: Any, **options: Any) -> bytes:
@@ -431,7 +440,7 @@ def pipeline_sheet(path: Path, stages: Stages) -> None:
     panels = 1 + (stages.masked is not None) + 2 * (stages.x_rec is not None)
     columns = max(len(stages.volumes), panels, 2)
     figure = new_figure(2.9 * columns, 7)
-    figure.suptitle(stages.display.title, fontsize=10)
+    entitle(figure, stages.display.title)
     above, below = figure.subfigures(2, 1)
 
     axes = above.subplots(1, len(stages.volumes), squeeze=False)[0]
@@ -472,7 +481,7 @@ def disruption_sheet(
     columns = 1 + max(*strengths, len(masked))
     rows = len(volumes) + 1
     figure = new_figure(2.8 * columns, 3.1 * rows)
-    figure.suptitle(display.title, fontsize=10)
+    entitle(figure, display.title)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()
@@ -501,7 +510,7 @@ def masking_sheet(
     """
     panels = (unmasked("tokens of x\nnothing masked", tokens), *masked)
     figure = new_figure(3.1 * (1 + len(panels)), 6.9)
-    figure.suptitle(display.title, fontsize=10)
+    entitle(figure, display.title)
     grid = figure.add_gridspec(2, 1 + len(panels))
 
     ax = figure.add_subplot(grid[:, 0])
@@ -526,7 +535,7 @@ def reconstructions_sheet(
 ) -> None:
     """Figure 2: a column for each network: x_hat, x_rec and the error, all on the same scales."""
     figure = new_figure(2.9 * (1 + len(columns)), 9.6)
-    figure.suptitle(display.title, fontsize=10)
+    entitle(figure, display.title)
     axes = figure.subplots(3, 1 + len(columns), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()

@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 from torch import Tensor
 
@@ -204,6 +205,14 @@ def test_the_line_of_tokens_runs_as_the_picture_beside_it(tmp_path: Path, drawn:
     assert np.ma.getmaskarray(masked).all(axis=1).tolist() == [False, True, False]
     (box,) = drawn[0].axes[0].patches
     assert (box.get_y(), box.get_height()) == (3.5, 2)
+
+
+@pytest.mark.parametrize("width", [5.8, 20.0])
+def test_a_title_is_no_wider_than_its_figure(width: float) -> None:
+    figure = figures.new_figure(width, 3)
+    figures.entitle(figure, "phantoms/ct_003.nii.gz, ct: crop of 48 x 48 x 48 voxels, " * 3)
+    title = figure.texts[0].get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert 0.5 * width < title.width / figure.dpi < width
 
 
 def test_tiles_are_in_reading_order_with_white_between_them() -> None:

@@ -85,10 +85,8 @@ class Segmented(NamedTuple):
 
 def new_figure(width: float, height: float, **options: Any) -> Any:
     """An empty figure, in inches."""
-    import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x$
     return Figure(figsize=(width, height), layout="constrained", **options)
 
 
@@ -101,6 +99,7 @@ def entitle(figure: Any, title: str) -> None:
 
 def png(figure: Any, **options: Any) -> bytes:
     """The figure as the content of a PNG file, the same bytes each time."""
+    take_dollars_as_they_are(figure)
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=130, metadata={"Software": None}, **options)
     return stream.getvalue()
@@ -108,7 +107,17 @@ def png(figure: Any, **options: Any) -> bytes:
 
 def save(figure: Any, path: Path) -> None:
     """The figure as a file, atomic. Raises OSError that names it."""
+    take_dollars_as_they_are(figure)
     write_atomic(path, partial(figure.savefig, dpi=110))
+
+
+def take_dollars_as_they_are(figure: Any) -> None:
+    """A class may be called $x$, which is no formula. Numbers of a log axis are formulas."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text() and "mathdefault" not in text.get_text():
+            text.set_parse_math(False)
 
 
 def plane(volume: NDArray[Any], axis: int, index: int) -> NDArray[Any]:

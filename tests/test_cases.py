@@ -97,6 +97,12 @@ def test_a_case_has_the_same_name_in_every_part_of_a_list() -> None:
     for n, image in enumerate(images):
         assert case_names([image], among=images) == [whole[n]]
     assert case_names(images[:1], among=[images[0], images[0]]) == ["001"]  # an item in two splits
+    # What cannot be told apart elsewhere in a list stands in the way of no case.
+    alike = [Path("/s/a.nii"), Path("/s/a.nii.gz"), Path("/a/x.nii"), Path("/b/x.nii")]
+    alike += [Path("/a_x.nii"), Path("/z.nii")]
+    assert case_names(alike[-1:], among=alike) == ["z"]
+    assert case_names(alike[:1], among=alike) == ["s_a"]
+    refusal(lambda: case_names(alike[:2], among=alike), "/s/a.nii", "twice")
     other = Path("/d/a/B.nii"), Path("/d/b/b.nii")
     assert case_names(other[:1], among=other) == ["B"]  # only one of them is written
 

@@ -103,6 +103,18 @@ def test_a_reconstruction_sheet_shows_the_middle_and_the_errors(
     assert (axes[3].images[0].get_array() == 0.25).all()
 
 
+def test_a_dollar_is_one_but_in_the_numbers_of_a_log_axis(tmp_path: Path, drawn: list[Any]) -> None:
+    losses = [{"event": "train", "step": n, "l1_raw": 10.0**-n} for n in range(4)]
+    loss_curve(tmp_path / "loss.png", losses)
+    distribution([row("s1", 1, 0.9) | {"name": "$liver_$"}])
+
+    (ax,) = drawn[0].axes
+    numbers = [text for text in ax.get_yticklabels() if "mathdefault" in text.get_text()]
+    assert numbers and all(text.get_parse_math() for text in numbers)
+    (name,) = drawn[1].axes[0].get_yticklabels()
+    assert name.get_text() == "$liver_$" and not name.get_parse_math()
+
+
 def test_curves_have_the_points_of_their_events(tmp_path: Path, drawn: list[Any]) -> None:
     events: list[dict[str, Any]] = [
         {"event": "start", "l1": 5.0},

@@ -128,6 +128,7 @@ def test_a_test_case_whose_subject_the_weights_know_by_name_alone_is_said_and_go
         ("pat 1_ses1_0000.nii.gz", "pat 1_ses2_0000.nii.gz", True),
         ("p7_visit-01_t1.nii.gz", "p7_visit-02_t1.nii.gz", True),
         ("heart_day1.nii.gz", "liver_day1.nii.gz", False),
+        ("sub-FETA_000_0000.nii.gz", "sub-FETA_001_0000.nii.gz", False),
         ("liver_0001.nii.gz", "liver_0002.nii.gz", False),
         ("ct_train_1001.nii.gz", "mr_train_1001.nii.gz", False),  # two bodies of MM-WHS
     ],

@@ -450,6 +450,7 @@ def test_what_is_ignored_is_not_taken_for_a_class_that_is_in_neither_map(absent:
     rows = score_labels(truth, truth, ISO, [3, absent], ignore=ignore)
     assert [row["status"] for row in rows] == ["ok", "absent"]
     assert isnan(rows[1]["dice"]) and rows[1]["volume_truth_ml"] == 0
+    assert rows == score_labels(truth, truth, ISO, np.array([3, absent], np.uint8), ignore=ignore)
 
 
 def test_a_class_without_a_known_border_has_no_distance() -> None:

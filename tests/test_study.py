@@ -680,6 +680,7 @@ def test_an_nnunet_folder_counts_with_its_splits_and_volumes(here: Path, where: 
         (folder / name).mkdir(parents=True)
     (folder / "dataset.json").write_text("{}")
     before = hash_of_list(folder)
+    (folder / "imagesTr/.DS_Store").write_text("of a Mac")
     assert before == hash_of_list(folder)
     (folder / where).write_text("[]")
     assert hash_of_list(folder) != before
@@ -1325,6 +1326,18 @@ def test_the_noise_of_one_method_stands_in_for_that_of_the_other(here: Path) -> 
     assert "The data cannot tell them apart: seeds alone may make 0.0400." in page_of(study)
 
 
+def test_crossed_seeds_count_as_the_fewer_of_their_two_kinds(here: Path) -> None:
+    """Runs of one pre-training are alike, two pre-trainings lie .04 apart: four runs are two."""
+
+    def dice(cell: Cell) -> list[float]:
+        return list(BASE + 0.04 * cell.pretraining.seed + 0.01 * (cell.method == "dae"))
+
+    seeds = {"pretrain": 2, "finetune": 2}
+    study = finished_study(here / "out", dice, labels=["all"], seeds=seeds)
+    sd = float(np.std([0, 0, 0.04, 0.04], ddof=1))
+    assert f"seeds alone may make {2 * sd:.4f}." in page_of(study)
+
+
 def test_cells_of_other_devices_are_told(here: Path) -> None:
     study = finished_study(here / "out", with_gains, labels=["all"])
     for n, cell in enumerate(study.cells):
@@ -1374,6 +1387,7 @@ def test_methods_without_a_case_in_common_are_not_said_to_have_one(here: Path) -
     study = finished_study(here / "out", dice, labels=["all"], seeds={}, **folds)
     assert "over 0 cases" in page_of(study)
     assert "No case has scores of both." in page_of(study)
+    assert "no tuning seed" not in page_of(study)
 
 
 def test_the_table_names_its_lists_and_says_that_fewer_labels_are_the_same_ones(here: Path) -> None:

@@ -27,7 +27,7 @@ from dae.data import overlaps
 from dae.data.cache import default_folder, in_bytes
 from dae.data.check_page import page_of
 from dae.data.content import Turn
-from dae.data.datalist import Item, load
+from dae.data.datalist import Item, check_channels, load
 from dae.data.examine import RANGE, Examined, examine
 from dae.data.fingerprint import (
     classes_of,
@@ -234,7 +234,9 @@ def findings_in_volumes(found: Found) -> list[Finding]:
 
 
 def findings_in_channels(found: Found, listed: Listed) -> list[Finding]:
-    """A volume that has not as many channels as the first of its list."""
+    """A volume that has not as many channels as the first of its list, or has them in another
+    order.
+    """
     readable = [volume for volume in found.volumes_of(listed) if volume.channels]
     for volume in readable:
         count, first = len(volume.channels), len(readable[0].channels)
@@ -245,6 +247,10 @@ def findings_in_channels(found: Found, listed: Listed) -> list[Finding]:
             )
             # `train_pretrain.py --channels apart` takes both.
             return [Finding(not listed.unlabelled, line)]
+    try:
+        check_channels(listed.items)
+    except InputError as error:
+        return [Finding(not listed.unlabelled, str(error))]
     return []
 
 

@@ -148,10 +148,10 @@ def doubts(items: DataList, *, drawn: bool) -> str:
         name = alike[0].image[0].name
         like = trained_patients[patient_of(alike[0])].image[0].name
         count = f" ({len(alike)} such images)" if len(alike) > 1 else ""
-        return (
-            f"warning: {like} is trained on and {name} validated on: one patient?{count} "
-            'Without "subject" in the list each image is taken for a patient of its own'
-        )
+        taken = 'Without "subject" in the list each image is taken for a patient of its own'
+        if items.names_cases:
+            taken = "Each case is taken for a patient of its own; splits_final.json may say more"
+        return f"warning: {like} is trained on and {name} validated on: one patient?{count} {taken}"
 
     # Whoever wrote a split knows the patients; a split that we draw may divide one.
     unnamed = [item for item in (*trained, *validated) if not item.subject_named]
@@ -172,9 +172,10 @@ def is_unsure(items: DataList, item: Item) -> bool:
 def patient_of(item: Item) -> str:
     """A guess from the file's name: the words before the contrast, or the folder without any."""
     file = item.image[0]
-    bids = re.match(r"sub-[A-Za-z0-9]+", file.name)
+    # BIDS: sub-01_ses-1_T1w. What begins with a digit is no part of it: sub-FETA_000 is a case.
+    bids = re.match(r"(sub-[A-Za-z0-9]+)_[A-Za-z]", file.name)
     if bids:
-        return bids[0]
+        return bids[1]
 
     stem = file.name.lower().removesuffix(".gz").removesuffix(".nii")
     words = re.split(r"[_\-. ]+", stem)

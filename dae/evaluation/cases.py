@@ -94,9 +94,12 @@ def case_names(images: Sequence[Path], among: Iterable[Path] = ()) -> list[str]:
         for n, name in enumerate(names):
             if name not in repeated:
                 continue
-            if not folders[n]:
+            if folders[n]:
+                names[n] = f"{folders[n].pop()}_{name}"
+            elif n >= len(images):
+                names[n] = str(every[n])  # it is no case here, and stands in the way of none
+            elif names[: len(images)].count(name) > 1:
                 raise InputError(f"{every[n]}: its name is there twice; each is a case of its own")
-            names[n] = f"{folders[n].pop()}_{name}"
         repeated = repeats(names)
 
     names = names[: len(images)]

@@ -255,8 +255,8 @@ def ignored_value(labels: Labels) -> int:
 def names_by_label(classes: Mapping[int, str] | Sequence[int]) -> dict[int, str]:
     """Name by label; without names each label's is its number."""
     if isinstance(classes, Mapping):
-        return dict(classes)
-    return {label: str(label) for label in classes}
+        return {int(label): name for label, name in classes.items()}
+    return {int(label): str(label) for label in classes}
 
 
 def tolerances_of(

@@ -348,7 +348,7 @@ def hash_of_list(path: Path) -> str:
     digest = hashlib.sha256()
     if path.is_dir():
         splits = splits_file(path)
-        volumes = sorted(file.relative_to(path).as_posix() for file in path.glob("*T[rs]/*"))
+        volumes = sorted(file.relative_to(path).as_posix() for file in path.glob("*T[rs]/[!.]*"))
         digest.update(splits.read_bytes() if splits else b"")
         digest.update("\n".join(volumes).encode(errors="surrogateescape"))
         path = path / "dataset.json"

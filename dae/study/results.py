@@ -381,7 +381,7 @@ def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
                 f"{where}: {number} Dice, of a class in a case of a run, are there for it or for "
                 f"{plan.baseline} alone, and left out of the difference."
             )
-        if not entry.against["dice"]["seeds"]:
+        if entry.against["dice"]["n"] and not entry.against["dice"]["seeds"]:
             notes.append(
                 f"{where}: no tuning seed is there for it and for {plan.baseline} yet; the "
                 "difference is between runs of other seeds."
@@ -483,10 +483,15 @@ def made_by_seeds(known: Sequence[float], a: Sequence[Finished], b: Sequence[Fin
     known: the standard deviation of single runs, of both methods or of the one that has several.
     """
     variance = fmean(sd**2 for sd in known)
-    seeds_of_a, seeds_of_b = (
-        {(run.cell.pretraining.seed, run.cell.seed) for run in runs} for runs in (a, b)
-    )
-    return 2 * sqrt(variance / len(seeds_of_a) + variance / len(seeds_of_b))
+    return 2 * sqrt(variance / independent(a) + variance / independent(b))
+
+
+def independent(runs: Sequence[Finished]) -> int:
+    """As how many runs these count. Where each of three pre-trainings is fine-tuned with each of
+    three seeds, either kind of seed may make all of the spread: nine runs count as three.
+    """
+    kinds = {len({run.cell.pretraining.seed for run in runs}), len({run.cell.seed for run in runs})}
+    return min(kinds - {1}, default=1)
 
 
 def noise_in_words(plan: Plan, entry: Entry) -> str:

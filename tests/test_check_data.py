@@ -184,6 +184,23 @@ def test_two_different_brains_are_never_one(tmp_path: Path) -> None:
         assert len({Path(place["image"]).name.split("_")[1] for place in group}) == 1
 
 
+def test_channels_in_two_orders_are_found_as_training_would_refuse_them(tmp_path: Path) -> None:
+    def two_channels(name: str, seed: int, *modality: str) -> dict[str, Any]:
+        item = entry(tmp_path, f"{name}_label_of", head(seed))
+        images = []
+        for k, contrast in enumerate(modality):
+            images.append(save(tmp_path / f"{name}_{contrast}.nii.gz", head(seed + k)))
+        return item | {"image": images, "modality": list(modality), "subject": name}
+
+    parts = {
+        "training": [two_channels("a", 1, "t1", "t2"), two_channels("b", 5, "t1", "t2")],
+        "validation": [two_channels("c", 9, "t2", "t1")],
+    }
+    code, report = checked(write_list(tmp_path / "seg.json", **parts, labels=LABELS), out=tmp_path)
+    assert code == 2
+    assert any("c_t2.nii.gz: its channels are t2, t1" in line for line in report["errors"])
+
+
 @pytest.mark.skipif("DAE_REALDATA" not in os.environ, reason="needs real volumes")
 def test_no_two_real_volumes_are_one_but_each_is_its_own_copy() -> None:
     folder = Path(os.environ["DAE_REALDATA"])

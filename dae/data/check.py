@@ -27,7 +27,7 @@ from dae.data import overlaps
 from dae.data.cache import default_folder, in_bytes
 from dae.data.check_page import page_of
 from dae.data.content import Turn
-from dae.data.datalist import Item, check_channels, load
+from dae.data.datalist import Item, check_channel_order, load
 from dae.data.examine import RANGE, Examined, examine
 from dae.data.fingerprint import (
     classes_of,
@@ -248,7 +248,7 @@ def findings_in_channels(found: Found, listed: Listed) -> list[Finding]:
             # `train_pretrain.py --channels apart` takes both.
             return [Finding(not listed.unlabelled, line)]
     try:
-        check_channels(listed.items)
+        check_channel_order(listed.items)
     except InputError as error:
         return [Finding(not listed.unlabelled, str(error))]
     return []

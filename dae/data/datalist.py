@@ -350,7 +350,7 @@ def check_all_labelled(items: DataList, data: str) -> None:
         )
 
 
-def check_channels(items: DataList) -> None:
+def check_channel_order(items: DataList) -> None:
     """Raises InputError where two images have the same channels in another order: a network takes
     the first channel of each for the same contrast.
     """

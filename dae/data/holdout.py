@@ -17,7 +17,7 @@ from dae.config.evaluate import CasesConfig
 from dae.config.pretrain import PretrainConfig
 from dae.config.segment import SegConfig
 from dae.data import datalist, leaks
-from dae.data.datalist import DataList, Item, check_all_labelled, check_channels
+from dae.data.datalist import DataList, Item, check_all_labelled, check_channel_order
 from dae.data.leaks import Seen
 from dae.errors import InputError, counted
 
@@ -88,7 +88,7 @@ def for_pretraining(
 
     Raises InputError where a flag cannot act, and where somebody is on both sides.
     """
-    check_channels(items)
+    check_channel_order(items)
     split = hold_out_share(items, fold=fold, split_seed=split_seed)
     if not allow_trained:
         leaks.check_sides(split)
@@ -116,7 +116,7 @@ def for_segmentation(
     if (label_fraction != 1 or label_count) and not is_drawn(items):
         seed_of_folds = None
 
-    check_channels(items)
+    check_channel_order(items)
     split = hold_out_fold(items, fold=fold, split_seed=seed_of_folds)
     if not allow_trained:
         leaks.check_sides(split, test=True)

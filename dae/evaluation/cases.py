@@ -97,7 +97,7 @@ def case_names(images: Sequence[Path], among: Iterable[Path] = ()) -> list[str]:
             if folders[n]:
                 names[n] = f"{folders[n].pop()}_{name}"
             elif n >= len(images):
-                names[n] = str(every[n])  # it is no case here, and stands in the way of none
+                names[n] = str(every[n])  # of another part: any name of its own will do
             elif names[: len(images)].count(name) > 1:
                 raise InputError(f"{every[n]}: its name is there twice; each is a case of its own")
         repeated = repeats(names)

@@ -120,8 +120,8 @@ def check_cubes(
     if max(ratio) > 0 and not most:
         crop = " ".join(str(n * voxels) for n in grid)
         raise ValueError(
-            f"--mask-block {block * voxels}: a crop of {crop} has {counted(cubes, 'block')}, of "
-            f"which a share of {max(ratio):g} is none; take smaller blocks or a larger crop"
+            f"--mask-block {block * voxels}: a crop of {crop} has {counted(cubes, 'block')}, "
+            f"and a share of {max(ratio):g} rounds to none; take smaller blocks or a larger crop"
         )
 
 

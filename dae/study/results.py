@@ -312,11 +312,12 @@ def difference_of(a: Entry, b: Entry, metric: str) -> Row:
 
     The pairs of a case are averaged over the pairs of runs, and `left_out` counts organs of single
     ones. With `share_better`, the share of resamples of the cases in which B is the better one, and
-    `seeds`, how many tuning seeds both have.
+    `same_seeds`, whether the runs of a pair have one tuning seed.
     """
     pairs_of_case: dict[str, list[Scores]] = {}
     in_all = Counter[str]()
-    for run_a, run_b in pairs_of_runs(a, b):
+    runs = pairs_of_runs(a, b)
+    for run_a, run_b in runs:
         of_a = by_case_and_class(run_a.rows, run_a.cell.name)
         of_b = by_case_and_class(run_b.rows, run_b.cell.name)
         pairs, left_out = paired_scores(of_a, of_b, metric)
@@ -328,7 +329,7 @@ def difference_of(a: Entry, b: Entry, metric: str) -> Row:
     return {
         **compare_pairs(means, in_all, metric, seed=0),
         "share_better": share_better(means, metric, seed=0),
-        "seeds": len(shared_seeds(a, b)),
+        "same_seeds": any(x.cell.seed == y.cell.seed for x, y in runs),
     }
 
 
@@ -343,12 +344,6 @@ def pairs_of_runs(a: Entry, b: Entry) -> list[tuple[Finished, Finished]]:
     same_fold = [(x, y) for x, y in every if x.cell.fold == y.cell.fold]
     same_seed = [(x, y) for x, y in same_fold if x.cell.seed == y.cell.seed]
     return same_seed or same_fold
-
-
-def shared_seeds(a: Entry, b: Entry) -> set[int]:
-    """The tuning seeds of the runs that are paired; none where they share none."""
-    pairs = pairs_of_runs(a, b)
-    return {x.cell.seed for x, y in pairs if x.cell.seed == y.cell.seed}
 
 
 def without_baseline(plan: Plan, entries: Sequence[Entry]) -> list[str]:
@@ -381,7 +376,7 @@ def unpaired(plan: Plan, entries: Sequence[Entry]) -> list[str]:
                 f"{where}: {number} Dice, of a class in a case of a run, are there for it or for "
                 f"{plan.baseline} alone, and left out of the difference."
             )
-        if entry.against["dice"]["n"] and not entry.against["dice"]["seeds"]:
+        if entry.against["dice"]["n"] and not entry.against["dice"]["same_seeds"]:
             notes.append(
                 f"{where}: no tuning seed is there for it and for {plan.baseline} yet; the "
                 "difference is between runs of other seeds."
@@ -466,8 +461,7 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
     if not known:
         return text + "The interval leaves out 0; how much seeds differ is not known from one run."
 
-    pairs = pairs_of_runs(a, b)
-    by_chance = made_by_seeds(known, [x for x, _ in pairs], [y for _, y in pairs])
+    by_chance = noise_of_difference(known, pairs_of_runs(a, b))
     if abs(difference["difference"]) <= by_chance:
         return text + f"The data cannot tell them apart: seeds alone may make {by_chance:.4f}."
     return text + (
@@ -476,17 +470,20 @@ def verdict(plan: Plan, a: Entry, b: Entry) -> str:
     )
 
 
-def made_by_seeds(known: Sequence[float], a: Sequence[Finished], b: Sequence[Finished]) -> float:
+def noise_of_difference(
+    known: Sequence[float], pairs: Sequence[tuple[Finished, Finished]]
+) -> float:
     """How large a difference between the means of these runs other seeds alone may make: two
     standard deviations of it.
 
     known: the standard deviation of single runs, of both methods or of the one that has several.
     """
     variance = fmean(sd**2 for sd in known)
-    return 2 * sqrt(variance / independent(a) + variance / independent(b))
+    runs_of_a, runs_of_b = zip(*pairs)
+    return 2 * sqrt(variance / independent_runs(runs_of_a) + variance / independent_runs(runs_of_b))
 
 
-def independent(runs: Sequence[Finished]) -> int:
+def independent_runs(runs: Sequence[Finished]) -> int:
     """As how many runs these count. Where each of three pre-trainings is fine-tuned with each of
     three seeds, either kind of seed may make all of the spread: nine runs count as three.
     """
